@@ -1,0 +1,222 @@
+"""The typed recipe: every choice of a run in one object, read from YAML with dotted overrides.
+
+    recipe = load_recipe("demo.yaml", ["train.steps=50", "model.options.width=64"])
+    recipe.fingerprint()            # 12 hex digits, the same for the same choices
+
+An unknown key is an error that names the near one. `options` of a part are checked by the part that takes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(Strict):
+    """A named part and the keyword arguments it is built with."""
+
+    kind: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Data(Strict):
+    """Where pairs come from, where their shards lie and how an image is prepared."""
+
+    source: Part | None = Field(None, description="raw data for `itm pack`; unset = the shards exist already")
+    root: str = Field("data/shards", description="folder or URI of the shards, one sub-folder a split")
+    train_split: str = "train"
+    val_split: str = "val"
+    test_split: str = "test"
+    shard_samples: int = Field(250, ge=1, description="images per packed shard")
+    image: Literal["pixels", "regions"] = "pixels"
+    image_size: int = Field(224, ge=8, description="pixels a side")
+    crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random is for training only")
+    flip: bool = Field(False, description="random horizontal flip in training (wrong for captions that say left or right)")
+    shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together")
+    max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
+    decode_actors: int = Field(1, ge=1, description="preprocessing actors in training")
+
+
+class Text(Strict):
+    """How a caption becomes tokens."""
+
+    kind: Literal["words", "hf"] = "words"
+    path: str | None = Field(None, description="HF tokenizer (name or folder), or a word-vocabulary json")
+    min_count: int = Field(1, ge=1, description="a word seen less often becomes <unk>")
+    max_length: int = Field(64, ge=3, description="tokens, start and end included; longer captions are cut and counted")
+    clean: bool = Field(True, description="clean captions as CUSA does before tokenising")
+
+
+class Teachers(Strict):
+    """The soft-label stores that training reads, and the teachers that `itm teach` runs."""
+
+    root: str | None = Field(None, description="folder or URI of the stores; unset = <data.root>/<split>/teachers")
+    image: Part | None = None
+    text: Part | None = None
+    dtype: Literal["int8", "fp16", "fp32"] = "fp16"
+    batch_size: int = Field(64, ge=1)
+    actors: int = Field(1, ge=1)
+
+
+class Train(Strict):
+    """Optimisation. One step = one optimiser update on `batch_size` x workers x `accumulate` pairs."""
+
+    batch_size: int = Field(128, ge=2, description="pairs per worker and micro-step")
+    steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    epochs: int | None = Field(None, ge=1, description="stop after this many passes over all captions")
+    workers: int = Field(1, ge=0, description="Ray Train workers; 0 = inside the driver process")
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    schedule: Literal["constant", "cosine", "cosine_epoch", "step", "linear"] = "cosine"
+    step_epochs: int = Field(15, ge=1, description="`step`: the rate is multiplied by step_gamma every so many epochs")
+    step_gamma: float = Field(0.1, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float | None = Field(None, gt=0)
+    accumulate: int = Field(1, ge=1, description="micro-steps per optimiser step")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
+    validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
+    log_every: int = Field(10, ge=1)
+    max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint")
+
+
+class Evaluation(Strict):
+    protocol: str = "auto"
+    block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
+    batch_size: int = Field(256, ge=1, description="rows per encoder call")
+
+
+class Registry(Strict):
+    """Experiment tracking and the promotion gate."""
+
+    experiment: str = "itm"
+    model: str = "itm-matcher"
+    metric: str = "rsum"
+    min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
+
+
+class Recipe(Strict):
+    name: str
+    seed: int = 0
+    about: str = Field("", description="what this run is, in a sentence")
+    paper: dict[str, Any] = Field(default_factory=dict, description="published figures and the decisions where code and paper differ")
+    output: str = Field("runs", description="folder or URI; a run writes below <output>/<name>")
+    data: Data = Field(default_factory=Data)
+    text: Text = Field(default_factory=Text)
+    teachers: Teachers = Field(default_factory=Teachers)
+    model: Part
+    method: Part = Part(kind="matching")
+    train: Train = Field(default_factory=Train)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    registry: Registry = Field(default_factory=Registry)
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the sha256 of all choices; the place of outputs and the prose do not count."""
+        choices = self.model_dump(mode="json", exclude={"output", "about", "paper"})
+        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> scalar, for experiment tracking."""
+        return _flatten(self.model_dump(mode="json", exclude={"paper"}))
+
+    @property
+    def folder(self) -> str:
+        return f"{self.output.rstrip('/')}/{self.name}"
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe (a path, or the name of a shipped one) and apply `key.sub=value` overrides (values are YAML).
+
+    A recipe may start from another by `extends: other.yaml` (relative to its own folder); mappings merge key by key.
+    Raises ValueError naming the file, the key and the nearest known key.
+    """
+    choices = _read(Path(path))
+    for override in overrides or []:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form key.sub=value")
+        _set(choices, key.strip().split("."), yaml.safe_load(value), override)
+    return parse_recipe(choices, where=str(path))
+
+
+def parse_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a nested dict. Raises ValueError with every problem, one a line."""
+    try:
+        return Recipe.model_validate(choices)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"no recipe at {path}; `itm recipes` lists the shipped ones")
+    try:
+        choices = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(choices, dict):
+        raise ValueError(f"{path} must hold a mapping, not a {type(choices).__name__}")
+    base = choices.pop("extends", None)
+    return _merge(_read(path.parent / base), choices) if base else choices
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """A part whose kind changes is replaced whole: the options of another kind would be unknown to it."""
+    if "kind" in above and above["kind"] != below.get("kind"):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _set(choices: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        choices = choices.setdefault(key, {})
+        if not isinstance(choices, dict):
+            raise ValueError(f"override {override!r}: {key!r} is a value, not a section")
+    choices[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden":
+        return f"{key}: {error['msg']}"
+    known = _known_keys(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}")
+
+
+def _known_keys(section: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for name in section:
+        annotation = model.model_fields[name].annotation
+        model = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

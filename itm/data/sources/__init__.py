@@ -1,0 +1,11 @@
+"""Raw data by kind: `Source(path=..., ...)` with `splits` and `records(split) -> Iterator[Record]`. One file, one line."""
+
+SOURCES = {
+    "scenes": "itm.data.sources.scenes:Scenes",
+    "pairs_json": "itm.data.sources.pairs_json:PairsJson",
+    "karpathy": "itm.data.sources.karpathy:Karpathy",
+    "coco_captions": "itm.data.sources.coco:CocoCaptions",
+    "csv": "itm.data.sources.csv:CsvPairs",
+    "precomp": "itm.data.sources.precomp:Precomp",
+    "uniter_db": "itm.data.sources.uniter_db:UniterDb",
+}

@@ -1,0 +1,33 @@
+"""Image and text encoders by kind, shared by every matcher.
+
+An encoder is an `nn.Module` called as `encoder(Images | Captions) -> Encoded`; it has `width` (of `parts` (N,K,width)) and
+`vector_width` (of `vector` (N,vector_width)), either 0 when it does not offer that view. Nothing is L2-normalised unless asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from itm.parts import build_part
+
+IMAGE_ENCODERS = {
+    "conv": "itm.models.towers:ConvTower",
+    "hf_vision": "itm.models.towers:HFVision",
+    "regions": "itm.models.regions:RegionProjection",
+}
+TEXT_ENCODERS = {
+    "gru": "itm.models.words:WordGRU",
+    "hf_text": "itm.models.towers:HFText",
+}
+
+
+def build_image_encoder(kind: str, **options: Any) -> nn.Module:
+    """Raises ValueError for an unknown kind or option."""
+    return build_part(IMAGE_ENCODERS, kind, options, "image encoder")
+
+
+def build_text_encoder(kind: str, *, vocab_size: int, **options: Any) -> nn.Module:
+    """`vocab_size` comes from the tokenizer. Raises ValueError for an unknown kind or option."""
+    return build_part(TEXT_ENCODERS, kind, options, "text encoder", vocab_size=vocab_size)

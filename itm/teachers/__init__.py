@@ -1,0 +1,11 @@
+"""Teachers by kind: callable rows -> vectors. A new teacher costs one file and one line here."""
+
+TEACHERS = {
+    "hf_vision": "itm.teachers.image:HFVisionTeacher",
+    "statistics": "itm.teachers.image:StatisticsTeacher",
+    "scenes_image": "itm.teachers.image:ScenesImageTruth",
+    "hf_text": "itm.teachers.text:HFTextTeacher",
+    "minilm": "itm.teachers.text:MiniLMTeacher",
+    "scenes_text": "itm.teachers.text:ScenesTextTruth",
+    "matcher": "itm.teachers.matcher:MatcherTeacher",
+}
