@@ -25,6 +25,7 @@ STAGES = {
     "recipes": "list the shipped recipes",
     "submit": "run a stage on a Ray cluster as a job, follow its log, return its exit code",
 }
+MODULES = {"import": "import_checkpoint", "recipes": "list_recipes"}  # stages whose name cannot be a module here
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -42,7 +43,7 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:
     """Parse, run, and turn an error the user can mend into one line and exit code 2."""
-    module = import_module("pipelines." + {"import": "import_checkpoint"}.get(stage, stage))
+    module = import_module("pipelines." + MODULES.get(stage, stage))
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)

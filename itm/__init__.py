@@ -1,0 +1,21 @@
+"""itm: image-text matching. `itm.load_matcher(uri)` is the front door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def load_matcher(uri: str | Path) -> Any:
+    """A matcher in eval mode, with `.inputs` that turn raw images and texts into its input types.
+
+    `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry.
+    Raises ValueError naming what is missing and what exists.
+    """
+    from itm.folder import load_matcher_folder
+
+    if str(uri).startswith(("models:/", "runs:/")):
+        from itm.registry import download
+
+        uri = download(str(uri))
+    return load_matcher_folder(uri)

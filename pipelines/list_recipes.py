@@ -1,0 +1,51 @@
+"""List the shipped recipes: what each trains, and the published figures it stands for.
+
+    itm recipes                # one line a recipe
+    itm recipes --markdown     # the table of the README
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from itm.config import Recipe, load_recipe
+from pipelines.cli import RECIPES
+
+COLUMNS = ("recipe", "what", "published", "verified here")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print a markdown table")
+
+
+def shipped() -> dict[str, Recipe]:
+    """Name -> recipe, sorted; every shipped file is valid."""
+    return {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def row_of(name: str, recipe: Recipe) -> tuple[str, str, str, str]:
+    return name, recipe.about, str(recipe.paper.get("published", "-")), str(recipe.paper.get("verified", "-"))
+
+
+def markdown() -> str:
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(row_of(name, recipe) for name, recipe in shipped().items())]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.markdown:
+        print(markdown())
+        return 0
+    recipes = shipped()
+    width = max(map(len, recipes))
+    for name, recipe in recipes.items():
+        print(f"{name:<{width}}  {recipe.about}")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    from pipelines.cli import stage_main
+
+    sys.exit(stage_main("recipes"))

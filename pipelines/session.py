@@ -1,0 +1,41 @@
+"""One quiet Ray session per process: attach to RAY_ADDRESS, or start a local instance sized for this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# Token auth and usage reports are for clusters that ask for them; worker niceness 15 would starve Ray on a busy machine.
+QUIET = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+STORE_BYTES = 512 << 20
+
+
+def connect() -> None:
+    """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray.data import DataContext
+
+    if not ray.is_initialized():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(logging_level="WARNING")
+        else:
+            cpus = max(4, os.cpu_count() or 1)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE_BYTES, logging_level="ERROR")
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
