@@ -19,6 +19,7 @@ IMAGE_ENCODERS = {
 }
 TEXT_ENCODERS = {
     "gru": "itm.models.words:WordGRU",
+    "pooled_gru": "itm.models.towers:PooledGRU",
     "hf_text": "itm.models.towers:HFText",
 }
 

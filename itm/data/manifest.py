@@ -1,0 +1,116 @@
+"""The manifest of a split: which shards it has and what they hold. Written last; built by scanning for foreign layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from itm.data import files
+from itm.data.records import Problem
+
+NAME = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+
+
+class ShardInfo(BaseModel):
+    """What a manifest says about one shard. captions counts those that survive reading; sha256 is of the whole tar."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    samples: int
+    captions: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """Bytes [start, end) of a shard hold all members of the sample `key`, which has so many usable captions."""
+
+    key: str
+    captions: int
+    start: int
+    end: int
+
+
+class Manifest(BaseModel):
+    """`source` says what the shards were made from; `rejected` counts samples (not captions) that were left out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    split: str
+    source: str
+    shards: list[ShardInfo]
+    rejected: int = 0
+    format: str = "itm-1"
+
+    def fingerprint(self) -> str:
+        """12 hex digits of the sha256 over the names, counts and digests of the shards."""
+        rows = [s.model_dump() for s in self.shards]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def samples(self) -> int:
+        return sum(s.samples for s in self.shards)
+
+    @property
+    def captions(self) -> int:
+        return sum(s.captions for s in self.shards)
+
+
+class Receipt(BaseModel):
+    """`<stem>.index.json` beside a packed shard: proof that it is complete, and where its samples lie.
+
+    made_from: fingerprint of the source and the choices of packing; rows: (key, captions, start byte, end byte).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    info: ShardInfo
+    made_from: str
+    rows: list[tuple[str, int, int, int]]
+    problems: list[Problem]
+
+    @property
+    def rejected(self) -> int:
+        return sum(p.what != "caption" for p in self.problems)
+
+
+def write_manifest(split_uri: str, manifest: Manifest) -> None:
+    files.write_atomic(files.join(split_uri, NAME), manifest.model_dump_json(indent=1).encode())
+
+
+def list_shards(split_uri: str) -> list[str]:
+    """URIs of the tars of a split in natural order (2.tar before 10.tar). Raises ValueError as `read_manifest`."""
+    tars = sorted(files.list_files(split_uri, ".tar"), key=lambda uri: _natural(files.name_of(uri)))
+    promised = files.join(split_uri, "nshards.txt")
+    if files.exists(promised) and len(tars) != (count := int(files.read_bytes(promised))):
+        raise ValueError(f"{split_uri} holds {len(tars)} tars but its nshards.txt says {count}; copy the missing ones")
+    if not tars:
+        raise ValueError(f"no {NAME} and no .tar in {split_uri}; run `itm pack`, or point data.root at the folder above the splits")
+    return tars
+
+
+def receipt_uri(shard_uri: str) -> str:
+    return shard_uri.removesuffix(".tar") + ".index.json"
+
+
+def write_receipt(shard_uri: str, receipt: Receipt) -> None:
+    files.write_atomic(receipt_uri(shard_uri), receipt.model_dump_json().encode())
+
+
+def read_receipt(shard_uri: str) -> Receipt | None:
+    """The receipt of a shard that is there in full, else None."""
+    if not files.exists(receipt_uri(shard_uri)) or not files.exists(shard_uri):
+        return None
+    receipt = Receipt.model_validate_json(files.read_bytes(receipt_uri(shard_uri)))
+    return receipt if receipt.info.bytes == files.size_of(shard_uri) else None
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", name)]

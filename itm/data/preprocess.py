@@ -1,0 +1,203 @@
+"""How raw bytes and strings become model inputs: decode, resize, crop, flip; regions and their box numbers; token ids.
+
+`Inputs` travels with a matcher. Its calls are the evaluation path: exact (PIL bicubic, CUSA spec 4.3) and deterministic. Training
+may augment; the random numbers are then a function of (seed, epoch, key), so no generator state has to be saved to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from itm.config import Data
+from itm.data.records import MAX_PIXELS, Regions
+from itm.data.text import load_tokenizer
+from itm.types import Captions, Images
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What a matcher sees of an image.
+
+    kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
+    the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
+    kind `regions`: the first `max_regions` rows of the region file, zero-padded.
+    """
+
+    kind: Literal["pixels", "regions"] = "pixels"
+    size: int = 224
+    crop: Literal["center", "random", "squash"] = "center"
+    flip: bool = False
+    max_regions: int = 36
+
+    @classmethod
+    def of(cls, data: Data) -> ImageInput:
+        return cls(data.image, data.image_size, data.crop, data.flip)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers of one training image, each uniform in [0, 1)."""
+
+    area: float
+    aspect: float
+    left: float
+    top: float
+    mirror: float
+
+
+def draw(seed: int, epoch: int, key: str) -> Draw:
+    """Counter-based: the same numbers for the same (seed, epoch, key), whoever asks and whenever."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=20).digest()
+    return Draw(*(np.frombuffer(digest, "<u4") / 2**32).tolist())
+
+
+def decode(data: bytes) -> Image.Image:
+    """RGB image. Raises ValueError when the bytes are no whole image or promise more than MAX_PIXELS."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
+        return image.convert("RGB")
+    except Exception as error:  # hostile bytes make decoders raise almost anything
+        raise ValueError(f"cannot decode image: {error}") from None
+
+
+def fit(image: Image.Image, size: int, crop: str) -> np.ndarray:
+    """(size,size,3) uint8: bicubic; `squash`, or short side to `size` and centre crop (CUSA spec 4.3)."""
+    if crop == "squash":
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    short = min(image.size)
+    width, height = (size if side == short else int(size * side / short) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def augment(data: bytes, image: ImageInput, numbers: Draw) -> np.ndarray:
+    """(size,size,3) uint8 of a training image. Scaled JPEG decode and bilinear resize: quicker than, not equal to, `fit`.
+
+    Random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits. Raises ValueError as `decode`.
+    """
+    if image.crop != "random":
+        pixels = fit(decode(data), image.size, image.crop)
+    else:
+        picture = _decode_near(data, image.size)
+        area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
+        aspect = (4 / 3) ** (2 * numbers.aspect - 1)
+        width = min(picture.width, max(1, round((area * aspect) ** 0.5)))
+        height = min(picture.height, max(1, round((area / aspect) ** 0.5)))
+        left, top = numbers.left * (picture.width - width), numbers.top * (picture.height - height)
+        box = (left, top, left + width, top + height)
+        pixels = np.asarray(picture.resize((image.size, image.size), Image.Resampling.BILINEAR, box=box))
+    return np.ascontiguousarray(pixels[:, ::-1]) if image.flip and numbers.mirror < 0.5 else pixels
+
+
+def _decode_near(data: bytes, size: int) -> Image.Image:
+    """A JPEG decoded at the smallest DCT scale that keeps `size` after a half-area crop; other formats in full."""
+    if not simplejpeg.is_jpeg(data):
+        return decode(data)
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
+        least = min(int(size * 1.5), height, width)
+        return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=True, min_height=least, min_width=least, min_factor=1))
+    except ValueError as error:
+        raise ValueError(f"cannot decode image: {error}") from None
+
+
+def read_regions(data: bytes, limit: int) -> dict[str, np.ndarray]:
+    """Region file -> regions (limit,Dv) float32, boxes (limit,7) float32, mask (limit,) bool, zero-padded.
+
+    Box numbers x1 y1 x2 y2 w h w*h, divided by the image's width and height (UNITER); zero in a file without boxes.
+    Raises ValueError naming what is wrong.
+    """
+    held = Regions.from_npz(data)
+    features, rows = held.features.astype(np.float32), min(limit, len(held.features))
+    regions = np.zeros((limit, features.shape[1]), np.float32)
+    boxes = np.zeros((limit, 7), np.float32)
+    regions[:rows] = features[:rows]
+    if held.boxes is not None:
+        if held.width <= 0 or held.height <= 0:
+            raise ValueError(f"a region file with boxes needs the width and height of its image, not {held.width} x {held.height}")
+        boxes[:rows] = box_numbers(held.boxes[:rows].astype(np.float32), held.width, held.height)
+    if not (np.isfinite(regions).all() and np.isfinite(boxes).all()):
+        raise ValueError("the region file holds values that are not finite")
+    return {"regions": regions, "boxes": boxes, "mask": np.arange(limit) < rows}
+
+
+def box_numbers(corners: np.ndarray, width: float, height: float) -> np.ndarray:
+    """(R,4) pixel corners -> (R,7) x1 y1 x2 y2 w h w*h in units of the image."""
+    corners = corners / np.array([width, height, width, height], np.float32)
+    sides = corners[:, 2:] - corners[:, :2]
+    return np.concatenate([corners, sides, sides.prod(1, keepdims=True)], 1)
+
+
+class Inputs:
+    """The preparation that belongs to a matcher: how its images and its captions are made. Saved beside its weights."""
+
+    def __init__(self, image: ImageInput, tokenizer: Any) -> None:
+        self.image = image
+        self.tokenizer = tokenizer
+
+    def image_columns(self, data: bytes, numbers: Draw | None = None) -> dict[str, np.ndarray]:
+        """One image as named arrays: `pixels` (S,S,3) uint8, or `regions`, `boxes`, `mask`; augmented when `numbers` are given.
+
+        Raises ValueError when the bytes cannot be read.
+        """
+        if self.image.kind == "regions":
+            return read_regions(data, self.image.max_regions)
+        if numbers is None:
+            return {"pixels": fit(decode(data), self.image.size, self.image.crop)}
+        return {"pixels": augment(data, self.image, numbers)}
+
+    def images(self, raw: Sequence[bytes], image_id: Sequence[int] | None = None) -> Images:
+        """Encoded images or region files -> Images; `image_id` defaults to 0..N-1. Raises ValueError with the position of a bad one."""
+        rows = []
+        for position, data in enumerate(raw):
+            try:
+                rows.append(self.image_columns(data))
+            except ValueError as error:
+                raise ValueError(f"image {position}: {error}") from None
+        columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return as_images(columns, np.arange(len(raw)) if image_id is None else np.asarray(image_id))
+
+    def captions(self, texts: Sequence[str], image_id: Sequence[int] | None = None) -> Captions:
+        """Strings -> Captions; `image_id` defaults to 0..N-1."""
+        tokens, mask = self.tokenizer(list(texts))
+        ids = torch.arange(len(texts)) if image_id is None else torch.as_tensor(np.asarray(image_id), dtype=torch.int64)
+        return Captions(tokens, mask, ids)
+
+    def save(self, folder: str | Path) -> None:
+        """`inputs.json` and the tokenizer's files."""
+        folder = Path(folder)
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "inputs.json").write_text(json.dumps({"image": asdict(self.image)}, indent=1))
+        self.tokenizer.save(folder / "tokenizer")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Inputs:
+        """Raises ValueError when the folder was not written by `save`."""
+        path = Path(folder) / "inputs.json"
+        if not path.exists():
+            raise ValueError(f"no {path}: the folder does not hold a matcher's inputs")
+        return cls(ImageInput(**json.loads(path.read_text())["image"]), load_tokenizer(Path(folder) / "tokenizer"))
+
+
+def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:
+    """Stacked image columns -> Images. Pixels (B,S,S,3) become (B,3,S,S) as a channels-last view, without a copy."""
+    ids = torch.as_tensor(image_id, dtype=torch.int64)
+    if "pixels" in columns:
+        return Images(ids, pixels=torch.from_numpy(columns["pixels"]).permute(0, 3, 1, 2))
+    return Images(ids, None, *(torch.from_numpy(columns[name]) for name in ("regions", "boxes", "mask")))

@@ -1,0 +1,257 @@
+"""Shards: WebDataset tars, one sample an image. Record -> tar members on the way in, tar members -> Sample on the way out.
+
+Members of a sample: `<key>.jpg|png|webp` and/or `<key>.regions.npz`, and `<key>.json` (`image_id`, `captions: [{id, text}]`, `split`, ...).
+Read as they are, too: img2dataset (`jpg`, `txt`, `json`) and the CLIP_benchmark layout (`txt` with one caption a line).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+from pydantic import ValidationError
+
+from itm.data import files
+from itm.data.manifest import NAME, Manifest, SampleIndex, ShardInfo, list_shards, read_receipt, write_manifest
+from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
+from itm.data.tar import Member, TarProblem, members
+
+REGIONS = "regions.npz"
+_CONTENT = {*IMAGE_FORMATS, REGIONS, "json", "txt"}
+
+__all__ = [
+    "Caption",
+    "Manifest",
+    "Problem",
+    "Regions",
+    "Sample",
+    "SampleIndex",
+    "ShardInfo",
+    "index_shard",
+    "read_manifest",
+    "read_range",
+    "read_samples",
+    "scan_shard",
+    "write_manifest",
+    "write_shard",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions."""
+
+    key: str
+    image: bytes | None
+    regions: bytes | None
+    captions: list[Caption]
+    meta: dict[str, Any]
+
+
+def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
+    """Write a tar (the same bytes for the same records); it appears under its name only when complete.
+
+    Raises ValueError for a key that WebDataset would cut, a sample without image and regions, and one without captions.
+    """
+    from webdataset.writer import TarWriter
+
+    samples = captions = 0
+    with files.atomic_stream(uri) as stream:
+        sink = _Hashing(stream)
+        # An int mtime keeps the headers plain USTAR; the default float makes tarfile write 1 KiB of PAX header a member.
+        writer = TarWriter(cast(BinaryIO, sink), encoder=False, mtime=0, user="root", group="root")
+        for record in records:
+            writer.write(_members_of(record))
+            samples, captions = samples + 1, captions + len(record.captions)
+        writer.close()
+    return ShardInfo(name=files.name_of(uri), samples=samples, captions=captions, bytes=sink.bytes, sha256=sink.digest.hexdigest())
+
+
+def read_samples(uri: str) -> Iterator[Sample | Problem]:
+    """The samples of a shard in tar order; what cannot be used comes as a Problem in its place. Never raises for bad content."""
+    yield from _parse(memoryview(files.read_bytes(uri)), files.name_of(uri))
+
+
+def read_range(uri: str, start: int, end: int) -> Sample:
+    """The sample in bytes [start, end), as `index_shard` gave them. Raises ValueError when the shard has changed since."""
+    for item in _parse(memoryview(files.read_span(uri, start, end)), files.name_of(uri), fragment=True):
+        if isinstance(item, Sample):
+            return item
+        if item.what != "caption":
+            break
+    raise ValueError(f"{uri}: no usable sample in bytes {start}-{end}; the shard changed after it was indexed, read its manifest again")
+
+
+def index_shard(uri: str) -> list[SampleIndex]:
+    """Where each usable sample lies, in tar order: exactly the samples of `read_samples`. A packed shard is not read for it."""
+    receipt = read_receipt(uri)
+    return scan_shard(uri)[0] if receipt is None else [SampleIndex(*row) for row in receipt.rows]
+
+
+def scan_shard(uri: str) -> tuple[list[SampleIndex], list[Problem], str]:
+    """One pass over a shard: (index, problems, sha256 of its bytes)."""
+    data = files.read_bytes(uri)
+    index: list[SampleIndex] = []
+    problems: list[Problem] = []
+    for item, span in _parse_spans(memoryview(data), files.name_of(uri), fragment=False):
+        if isinstance(item, Problem):
+            problems.append(item)
+        else:
+            index.append(SampleIndex(item.key, len(item.captions), *span))
+    return index, problems, hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(split_uri: str) -> Manifest:
+    """The manifest of a split folder; for shards made by others (no manifest.json) it is built by scanning every tar.
+
+    Raises ValueError when the folder holds neither, or fewer tars than its nshards.txt promises.
+    """
+    uri = files.join(split_uri, NAME)
+    if files.exists(uri):
+        try:
+            return Manifest.model_validate_json(files.read_bytes(uri))
+        except ValidationError as error:
+            raise ValueError(f"{uri} is no shard manifest: {error.errors()[0]['msg']}") from None
+    tars = list_shards(split_uri)
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
+        scanned = list(pool.map(scan_info, tars))
+    infos, rejected = [info for info, _ in scanned], sum(problems for _, problems in scanned)
+    return Manifest(split=files.name_of(split_uri), source="foreign shards", shards=infos, rejected=rejected, format="foreign")
+
+
+def scan_info(uri: str) -> tuple[ShardInfo, int]:
+    """A shard's manifest row, and how many of its samples cannot be used."""
+    index, problems, sha256 = scan_shard(uri)
+    captions = sum(row.captions for row in index)
+    info = ShardInfo(name=files.name_of(uri), samples=len(index), captions=captions, bytes=files.size_of(uri), sha256=sha256)
+    return info, sum(p.what != "caption" for p in problems)
+
+
+class _Hashing:
+    """A write-only stream that counts and hashes what passes through."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.bytes, self.digest = stream, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.stream.write(data)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+
+def _members_of(record: Record) -> dict[str, Any]:
+    if not record.key or set("./\\") & set(record.key):
+        raise ValueError(f"key {record.key!r} must not be empty or hold a dot or slash: WebDataset cuts a key at its first dot")
+    if not record.captions:
+        raise ValueError(f"{record.key}: a sample needs at least one caption")
+    if record.image is None and record.regions is None:
+        raise ValueError(f"{record.key}: a sample needs an image or regions")
+    captions = [{"id": c.id, "text": c.text, **c.meta} for c in record.captions]
+    about = {"image_id": record.key, **record.meta, "split": record.split, "captions": captions}
+    row: dict[str, Any] = {"__key__": record.key, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
+    if record.image is not None:
+        row[record.image_format] = record.image
+    if record.regions is not None:
+        row[REGIONS] = record.regions.to_npz()
+    return row
+
+
+def _parse(tar: memoryview, shard: str, fragment: bool = False) -> Iterator[Sample | Problem]:
+    for item, _ in _parse_spans(tar, shard, fragment):
+        yield item
+
+
+_Spanned = tuple[Sample | Problem, tuple[int, int]]
+_Group = tuple[str, dict[str, Member]]  # sample key -> its members by extension
+
+
+def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spanned]:
+    groups, problems = _groups(tar, shard, fragment)
+    held: dict[str, list[set[str]]] = {}
+    for key, parts in groups:
+        held.setdefault(key, []).append(set(parts))
+    seen: set[str] = set()
+    for key, parts in groups:
+        span = (min(m.begin for m in parts.values()), max(m.end for m in parts.values()))
+        scattered = len(held[key]) > 1 and not set.intersection(*held[key])
+        if key in seen:
+            if not scattered:
+                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept"), span
+        elif scattered:
+            yield Problem(key, shard, "read", "members of this sample are not next to each other; sort the tar by name"), span
+        else:
+            for item in _sample(tar, shard, key, parts):
+                yield item, span
+        seen.add(key)
+    for problem in problems:
+        yield problem, (0, 0)
+
+
+def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], list[Problem]]:
+    """Runs of members that share a key; a repeated extension starts a new run."""
+    groups: list[_Group] = []
+    problems: list[Problem] = []
+    try:
+        for member in members(tar, fragment):
+            if isinstance(member, str):
+                problems.append(Problem("", shard, "read", member, "shard"))
+                continue
+            folder, slash, base = member.name.removeprefix("./").rpartition("/")
+            stem, _, extension = base.partition(".")
+            key, extension = folder + slash + stem, extension.lower()
+            if not stem or extension not in _CONTENT:
+                continue
+            if not groups or groups[-1][0] != key or extension in groups[-1][1]:
+                groups.append((key, {}))
+            groups[-1][1][extension] = member
+    except TarProblem as error:
+        problems.append(Problem("", shard, "read", str(error), "shard"))
+    return groups, problems
+
+
+def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> Iterator[Sample | Problem]:
+    """The sample of one group, after a Problem for each caption that is dropped; or one Problem instead of the sample."""
+    content = {extension: bytes(tar[m.start : m.start + m.size]) for extension, m in parts.items()}
+    try:
+        meta, captions = _captions(key, content)
+    except (ValueError, TypeError, KeyError) as error:
+        yield Problem(key, shard, "read", f"captions cannot be read: {error}")
+        return
+    kept = [c for c in captions if c.text.strip()]
+    image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
+    if not kept or (not image and REGIONS not in content):
+        yield Problem(key, shard, "read", "no image and no regions" if kept else "no caption" if not captions else "all captions are empty")
+        return
+    for caption in captions:
+        if not caption.text.strip():
+            yield Problem(key, shard, "read", f"caption {caption.id} is empty", "caption")
+    yield Sample(key, image or None, content.get(REGIONS), kept, meta)
+
+
+def _captions(key: str, content: dict[str, bytes]) -> tuple[dict[str, Any], list[Caption]]:
+    """json `captions` (objects or strings), else the lines of the txt, else json `caption`."""
+    meta = json.loads(content["json"]) if "json" in content else {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"the json holds a {type(meta).__name__}, not an object")
+    raw = meta.pop("captions", None)
+    if raw is None:
+        text = content["txt"].decode() if "txt" in content else meta.get("caption") or ""
+        raw = text.splitlines()
+    if not isinstance(raw, list):
+        raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
+    return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]
+
+
+def _caption(default_id: str, raw: Any) -> Caption:
+    if isinstance(raw, str):
+        return Caption(default_id, raw)
+    meta = {name: value for name, value in raw.items() if name not in ("id", "text")}
+    text = raw["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"the text of a caption must be a string, not {text!r}")
+    return Caption(str(raw.get("id", default_id)), text, meta)

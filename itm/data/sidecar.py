@@ -1,0 +1,318 @@
+"""The soft-label store: teacher vectors beside the shards, one Arrow IPC file per shard and teacher.
+
+    <teachers root>/<teacher id>/<shard stem>.arrow     columns key, [caption], problem, vector, [scale]; rows in tar order
+    <teachers root>/<teacher id>/store.json             written last: its presence says that the store is whole
+    <teachers root>/<choice id>.json                    which store serves a recipe's choice of teacher
+
+An image store has one row per sample, a text store one row per caption. Vectors are stored at unit length (only their cosines
+are ever used) as fp16, fp32, or int8 codes with one fp16 scale a row. A row whose teacher input could not be read keeps
+its place, with a reason in `problem` and a zero vector, so that rows never shift. Nothing but numpy and pyarrow is needed to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import fs, ipc
+
+from itm.data import files
+
+FORMAT = 1
+REMEDY = "run `itm teach` with this recipe (finished shards are kept)"
+_ARROW = {"fp16": pa.float16(), "fp32": pa.float32(), "int8": pa.int8()}
+_NUMPY: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a sidecar says about itself, kept as JSON in the Arrow schema metadata.
+
+    `unreadable` lists the (key, reason) of samples that the shard reader already rejected: they have no row.
+    """
+
+    identity: dict[str, Any]
+    modality: str
+    dtype: str
+    shard: str
+    shard_sha256: str
+    unreadable: list[list[str]] = field(default_factory=list)
+    rows: int = 0
+    rejected: int = 0
+    width: int = 0
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """The rows of one shard, as they lie in the file (memory-mapped when it is local)."""
+
+    uri: str
+    header: Header
+    table: pa.Table
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Sample key of each row."""
+        return self.table["key"].to_pylist()
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """Caption id of each row; None in an image store."""
+        return self.table["caption"].to_pylist() if self.header.modality == "text" else None
+
+    @cached_property
+    def problems(self) -> list[str | None]:
+        """Why a row has no vector, or None."""
+        return self.table["problem"].to_pylist()
+
+    @cached_property
+    def ok(self) -> np.ndarray:
+        """(N,) bool, True where the row has a vector."""
+        return np.array([p is None for p in self.problems], dtype=bool)
+
+    @cached_property
+    def vectors(self) -> np.ndarray:
+        """(N, D) at unit length: fp16 or fp32 as stored (no copy), float32 when stored as int8."""
+        codes = _matrix(self.table["vector"], self.header)
+        if self.header.dtype != "int8":
+            return codes
+        scale = self.table["scale"].combine_chunks().to_numpy(zero_copy_only=False)
+        return codes.astype(np.float32) * scale.astype(np.float32)[:, None]
+
+    @cached_property
+    def _row_of(self) -> dict[tuple[str, str | None], int]:
+        return {name: row for row, name in enumerate(_names(self.keys, self.captions))}
+
+    def rows(self, keys: Sequence[str], captions: Sequence[str] | None = None) -> np.ndarray:
+        """Row numbers (N,) int64 of samples, or of captions by (key, caption id), in the order asked.
+
+        Raises ValueError naming the first that is not in this sidecar.
+        """
+        names = _names(keys, captions)
+        missing = next((name for name in names if name not in self._row_of), None)
+        if missing is not None:
+            raise ValueError(f"{self.uri}: no row for {_name(*missing)}; the shard has changed since it was scored: {REMEDY}")
+        return np.array([self._row_of[name] for name in names], dtype=np.int64)
+
+
+def join(sidecar: Sidecar, keys: Sequence[str], captions: Sequence[str] | None = None) -> np.ndarray:
+    """The vectors (N, D) of a whole shard, zipped by position; row k is asserted to be that of keys[k] (and captions[k]).
+
+    Raises ValueError naming the file, the first differing row and both keys.
+    """
+    for row, (their, our) in enumerate(zip_longest(_names(sidecar.keys, sidecar.captions), _names(keys, captions))):
+        if their != our:
+            raise ValueError(
+                f"{sidecar.uri}: row {row} is of {_name(*their) if their else 'no sample'}, but the shard has "
+                f"{_name(*our) if our else 'no sample'} there: {REMEDY}"
+            )
+    return sidecar.vectors
+
+
+def _names(keys: Sequence[str], captions: Sequence[str] | None) -> list[tuple[str, str | None]]:
+    return [(key, None) for key in keys] if captions is None else list(zip(keys, captions, strict=True))
+
+
+def _name(key: str, caption: str | None) -> str:
+    return f"sample {key!r}" if caption is None else f"sample {key!r}, caption {caption!r}"
+
+
+def write_sidecar(
+    uri: str,
+    header: Header,
+    keys: Sequence[str],
+    vectors: np.ndarray,
+    captions: Sequence[str] | None = None,
+    problems: Sequence[str | None] | None = None,
+) -> Header:
+    """Check the rows, store them atomically and return the completed header. Equal input gives equal bytes.
+
+    vectors (N, D) float32; captions: caption ids of a text store; problems: a reason for each row without a vector.
+    Raises ValueError for a wrong rank or length, a non-finite value or a zero norm where there is no problem.
+    """
+    problems = list(problems or [None] * len(keys))
+    ok = np.array([p is None for p in problems], dtype=bool)
+    vectors = np.asarray(vectors, dtype=np.float32)
+    _check(uri, keys, vectors, ok, "mend the teacher")
+    unit = np.zeros_like(vectors)
+    unit[ok] = vectors[ok] / np.linalg.norm(vectors[ok], axis=1, keepdims=True)
+    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    if header.modality == "text":
+        columns["caption"] = pa.array(captions, pa.string())
+    columns["problem"] = pa.array(problems, pa.string())
+    codes, scale = _encode(unit, header.dtype)
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1), _ARROW[header.dtype]), vectors.shape[1])
+    if scale is not None:
+        columns["scale"] = pa.array(scale, pa.float16())
+    done = Header(**asdict(header) | {"rows": len(keys), "rejected": int((~ok).sum()), "width": vectors.shape[1]})
+    table = pa.table(columns).replace_schema_metadata({"itm": json.dumps(asdict(done), sort_keys=True)})
+    sink = pa.BufferOutputStream()
+    with ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    files.write_atomic(uri, sink.getvalue().to_pybytes())
+    return done
+
+
+def read_sidecar(uri: str, shard_sha256: str | None = None, teacher: str | None = None) -> Sidecar:
+    """Open a sidecar, memory-mapped when local, and check it: format, shard, teacher, rank, finiteness and norms.
+
+    Raises ValueError naming the file, the row and the remedy.
+    """
+    sidecar = _open(uri)
+    header = sidecar.header
+    if shard_sha256 is not None and header.shard_sha256 != shard_sha256:
+        was, now = header.shard_sha256[:12], shard_sha256[:12]
+        raise ValueError(f"{uri} was scored from another shard: {header.shard} of sha256 {was}, expected {now}: {REMEDY}")
+    if teacher is not None and teacher_id(header.identity) != teacher:
+        raise ValueError(f"{uri} was scored by {teacher_id(header.identity)}, expected {teacher}: {REMEDY}")
+    if len(sidecar.table) != header.rows:
+        raise ValueError(f"{uri} holds {len(sidecar.table)} rows, its header says {header.rows}: delete it and {REMEDY}")
+    _check(uri, sidecar.keys, sidecar.vectors, sidecar.ok, f"delete the file and {REMEDY}")
+    return sidecar
+
+
+def read_header(uri: str) -> Header | None:
+    """The header alone, or None if there is no whole sidecar at `uri`."""
+    try:
+        return _open(uri).header
+    except ValueError:
+        return None
+
+
+def _open(uri: str) -> Sidecar:
+    filesystem, path = files.resolve(uri)
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        raise ValueError(f"no sidecar at {uri}: {REMEDY}")
+    local = isinstance(filesystem, fs.LocalFileSystem)
+    source = pa.memory_map(path) if local else pa.BufferReader(files.read_bytes(uri))
+    try:
+        table = ipc.open_file(source).read_all()
+        header = Header(**json.loads(table.schema.metadata[b"itm"]))
+    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{uri} is not a sidecar of format {FORMAT} ({error}): delete it and {REMEDY}") from None
+    return Sidecar(uri, header, table)
+
+
+def _check(uri: str, keys: Sequence[str], vectors: np.ndarray, ok: np.ndarray, remedy: str) -> None:
+    if vectors.ndim != 2 or len(vectors) != len(keys) or (len(keys) and vectors.shape[1] < 2):
+        raise ValueError(f"{uri}: teacher vectors of shape {vectors.shape} for {len(keys)} rows; expected (rows, width > 1): {remedy}")
+    # One pass: a NaN or an infinity anywhere in a row makes its sum of squares non-finite.
+    squares = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float32)
+    for wrong, what in ((~np.isfinite(squares), "is not finite"), (squares == 0, "has zero norm")):
+        rows = np.flatnonzero(wrong & ok)
+        if len(rows):
+            raise ValueError(f"{uri}: row {rows[0]}, sample {keys[rows[0]]!r}: the teacher vector {what} ({len(rows)} such rows): {remedy}")
+
+
+def _encode(unit: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Unit rows as stored. int8: code = round(v / scale), scale = max |v| of the row / 127 as fp16."""
+    if dtype != "int8":
+        return unit.astype(_NUMPY[dtype]), None
+    scale = (np.abs(unit).max(axis=1, initial=0) / 127).astype(np.float16)
+    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
+    return np.clip(np.rint(unit / divisor[:, None]), -127, 127).astype(np.int8), scale
+
+
+def _matrix(column: pa.ChunkedArray, header: Header) -> np.ndarray:
+    if not len(column):
+        return np.zeros((0, header.width), _NUMPY[header.dtype])
+    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return values.flatten().to_numpy(zero_copy_only=True).reshape(-1, header.width)
+
+
+# --- stores -------------------------------------------------------------------------------------------------------------------
+
+
+def teacher_id(identity: Mapping[str, Any]) -> str:
+    """A readable name and 10 hex digits of the whole identity: `minilm-all-MiniLM-L6-v2-0a1b2c3d4e`."""
+    model = re.sub(r"[^A-Za-z0-9._]+", "-", str(identity.get("model", "")).rstrip("/").split("/")[-1]).strip("-.")[:40]
+    return "-".join(filter(None, (str(identity["kind"]).replace("_", "-"), model, _digest(identity))))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class Store:
+    """A whole store: the teacher, and what is known of each shard's sidecar (`{shard name: {sha256, rows, rejected}}`)."""
+
+    uri: str
+    modality: str
+    dtype: str
+    width: int
+    identity: dict[str, Any]
+    shards: dict[str, dict[str, Any]]
+
+    @property
+    def teacher(self) -> str:
+        return teacher_id(self.identity)
+
+    def sidecar(self, shard: str, sha256: str | None = None) -> Sidecar:
+        """The checked sidecar of a shard (its file name). Raises ValueError when it is missing or of other bytes."""
+        return read_sidecar(sidecar_uri(self.uri, shard), sha256, self.teacher)
+
+    def check(self, shards: Iterable[tuple[str, str]]) -> None:
+        """Refuse before work starts: every (shard name, sha256) must have been scored. Raises ValueError naming the first."""
+        for name, sha256 in shards:
+            known = self.shards.get(name)
+            if known is None or not files.exists(sidecar_uri(self.uri, name)):
+                raise ValueError(f"no sidecar at {sidecar_uri(self.uri, name)}: {REMEDY}")
+            if known["sha256"] != sha256:
+                raise ValueError(f"{sidecar_uri(self.uri, name)} was scored from another version of {name}: {REMEDY}")
+
+
+def sidecar_uri(store: str, shard: str) -> str:
+    return files.join(store, f"{shard.rsplit('/', 1)[-1].removesuffix('.tar')}.arrow")
+
+
+def write_store(root: str, choice: Mapping[str, Any], headers: Mapping[str, Header], identity: dict[str, Any]) -> str:
+    """Write store.json (and the pointer that leads from a recipe's choice to it) and return the store's URI.
+
+    headers: by shard name, in shard order. choice: modality, dtype, kind, options, as a recipe spells its teacher.
+    """
+    uri = files.join(root, teacher_id(identity))
+    shards = {n: {"sha256": h.shard_sha256, "rows": h.rows, "rejected": h.rejected} for n, h in headers.items()}
+    width = max((h.width for h in headers.values()), default=0)
+    receipt = {"format": FORMAT, "modality": choice["modality"], "dtype": choice["dtype"], "width": width}
+    _write_json(files.join(uri, "store.json"), receipt | {"identity": identity, "shards": shards})
+    _write_json(_pointer(root, choice), {"teacher": teacher_id(identity), "choice": dict(choice)})
+    return uri
+
+
+def open_store(root: str, teacher: str) -> Store:
+    """The store of a teacher id below `root`. Raises ValueError naming the file when it is absent or unfinished."""
+    uri = files.join(root, teacher)
+    receipt = files.join(uri, "store.json")
+    if not files.exists(receipt):
+        raise ValueError(f"no finished soft-label store at {uri} (store.json is missing): {REMEDY}")
+    said = json.loads(files.read_bytes(receipt))
+    return Store(uri, said["modality"], said["dtype"], said["width"], said["identity"], said["shards"])
+
+
+def find_store(root: str, choice: Mapping[str, Any]) -> Store:
+    """The store that `itm teach` last finished for a recipe's choice of teacher; no teacher is loaded.
+
+    Raises ValueError naming the teacher and the remedy when there is none.
+    """
+    pointer = _pointer(root, choice)
+    if not files.exists(pointer):
+        raise ValueError(f"no soft-label store of the {choice['modality']} teacher {choice['kind']!r} below {root}: {REMEDY}")
+    return open_store(root, json.loads(files.read_bytes(pointer))["teacher"])
+
+
+def _pointer(root: str, choice: Mapping[str, Any]) -> str:
+    return files.join(root, f"{choice['modality']}-{choice['kind']}-{_digest(dict(choice))}.json")
+
+
+def _write_json(uri: str, value: Any) -> None:
+    files.write_atomic(uri, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())

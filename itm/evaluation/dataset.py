@@ -1,0 +1,225 @@
+"""A split of shards as a matcher sees it: every image and every caption encoded once, with their ids, texts and metadata.
+
+What cannot be read or decoded comes back as quarantine rows (`problems`), never silently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itm.data import files
+from itm.data.records import Caption, Problem
+from itm.data.shards import Manifest, Sample, read_manifest, read_samples
+from itm.data.sources import SOURCES
+from itm.evaluation.scoring import encode_rows, scoring_mode
+from itm.types import Encoded, positives_from_ids
+
+
+@dataclass(frozen=True)
+class Names:
+    """What is known of the rows besides vectors: images in order, captions in order, and which image each caption describes.
+
+    caption_image (T,) int64 is the row of the image in `image_keys`.
+    """
+
+    image_keys: list[str]
+    caption_ids: list[str]
+    caption_image: Tensor
+    texts: list[str] = field(default_factory=list)
+    image_metas: list[dict[str, Any]] = field(default_factory=list)
+    caption_metas: list[dict[str, Any]] = field(default_factory=list)
+    image_shards: list[str] = field(default_factory=list)
+
+    @property
+    def positives(self) -> tuple[Tensor, Tensor]:
+        """Truth by ids, as `retrieval_metrics` takes it."""
+        return torch.arange(len(self.image_keys)), self.caption_image
+
+    def positive_matrix(self) -> Tensor:
+        return positives_from_ids(*self.positives)
+
+    def check(self) -> None:
+        """Raises ValueError, with counts and the first offender, for duplicate ids, images without caption, captions without image."""
+        for what, ids in (("image key", self.image_keys), ("caption id", self.caption_ids)):
+            twice = [name for name, count in Counter(ids).items() if count > 1]
+            if twice:
+                raise ValueError(f"{len(twice)} {what}s occur more than once, the first is {twice[0]!r}; ids must be unique in a split")
+        lost = ((self.caption_image < 0) | (self.caption_image >= len(self.image_keys))).nonzero()[:, 0].tolist()
+        if lost:
+            raise ValueError(f"{len(lost)} of {len(self.caption_ids)} captions have no image, the first is {self.caption_ids[lost[0]]!r}")
+        counts = torch.bincount(self.caption_image, minlength=len(self.image_keys))
+        bare = (counts == 0).nonzero()[:, 0].tolist()
+        if bare:
+            raise ValueError(f"{len(bare)} of {len(self.image_keys)} images have no caption, the first is {self.image_keys[bare[0]]!r}")
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A split, or a shard of it, encoded on the CPU."""
+
+    images: Encoded
+    captions: Encoded
+    names: Names
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def positives(self) -> tuple[Tensor, Tensor]:
+        return self.names.positives
+
+    @classmethod
+    def cat(cls, pieces: Sequence[EncodedSplit]) -> EncodedSplit:
+        """Join shards in order; the caption -> image rows are shifted to the joined order. At least one shard holds an image."""
+        full = [p for p in pieces if p.names.image_keys]
+        images, captions = Encoded.cat([p.images for p in full]), Encoded.cat([p.captions for p in full])
+        return cls(images, captions, join_names([p.names for p in full]), [row for p in pieces for row in p.problems])
+
+
+def join_names(pieces: Sequence[Names]) -> Names:
+    joined: dict[str, Any] = {}
+    for name in Names.__dataclass_fields__:
+        joined[name] = [row for piece in pieces for row in getattr(piece, name)] if name != "caption_image" else None
+    starts = torch.tensor([0, *(len(p.image_keys) for p in pieces)]).cumsum(0)
+    joined["caption_image"] = torch.cat([p.caption_image + start for p, start in zip(pieces, starts.tolist(), strict=False)])
+    return Names(**joined)
+
+
+def encode_split(
+    matcher: Any,
+    split_uri: str,
+    batch_size: int = 256,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    max_reject_rate: float = 1.0,
+) -> EncodedSplit:
+    """Encode the first `limit` images (unset: all) of a split with their captions, shard after shard, in this process.
+
+    matcher: as `itm.load_matcher` gives it, with `.inputs`. Raises ValueError when a larger share than `max_reject_rate` is rejected.
+    """
+    pieces: list[EncodedSplit] = []
+    for uri in shard_uris(split_uri):
+        left = None if limit is None else limit - sum(len(p.names.image_keys) for p in pieces)
+        if left is not None and left <= 0:
+            break
+        pieces.append(encode_shard(matcher, uri, batch_size, left, device))
+    return checked(pieces, split_uri, max_reject_rate)
+
+
+def shard_uris(split_uri: str, manifest: Manifest | None = None) -> list[str]:
+    return [files.join(split_uri, shard.name) for shard in (manifest or read_manifest(split_uri)).shards]
+
+
+def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: float) -> EncodedSplit:
+    """Join the shards of a split. Raises ValueError when nothing is left or too much was rejected."""
+    problems = [problem for piece in pieces for problem in piece.problems if problem.what != "caption"]
+    kept = sum(len(piece.names.image_keys) for piece in pieces)
+    total = kept + len(problems)
+    if problems and len(problems) > max_reject_rate * total or not kept:
+        first = f"; the first is {problems[0].key!r} in {problems[0].shard}: {problems[0].reason}" if problems else ""
+        raise ValueError(f"{split_uri}: {len(problems)} of {total} samples were rejected (limit {max_reject_rate:.1%}){first}")
+    return EncodedSplit.cat(pieces)
+
+
+def encode_shard(
+    matcher: Any, shard_uri: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+) -> EncodedSplit:
+    """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems."""
+    problems: list[Problem] = []
+    samples: list[Sample] = []
+    images: list[Encoded] = []
+    with scoring_mode(matcher, device):
+        for batch in _batches(read_samples(shard_uri), batch_size, limit, problems):
+            good, prepared = _prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+            samples += good
+            images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
+        captions = [caption for sample in samples for caption in sample.captions]
+        encoded = [_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(captions), batch_size)]
+    both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
+    return EncodedSplit(*both, _names(samples, shard_uri), problems)
+
+
+def encode_texts(matcher: Any, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
+    """Encode strings, `batch_size` a call."""
+    captions = [Caption("", text) for text in texts]
+    with scoring_mode(matcher, device):
+        return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(texts), batch_size)])
+
+
+def _encode_texts(matcher: Any, captions: Sequence[Caption], device: Any) -> Encoded:
+    return encode_rows(matcher, matcher.inputs.captions([c.text for c in captions]), len(captions), device)
+
+
+def _batches(items: Iterable[Sample | Problem], size: int, limit: int | None, problems: list[Problem]) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    taken = 0
+    for item in items:
+        if isinstance(item, Problem):
+            problems.append(item)
+            continue
+        if limit is not None and taken >= limit:
+            break
+        batch.append(item)
+        taken += 1
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _prepare(inputs: Any, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Any]]:
+    """One `Images` for the batch; when one of its images is bad, one each, and a quarantine row for the bad ones."""
+    regions = inputs.image.kind == "regions"
+    raw = [sample.regions if regions else sample.image for sample in batch]
+    try:
+        if None not in raw:
+            return batch, [inputs.images(raw)]
+    except ValueError:
+        pass
+    good: list[Sample] = []
+    prepared: list[Any] = []
+    for sample, data in zip(batch, raw, strict=True):
+        try:
+            if data is None:
+                raise ValueError(f"the sample has no {'region file' if regions else 'image'}")
+            prepared.append(inputs.images([data]))
+            good.append(sample)
+        except ValueError as error:
+            problems.append(Problem(sample.key, shard, "evaluate", str(error)))
+    return good, prepared
+
+
+def _names(samples: list[Sample], shard_uri: str) -> Names:
+    captions = [caption for sample in samples for caption in sample.captions]
+    rows = torch.tensor([row for row, sample in enumerate(samples) for _ in sample.captions], dtype=torch.int64)
+    return Names(
+        image_keys=[s.key for s in samples],
+        caption_ids=[c.id for c in captions],
+        caption_image=rows,
+        texts=[c.text for c in captions],
+        image_metas=[s.meta for s in samples],
+        caption_metas=[c.meta for c in captions],
+        image_shards=[shard_uri] * len(samples),
+    )
+
+
+def exact_relevance(source: str, names: Names) -> Tensor | None:
+    """(I,T) bool, all pairs that hold, when the source of the shards can tell (its module has `relevance(image_metas, caption_metas)`).
+
+    source: `Manifest.source`, whose leading word is the source's kind. None when the source knows annotated pairs only.
+    """
+    kind = re.match(r"\w*", source)
+    assert kind is not None
+    if kind.group() not in SOURCES:
+        return None
+    relevance = getattr(import_module(SOURCES[kind.group()].partition(":")[0]), "relevance", None)
+    if relevance is None:
+        return None
+    return torch.as_tensor(relevance(names.image_metas, names.caption_metas)).bool()

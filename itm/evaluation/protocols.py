@@ -1,0 +1,198 @@
+"""Evaluation protocols: which pairs are asked, against which truth, and how the numbers are averaged.
+
+A protocol takes `Scored` and gives `Outcome`, or refuses with counts when it does not fit the split. A new protocol costs one function
+and one line in PROTOCOLS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itm.evaluation import coco_truth
+from itm.evaluation.dataset import Names
+from itm.evaluation.metrics import Scores, chance_metrics, check_scores, equivalence_metrics, rank_queries, retrieval_metrics
+from itm.types import Encoded
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A split after scoring: scores (I,T), who the rows are, all true pairs where known (I,T) bool, and the vectors for uni-modal use."""
+
+    scores: Scores
+    names: Names
+    relevance: Tensor | None = None
+    images: Encoded | None = None
+    captions: Encoded | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """metrics and chance share keys; `protocol` says in words what was measured; counts: queries and pairs behind the numbers."""
+
+    protocol: str
+    metrics: dict[str, float]
+    chance: dict[str, float]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
+    """Raises ValueError for an unknown protocol, one that does not fit the split, bad ids, bad shapes or NaN scores."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+    scored.names.check()
+    check_scores(scored.scores, scored.names.positives)
+    return PROTOCOLS[name](scored, tie)
+
+
+def all_pairs(scored: Scored, tie: str, title: str = "all images x all captions") -> Outcome:
+    """Every image against every caption of the split; mAP@R over the exact relevance where the source knows it."""
+    positives = scored.names.positives
+    metrics = retrieval_metrics(scored.scores, positives, scored.relevance, tie)
+    counts = {"images": len(positives[0]), "captions": len(positives[1])}
+    if scored.relevance is not None:
+        counts["relevant_pairs"] = int(scored.relevance.sum())
+    truth = "annotated pairs" if scored.relevance is None else "annotated pairs; mAP@R, R-precision and semantic R@1 over exact relevance"
+    return Outcome(f"{title}; {truth}; ties {tie}", metrics, chance_metrics(positives, scored.relevance), counts)
+
+
+def flickr30k_1k(scored: Scored, tie: str) -> Outcome:
+    _require_size(scored.names, "flickr30k-1k", 1000, (5000,))
+    return all_pairs(scored, tie, "Flickr30K test, 1,000 images x 5,000 captions")
+
+
+def coco_5k(scored: Scored, tie: str) -> Outcome:
+    """5 captions an image (25,000), or all captions as IAIS takes them (25,010)."""
+    _require_size(scored.names, "coco-5k", 5000, (25000, 25010))
+    return all_pairs(scored, tie, f"COCO 5K test, 5,000 images x {len(scored.names.caption_ids):,} captions")
+
+
+def coco_1k_5fold(scored: Scored, tie: str) -> Outcome:
+    _require_size(scored.names, "coco-1k-5fold", 5000, (25000, 25010))
+    metrics, chance = folds(scored, 5, tie)
+    counts = {"images": 5000, "captions": len(scored.names.caption_ids), "folds": 5}
+    return Outcome(f"COCO 1K, mean of five consecutive folds of 1,000 images; ties {tie}", metrics, chance, counts)
+
+
+def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[str, float], dict[str, float]]:
+    """Mean metrics and chance over `count` consecutive blocks of images, each against its own captions (sgraf.md 7)."""
+    size = len(scored.names.image_keys) // count
+    rows: list[tuple[dict[str, float], dict[str, float]]] = []
+    for start in range(0, size * count, size):
+        columns = ((scored.names.caption_image >= start) & (scored.names.caption_image < start + size)).nonzero()[:, 0]
+        truth = (torch.arange(size), scored.names.caption_image[columns] - start)
+        relevance = None if scored.relevance is None else scored.relevance[start : start + size, columns]
+        rows.append((retrieval_metrics(scored.scores[start : start + size][:, columns], truth, relevance, tie), chance_metrics(truth, relevance)))
+    return _mean([metrics for metrics, _ in rows]), _mean([chance for _, chance in rows])
+
+
+def eccv(scored: Scored, tie: str) -> Outcome:
+    """ECCV Caption: R@1, mAP@R, R-precision over its human-checked positives; truth from the eccv-caption package (cusa.md 5.2)."""
+    return _coco_wide(scored, tie, "eccv", "ECCV Caption on COCO 5K")
+
+
+def cxc(scored: Scored, tie: str) -> Outcome:
+    """CxC: recalls over its positives; truth from the eccv-caption package."""
+    return _coco_wide(scored, tie, "cxc", "CxC on COCO 5K")
+
+
+def i2i(scored: Scored, tie: str) -> Outcome:
+    """Image -> image: R@1 and mAP@R; relevant = another image of the same scene, class or label in the metadata (cusa.md 5.3)."""
+    labels = _labels(scored.names)
+    return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
+
+
+def t2t(scored: Scored, tie: str) -> Outcome:
+    """Caption -> caption: R@1 and mAP@R; relevant = another caption of the same image."""
+    return _one_modality("t2t", _uni(scored.captions, "caption"), scored.names.caption_image, tie, "caption -> caption of the same image")
+
+
+PROTOCOLS: dict[str, Callable[[Scored, str], Outcome]] = {
+    "auto": all_pairs,
+    "flickr30k-1k": flickr30k_1k,
+    "coco-5k": coco_5k,
+    "coco-1k-5fold": coco_1k_5fold,
+    "eccv": eccv,
+    "cxc": cxc,
+    "i2i": i2i,
+    "t2t": t2t,
+}
+
+
+def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Any:
+    """Cosine retrieval by label: one set against itself without the query, or against a gallery (vectors (G,D), labels (G,)).
+
+    vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, and
+    `queries`, their number. Raises ValueError when no query has one.
+    """
+    others, other_labels = gallery or (vectors, labels)
+    query, others = (torch.nn.functional.normalize(v, dim=1) for v in (vectors, others))
+    positives = labels[:, None] == other_labels[None, :]
+    scores = query @ others.T
+    if gallery is None:
+        positives.fill_diagonal_(False)
+        scores.fill_diagonal_(-torch.inf)
+    ranking = rank_queries(scores, positives, tie)
+    if not ranking.asked.any():
+        raise ValueError(f"no row of {len(labels)} shares its label with another one: nothing to retrieve")
+    values = equivalence_metrics(ranking)
+    return {"r1": values["semantic_r1"], "map_at_r": values["map_at_r"], "r_precision": values["r_precision"], "queries": int(ranking.asked.sum())}
+
+
+def _one_modality(way: str, vectors: Tensor, labels: Tensor, tie: str, title: str) -> Outcome:
+    values = same_label_metrics(vectors, labels, tie=tie)
+    queries = values.pop("queries")
+    sizes = torch.unique(labels, return_inverse=True, return_counts=True)
+    others = (sizes[2][sizes[1]] - 1).double()
+    share = float((others[others > 0] / (len(labels) - 1)).mean())
+    metrics = {f"{way}_{name}": value for name, value in values.items()}
+    chance = {f"{way}_r1": 100 * share, f"{way}_r_precision": share}
+    return Outcome(f"{title}; ties {tie}", metrics, chance, {"rows": len(labels), "queries": queries})
+
+
+def _coco_wide(scored: Scored, tie: str, truth: str, title: str) -> Outcome:
+    relevance = coco_truth.relevance(truth, scored.names.image_keys, scored.names.caption_ids, scored.names.image_metas)
+    metrics: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for way, scores, positives in (("i2t", scored.scores, relevance.i2t), ("t2i", scored.scores.T, relevance.t2i)):
+        ranking = rank_queries(scores, positives, tie)
+        metrics |= {f"{way}_{truth}_r{k}": ranking.recall(k) for k in (1, 5, 10)}
+        values = equivalence_metrics(ranking)
+        metrics |= {f"{way}_{truth}_{name}": values[name] for name in ("map_at_r", "r_precision")}
+        counts |= {f"{way}_queries": int(ranking.asked.sum()), f"{way}_pairs": int(positives.sum())}
+    return Outcome(f"{title}; ties {tie}", metrics, {}, counts)
+
+
+def _require_size(names: Names, protocol: str, images: int, captions: tuple[int, ...]) -> None:
+    have = (len(names.image_keys), len(names.caption_ids))
+    if have[0] != images or have[1] not in captions:
+        wanted = " or ".join(f"{c:,}" for c in captions)
+        raise ValueError(
+            f"protocol {protocol} is defined on {images:,} images and {wanted} captions; this split has {have[0]:,} and {have[1]:,}. "
+            "Use --protocol auto for other splits"
+        )
+
+
+def _labels(names: Names) -> Tensor:
+    for key in ("scene", "scene_id", "label", "class"):
+        values = [meta.get(key) for meta in names.image_metas]
+        if values and None not in values:
+            index = {value: row for row, value in enumerate(dict.fromkeys(map(str, values)))}
+            return torch.tensor([index[str(value)] for value in values])
+    raise ValueError("protocol i2i needs a scene, label or class in the metadata of every image; this split has none")
+
+
+def _uni(encoded: Encoded | None, what: str) -> Tensor:
+    """The uni-modal head where the model has one (CUSA), else the shared vector."""
+    vectors = None if encoded is None else encoded.uni if encoded.uni is not None else encoded.vector
+    if vectors is None:
+        raise ValueError(f"uni-modal protocols need {what} vectors; this matcher (or score file) gives none")
+    return vectors.float()
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

@@ -1,0 +1,145 @@
+"""All images against all captions: encode once, score in tiles.
+
+Captions are walked in order of length and cut to the longest of their tile, so short captions cost no padding; a tile is sized by a
+memory budget. Any matcher works; several matchers give the mean of their scores (an ensemble, as SGRAF = SGR + SAF).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itm.types import Captions, Encoded, Images, Matcher
+
+TILE_BYTES = 256 << 20
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def score_matrix(
+    matcher: Matcher | Sequence[Matcher],
+    images: Images | Encoded | Sequence[Encoded],
+    captions: Captions | Encoded | Sequence[Encoded],
+    *,
+    block: int | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    batch_size: int = 256,
+) -> Tensor:
+    """(I,T) float32 scores on the CPU, larger = better; exact: no pair is skipped or approximated.
+
+    Inputs are raw (`Images`, `Captions`: encoded here, `batch_size` rows a call) or `Encoded`; an ensemble takes one `Encoded` a member.
+    block: images per tile; unset = from the memory budget. precision: fp32 (the score of record), tf32 or bf16 (autocast; larger error).
+    The block size changes a score by float32 rounding at most (a GEMM may sum in another order for another shape).
+    Raises ValueError for an unknown precision, an empty side, or an ensemble whose encodings do not match its members.
+    """
+    members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
+    left, right = _per_member(images, len(members), "image"), _per_member(captions, len(members), "caption")
+    total: Tensor | None = None
+    for member, own_images, own_captions in zip(members, left, right, strict=True):
+        with _scoring(member, torch.device(device), precision):
+            encoded_images = _encoded(member, own_images, batch_size, device)
+            encoded_captions = _encoded(member, own_captions, batch_size, device)
+            scores = _tiled(member, encoded_images, encoded_captions, block, torch.device(device))
+        total = scores if total is None else total.add_(scores)
+    assert total is not None
+    return total.div_(len(members))
+
+
+def encode_rows(matcher: Matcher, rows: Images | Captions, batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
+    """Encode in batches, results on the CPU. The caller sets evaluation mode (see `scoring_mode`)."""
+    encode: Any = matcher.encode_images if isinstance(rows, Images) else matcher.encode_captions
+    return Encoded.cat([encode(rows[i : i + batch_size].to(device)).to("cpu") for i in range(0, len(rows), batch_size)])
+
+
+@contextlib.contextmanager
+def scoring_mode(matcher: Any, device: str | torch.device = "cpu") -> Iterator[None]:
+    """No gradients, evaluation mode, on `device`; the matcher's training flag is put back afterwards."""
+    is_module = isinstance(matcher, nn.Module)
+    training = is_module and matcher.training
+    if is_module:
+        matcher.eval().to(device)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if is_module:
+            matcher.train(training)
+
+
+@contextlib.contextmanager
+def _scoring(matcher: Any, device: torch.device, precision: str) -> Iterator[None]:
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        with scoring_mode(matcher, device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _per_member(rows: Any, members: int, what: str) -> list[Any]:
+    listed = list(rows) if isinstance(rows, Sequence) else None
+    if listed is not None and len(listed) != members:
+        raise ValueError(f"{members} matchers, but {len(listed)} {what} encodings")
+    if listed is None and isinstance(rows, Encoded) and members > 1:
+        raise ValueError(f"{members} matchers need one {what} encoding each; give a list, or the raw {what}s")
+    each = listed or [rows] * members
+    if any(len(r) == 0 for r in each):
+        raise ValueError(f"no {what}s to score")
+    return each
+
+
+def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: int, device: Any) -> Encoded:
+    return rows if isinstance(rows, Encoded) else encode_rows(matcher, rows, batch_size, device)
+
+
+def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device) -> Tensor:
+    scores = torch.empty(len(images), len(captions))
+    order = _by_length(captions)
+    columns = _columns(images, captions)
+    for start in range(0, len(order), columns):
+        chosen = order[start : start + columns]
+        tile = trim(captions[chosen])
+        rows = block or _rows(images, tile)
+        moved = tile.to(device)
+        for first in range(0, len(images), rows):
+            piece = images[first : first + rows].to(device)
+            scores[first : first + rows, chosen] = matcher.score(piece, moved).float().cpu()
+    return scores
+
+
+def _by_length(captions: Encoded) -> Tensor:
+    if captions.mask is None:
+        return torch.arange(len(captions))
+    return captions.mask.sum(1).argsort(stable=True)
+
+
+def trim(rows: Encoded) -> Encoded:
+    """Cut `parts` and `mask` behind the last real part of any row."""
+    if rows.mask is None or rows.parts is None or rows.mask.shape[1] != rows.parts.shape[1]:
+        return rows
+    longest = int(rows.mask.any(0).nonzero().max()) + 1 if rows.mask.any() else 1
+    return Encoded(rows.vector, rows.parts[:, :longest], rows.mask[:, :longest], rows.uni)
+
+
+def _pair_bytes(images: Encoded, captions: Encoded) -> int:
+    """Bytes a late-interaction score of one pair may hold at once: attention in both directions and one context per word."""
+    if images.parts is None or captions.parts is None:
+        return 8
+    regions, words, width = images.parts.shape[1], captions.parts.shape[1], captions.parts.shape[2]
+    return 4 * (4 * regions * words + 2 * words * width)
+
+
+def _columns(images: Encoded, captions: Encoded) -> int:
+    """Captions per tile: a few hundred for late interaction, so that tiles are of one length; all for one matmul."""
+    return len(captions) if captions.parts is None or images.parts is None else 256
+
+
+def _rows(images: Encoded, captions: Encoded) -> int:
+    return max(1, TILE_BYTES // (_pair_bytes(images, captions) * len(captions)))

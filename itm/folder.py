@@ -1,0 +1,75 @@
+"""A matcher on disk: config.json (architecture), model.safetensors (weights), inputs.json and tokenizer/ (preparation). No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from itm.config import Part
+from itm.data import files
+from itm.data.preprocess import Inputs
+from itm.models import MODELS
+from itm.parts import build_part
+
+FORMAT = 1
+
+
+def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
+    """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
+    matcher: nn.Module = build_part(MODELS, part.kind, part.options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    matcher.inputs = inputs  # type: ignore[assignment]
+    return matcher
+
+
+def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
+    """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
+    target = str(folder)
+    local = "://" not in target
+    if local:
+        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".matcher-", dir=Path(target).absolute().parent if local else None) as scratch:
+        written = Path(scratch) / "matcher"
+        written.mkdir()
+        save_model(matcher, str(written / "model.safetensors"))
+        matcher.inputs.save(written)  # type: ignore[union-attr,operator]
+        config = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        (written / "config.json").write_text(json.dumps(config, indent=1))
+        if local:
+            _replace(written, Path(target))
+        else:
+            _upload(written, target)
+
+
+def _replace(written: Path, target: Path) -> None:
+    """A folder cannot be renamed over a full one: the old one steps aside first."""
+    aside = written.parent / "old"
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(written, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _upload(written: Path, target: str) -> None:
+    paths = sorted((p for p in written.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
+    for path in paths:
+        files.write_atomic(files.join(target, *path.relative_to(written).parts), path.read_bytes())
+
+
+def load_matcher_folder(folder: str | Path) -> nn.Module:
+    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing."""
+    path = files.local_copy(str(folder)) if "://" in str(folder) else Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).exists():
+            raise ValueError(f"{folder} is no matcher folder: {name} is missing")
+    config = json.loads((path / "config.json").read_text())
+    if config["format"] > FORMAT:
+        raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")
+    matcher = build_matcher(Part(kind=config["kind"], options=config["options"]), Inputs.load(path))
+    load_model(matcher, str(path / "model.safetensors"))
+    return matcher.eval()

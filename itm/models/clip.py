@@ -1,0 +1,81 @@
+"""CLIP through Hugging Face's CLIPModel, in float32, with CUSA's cross and uni heads behind its projections (CUSA spec 2.1).
+
+The logit scale is dropped: temperatures belong to the method.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from itm.models.dual import Heads, read_heads
+from itm.models.towers import CLIP_PIXELS, Normalise, as_config, check_vocabulary, pool_tokens
+from itm.types import Captions, Encoded, Images
+
+
+class CLIP(nn.Module):
+    """`path` (hub name or folder, e.g. openai/clip-vit-base-patch32) or `config` (of CLIPConfig, random weights). score = cosine.
+
+    Without heads the vectors are CLIP's own. Parameters: 152 M (ViT-B/32 with four heads).
+    """
+
+    kind: ClassVar[str] = "clip"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        heads: dict[str, bool] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Raises ValueError unless exactly one of `path` and `config` is given, or when the tokenizer is not the model's."""
+        super().__init__()
+        self.backbone = _load(path, config)
+        del self.backbone.logit_scale
+        check_vocabulary(vocab_size, self.backbone.config.text_config.vocab_size)
+        if gradient_checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        heads = read_heads(heads)
+        self.normalise = Normalise(*CLIP_PIXELS)
+        self.vector_width = int(self.backbone.config.projection_dim)
+        self.image_heads, self.text_heads = Heads(self.vector_width, **heads), Heads(self.vector_width, **heads)
+        self.options = {"config": as_config(self.backbone), "heads": heads, "gradient_checkpointing": gradient_checkpointing}
+
+    def encode_images(self, images: Images) -> Encoded:
+        """Raises ValueError when the pixels are not the size that the model was trained for."""
+        size = self.backbone.config.vision_config.image_size
+        pixels = self.normalise(images)
+        if pixels.shape[-2:] != (size, size):
+            raise ValueError(f"CLIP for {size} pixels a side got {tuple(pixels.shape[-2:])}: set data.image_size={size}")
+        pooled = self.backbone.vision_model(pixel_values=pixels).pooler_output
+        return self.image_heads(self.backbone.visual_projection(pooled))
+
+    def encode_captions(self, captions: Captions) -> Encoded:
+        """The state of the last real token (CLIP's end token), projected. Raises ValueError when captions are longer than the model reads."""
+        longest = self.backbone.config.text_config.max_position_embeddings
+        if captions.tokens.shape[1] > longest:
+            raise ValueError(f"CLIP reads {longest} tokens, got {captions.tokens.shape[1]}: set text.max_length={longest}")
+        states = self.backbone.text_model(input_ids=captions.tokens, attention_mask=captions.mask.long()).last_hidden_state
+        return self.text_heads(self.backbone.text_projection(pool_tokens(states, captions.mask, "last")))
+
+    def score(self, images: Encoded, captions: Encoded) -> Tensor:
+        """(I,T) cosines."""
+        assert images.vector is not None and captions.vector is not None
+        return images.vector @ captions.vector.T
+
+
+def _load(path: str | None, config: dict[str, Any] | None) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+
+    if (path is None) == (config is None):
+        raise ValueError("model clip needs either path (hub name or folder) or config (a dict with text_config and vision_config)")
+    if config is not None:
+        return CLIPModel(CLIPConfig(**{key: value for key, value in config.items() if key != "model_type"})).float()
+    try:
+        return CLIPModel.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"model clip: path={path!r} holds no CLIP model: {error}") from None

@@ -1,0 +1,133 @@
+"""What every teacher is: `prepare` one row (light, on any CPU), `embed` many (the model), and an identity that is data."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from itm.config import Part
+from itm.data.records import Caption
+from itm.data.shards import Sample
+from itm.parts import build_part, find_part
+from itm.teachers import TEACHERS
+
+Modality = Literal["image", "text"]
+Precision = Literal["fp32", "fp16", "bf16"]
+TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Teacher:
+    """Rows -> vectors. A row is a `Sample` for an image teacher, a `Caption` for a text teacher.
+
+    `prepare(row) -> bytes` decodes or cleans one row without the model; it is picklable, so it runs in other processes than
+    the model, and raises ValueError for a row that cannot be scored. `embed(payloads) -> (N, D) float32` runs the model.
+    `identity` is JSON-able and differs between any two teachers whose vectors may differ.
+    """
+
+    modality: Modality
+    identity: dict[str, Any]
+    width: int
+    prepare: Callable[[Any], bytes]
+    module: nn.Module | None = None
+    device: str = "cpu"
+
+    def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[Sample | Caption]) -> np.ndarray:
+        """(N, D) float32. Raises ValueError for a row that cannot be scored."""
+        return self.embed([self.prepare(row) for row in rows])
+
+    def to(self, device: str) -> Teacher:
+        if self.module is not None:
+            self.module.to(device)
+            self.device = device
+        return self
+
+
+class VectorTeacher(Teacher):
+    """A teacher whose `prepare` already gives the vector, as float32 bytes."""
+
+    def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
+        return np.stack([np.frombuffer(p, np.float32) for p in payloads])
+
+
+def build_teacher(part: Part, modality: Modality) -> Teacher:
+    """Build a recipe's teacher for a modality. Raises ValueError for an unknown kind or option, or the other modality."""
+    given = {"modality": modality} if "modality" in inspect.signature(find_part(TEACHERS, part.kind, "teacher")).parameters else {}
+    teacher: Teacher = build_part(TEACHERS, part.kind, part.options, "teacher", **given)
+    if teacher.modality != modality:
+        raise ValueError(f"teachers.{modality}: {part.kind!r} is a teacher of {teacher.modality}s, not of {modality}s")
+    return teacher
+
+
+def choice_of(part: Part, modality: str, dtype: str) -> dict[str, Any]:
+    """A recipe's choice of teacher, as a soft-label store is looked up by."""
+    return {"modality": modality, "dtype": dtype, "kind": part.kind, "options": part.options}
+
+
+def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: int) -> np.ndarray:
+    """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
+    order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
+    vectors = np.zeros((len(payloads), teacher.width), np.float32)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = teacher.embed([payloads[row] for row in rows])
+        if batch.shape != (len(rows), teacher.width):
+            raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
+        vectors[rows] = batch
+    return vectors
+
+
+def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool) -> nn.Module:
+    """A Hugging Face model in eval mode. Raises ValueError when there is none, or when weights it needs are absent.
+
+    Absent weights would be drawn at random: another teacher at each load. An absent pooler that is not used is dropped.
+    """
+    from transformers import AutoModel
+
+    try:
+        model, info = AutoModel.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {error}") from None
+    absent = sorted(info["missing_keys"])
+    unused = [name for name in absent if not pooler and "pooler." in name]
+    if len(unused) < len(absent):
+        raise ValueError(f"teacher path {path!r} lacks the weights {', '.join(absent[:3])}; they would be random. Choose another pooling")
+    for name in {name.split("pooler.")[0] + "pooler" for name in unused}:
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, None)
+    return model.eval().requires_grad_(False)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_identity(path: str, module: nn.Module, revision: str | None) -> dict[str, Any]:
+    """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
+    config: Any = module.config
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
+    return {
+        "model": Path(path).resolve().name if Path(path).exists() else path,
+        "revision": revision or getattr(config, "_commit_hash", None),
+        "weights_sha256": weights_sha256(module),
+        "config_sha256": json_sha256(settings),
+    }
+
+
+def json_sha256(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,63 @@
+"""A trained matcher as a teacher, of images or of captions: a folder, or a version in the model registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from itm.data.records import Caption
+from itm.data.shards import Sample
+from itm.teachers.identity import Modality, Teacher, json_sha256, weights_sha256
+
+
+class MatcherTeacher(Teacher):
+    """One vector per row of any matcher: `vector` (dual encoders: the retrieval vector; late interaction: the global mean), or
+    `uni`, the uni-modal head of a CUSA student. `auto` takes `uni` where there is one.
+
+    The weights are in the identity, so a registry alias that has moved makes another store.
+    """
+
+    def __init__(self, uri: str, modality: Modality, tap: Literal["auto", "vector", "uni"] = "auto") -> None:
+        import itm
+
+        if tap not in ("auto", "vector", "uni"):
+            raise ValueError(f"tap {tap!r}; known: auto, vector, uni")
+        self.modality, self.tap = modality, tap
+        self.module = matcher = itm.load_matcher(uri)
+        self.inputs = matcher.inputs
+        kind = self.inputs.image.kind
+        self.prepare = (_regions if kind == "regions" else _image) if modality == "image" else _text
+        options: dict[str, Any] = {"kind": getattr(matcher, "kind", type(matcher).__name__), **getattr(matcher, "options", {})}
+        self.width = int(getattr(matcher, "vector_width", 0)) or self._probe()
+        self.identity = {
+            "kind": "matcher",
+            "model": uri.rstrip("/").removeprefix("models:/") if uri.startswith("models:/") else uri.rstrip("/").rsplit("/", 1)[-1],
+            "revision": None,
+            "weights_sha256": weights_sha256(matcher),
+            "config_sha256": json_sha256(options),
+            "layer": tap,
+            "pooling": modality,
+            "width": self.width,
+            "dtype": "fp32",
+            "preprocessing": {"image": vars(self.inputs.image), "tokenizer": type(self.inputs.tokenizer).__name__},
+        }
+
+    @torch.inference_mode()
+    def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
+        """payloads: image bytes, region npz bytes or UTF-8 captions -> (N, D) float32."""
+        assert self.module is not None
+        matcher: Any = self.module
+        if self.modality == "image":
+            encoded = matcher.encode_images(self.inputs.images(payloads).to(self.device))
+        else:
+            encoded = matcher.encode_captions(self.inputs.captions([p.decode() for p in payloads]).to(self.device))
+        uni = encoded.uni if self.tap != "vector" else None
+        if self.tap == "uni" and uni is None:
+            raise ValueError("this matcher has no uni-modal head; set tap=vector")
+        vector = encoded.vector if uni is None else uni
+        if vector is None:
+            raise ValueError("this matcher gives no vector per row, so it cannot be a teacher; choose a dual encoder or a late-interaction model")
+        return vector.float().cpu().numpy()

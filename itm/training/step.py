@@ -1,0 +1,64 @@
+"""One optimiser step: forward, backward, clip, update. A pure function of (weights, optimiser state, batches, step number)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from itm.config import Train
+from itm.distributed import rank
+from itm.training.optim import set_rate
+from itm.types import Batch
+
+
+class Step:
+    """`step(batches, number) -> named losses` (detached, their mean over micro-steps, with the sum as `loss`).
+
+    method: the module itself or DDP around it; rate: step number -> learning rate.
+    """
+
+    def __init__(
+        self, method: nn.Module, optimizer: Optimizer, train: Train, rate: Callable[[int], float], average: AveragedModel | None, seed: int
+    ) -> None:
+        self.method, self.optimizer, self.train, self.rate, self.average, self.seed = method, optimizer, train, rate, average, seed
+        self.plain: nn.Module = getattr(method, "module", method)
+        self.device = next(method.parameters()).device
+
+    def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
+        # Dropout and sampling draw from a stream of their own each step: a resumed run needs no saved generator.
+        torch.manual_seed(_stream(self.seed, number, rank()))
+        self.method.train()
+        set_rate(self.optimizer, self.rate(number))
+        self.optimizer.zero_grad(set_to_none=True)
+        seen: dict[str, Tensor] = {}
+        for micro, batch in enumerate(batches):
+            with self._synchronised(micro == len(batches) - 1):
+                losses = self._losses(batch.to(self.device), number)
+                torch.stack(list(losses.values())).sum().div(len(batches)).backward()
+            for name, value in losses.items():
+                seen[name] = seen.get(name, 0) + value.detach() / len(batches)
+        if self.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.plain)
+        return seen | {"loss": torch.stack(list(seen.values())).sum()}
+
+    def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            losses: dict[str, Tensor] = self.method(batch, step=number)
+        return {name: value.float() for name, value in losses.items()}
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Under DDP, gradients are averaged over ranks in the last micro-step only."""
+        return contextlib.nullcontext() if last or not hasattr(self.method, "no_sync") else self.method.no_sync()
+
+
+def _stream(seed: int, step: int, rank: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest(), "big")
