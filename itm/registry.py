@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlparse
 
+import yaml
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # also keeps the schema migrations of a fresh SQLite file off the screen
 
 from mlflow import MlflowClient
@@ -121,8 +125,7 @@ class Tracker:
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
         """Record lineage: metadata only, nothing is read or copied."""
-        # 36 and 500 characters are MLflow's limits for a digest and a name
-        inputs = [
+        inputs = [  # 36 and 500 characters are MLflow's limits
             DatasetInput(
                 Dataset(r.name[:500], r.digest[:36], urlparse(r.source).scheme or "local", json.dumps({"uri": r.source})),
                 [InputTag("mlflow.data.context", r.context)],
@@ -169,7 +172,7 @@ def _experiment_id(door: MlflowClient, uri: str, name: str) -> str:
     found = door.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    location = None
+    location = None  # the server's choice
     if uri.startswith("sqlite:///"):  # beside the database, whichever directory this process runs in
         location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
     try:
@@ -226,13 +229,13 @@ def register_matcher(
 
 def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics: Mapping[str, float]) -> str:
     """Build the pyfunc package in a temporary folder, upload it as a LoggedModel and mark it ready last."""
-    import mlflow.pyfunc
-    from mlflow.models import Model
-
     run = door.get_run(run_id)
     model = door.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id, model_type="retrieval")
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
+            import mlflow.pyfunc  # slow and full of warnings about its own type hints
+            from mlflow.models import Model
+
             package = Path(scratch) / "model"
             mlflow.pyfunc.save_model(
                 str(package),
@@ -335,23 +338,22 @@ def download(uri: str) -> Path:
         return _run_folder(uri)
     if re.fullmatch(r"models:/m-[0-9a-f]+", uri):
         return _model_folder(uri.removeprefix("models:/"), uri)
-    version = find_version(uri)
-    if not version.model_id:
-        raise ValueError(f"{uri} was not registered by `itm register`: it has no logged model")
-    return _model_folder(version.model_id, uri)
+    source = str(find_version(uri).source)
+    if not source.startswith("models:/m-"):
+        raise ValueError(f"{uri} was not registered by `itm register`: its source is {source}")
+    return _model_folder(source.removeprefix("models:/"), uri)
 
 
 def _model_folder(model_id: str, uri: str) -> Path:
     try:
         location = client().get_logged_model(model_id).artifact_location
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
+    except MlflowException:
         raise ValueError(f"{uri}: no logged model {model_id} at {tracking_uri()}") from None
-    folder = _local(location, f"models:/{model_id}", model_id) / "artifacts" / "matcher"
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{uri} holds no matcher folder (looked for {folder}); was it registered by `itm register`?")
-    return folder
+    package = _local(location, f"models:/{model_id}", model_id)
+    artifacts = yaml.safe_load((package / "MLmodel").read_text())["flavors"]["python_function"].get("artifacts") or {}
+    if "matcher" not in artifacts:
+        raise ValueError(f"{uri} holds no matcher folder (it has {', '.join(artifacts) or 'no artifacts'}); `itm register` makes one")
+    return package / artifacts["matcher"]["path"]
 
 
 def _run_folder(uri: str) -> Path:
@@ -376,7 +378,7 @@ def _local(location: str, uri: str, name: str) -> Path:
     """`location` itself where it is a local folder, else a copy of `uri` in the cache under `name`."""
     parsed = urlparse(location)
     if parsed.scheme in ("", "file"):
-        return Path(unquote(parsed.path) if parsed.scheme else location)
+        return Path(unquote(parsed.path))
     cache = Path(os.environ.get("ITM_CACHE") or Path.home() / ".cache" / "itm") / "models"
     if not (cache / name).exists():
         from mlflow.artifacts import download_artifacts

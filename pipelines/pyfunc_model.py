@@ -28,16 +28,15 @@ class ItmModel(PythonModel):
 
         self.matcher: Any = load_matcher_folder(context.artifacts["matcher"])
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used."""
-        rows = pd.DataFrame(model_input)
         output = (params or {}).get("output", "vectors")
         if output not in ("vectors", "scores"):
             raise ValueError(f"params output={output!r} is unknown; use 'vectors' or 'scores'")
-        images = [(n, _image_bytes(cell, n)) for n, cell in _cells(rows, "image")]
-        texts = _cells(rows, "text")
+        images = [(n, _image_bytes(cell, n)) for n, cell in _cells(model_input, "image")]
+        texts = _cells(model_input, "text")
         if not images and not texts:
-            raise ValueError(f"the input needs a column 'image' (bytes or path) or 'text', it has {list(map(str, rows.columns))}")
+            raise ValueError(f"the input needs a column 'image' (bytes or path) or 'text', it has {list(map(str, model_input.columns))}")
         with torch.inference_mode():
             if output == "scores":
                 return self._scores([raw for _, raw in images], [text for _, text in texts])

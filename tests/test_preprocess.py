@@ -111,7 +111,12 @@ def test_regions_are_padded_and_masked() -> None:
 
 @pytest.mark.parametrize(
     ("features", "boxes"),
-    [(np.ones((3, 5)), np.ones((2, 4))), (np.ones((0, 5)), np.ones((0, 4))), (np.full((1, 5), np.nan), np.ones((1, 4))), (np.ones(5), np.ones(4))],
+    [
+        (np.ones((3, 5)), np.ones((2, 4))),
+        (np.ones((0, 5)), np.ones((0, 4))),
+        (np.full((1, 5), np.nan), np.ones((1, 4))),
+        (np.ones(5), np.ones(4)),
+    ],
 )
 def test_region_files_of_wrong_shape_or_with_nan_are_refused(features: np.ndarray, boxes: np.ndarray) -> None:
     with pytest.raises(ValueError, match="must be|not finite"):

@@ -289,9 +289,9 @@ def write_store(root: str, choice: Mapping[str, Any], headers: Mapping[str, Head
     return uri
 
 
-def open_store(root: str, teacher: str) -> Store:
-    """The store of a teacher id below `root`. Raises ValueError naming the file when it is absent or unfinished."""
-    uri = files.join(root, teacher)
+def open_store(root: str, teacher: str | None = None) -> Store:
+    """The store of a teacher id below `root` (or the store at `root` itself). Raises ValueError naming an absent or unfinished one."""
+    uri = files.join(root, teacher) if teacher else root
     receipt = files.join(uri, "store.json")
     if not files.exists(receipt):
         raise ValueError(f"no finished soft-label store at {uri} (store.json is missing): {REMEDY}")

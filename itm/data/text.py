@@ -43,7 +43,7 @@ def clean_caption(text: str, max_words: int = 64) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, n't and 's split off, hyphens kept (near the Treebank rules that SCAN's vocabularies used)."""
+    """Lower-case words and punctuation marks, n't and 's split off, hyphens kept (near the Treebank rules of SCAN's vocabularies)."""
     return _WORD.findall(text.lower())
 
 

@@ -82,6 +82,13 @@ class EncodedSplit:
         return cls(images, captions, join_names([p.names for p in full]), [row for p in pieces for row in p.problems])
 
 
+def names_of(images: int, caption_image: Tensor, image_keys: list[str] | None = None, caption_ids: list[str] | None = None) -> Names:
+    """Names of a bare score matrix: rows and columns are numbered unless they are named."""
+    return Names(
+        image_keys or [str(row) for row in range(images)], caption_ids or [str(row) for row in range(len(caption_image))], caption_image
+    )
+
+
 def join_names(pieces: Sequence[Names]) -> Names:
     joined: dict[str, Any] = {}
     for name in Names.__dataclass_fields__:

@@ -78,8 +78,10 @@ def retrieval_metrics(scores: Scores, positives: Positives, relevance: Tensor | 
     return with_sums(metrics)
 
 
-def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic") -> Ranking:
+def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic", absent: Tensor | None = None) -> Ranking:
     """Rank every row of scores (Q,G) against its positives, (Q,G) bool or (query_ids (Q,), gallery_ids (G,)).
+
+    absent (Q,) int64: positives that are not in the gallery; they count in R and can never be hit.
 
     With the positives of a query in order of score, the k-th has rank n_k + k, n_k = negatives ahead of it, and the hits above it are k:
     mAP@R = mean over queries of (1/R) sum_{k: n_k + k <= R} k / (n_k + k); R-precision = #{k: n_k + k <= R} / R (cusa.md 5.2).
@@ -87,7 +89,9 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic")
     if tie not in TIES:
         raise ValueError(f"unknown tie rule {tie!r}; known: {', '.join(TIES)}")
     rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
-    pieces = [_rank_block(*_block(scores, positives, slice(q, q + rows)), tie) for q in range(0, scores.shape[0], rows)]
+    absent = torch.zeros(scores.shape[0], dtype=torch.int64) if absent is None else absent
+    blocks = (slice(q, q + rows) for q in range(0, scores.shape[0], rows))
+    pieces = [_rank_block(*_block(scores, positives, block), absent[block], tie) for block in blocks]
     return Ranking(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
 
@@ -168,7 +172,7 @@ def _block(scores: Scores, positives: Positives, rows: slice) -> tuple[Tensor, T
     return tensor, truth.cpu()
 
 
-def _rank_block(scores: Tensor, truth: Tensor, tie: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rank_block(scores: Tensor, truth: Tensor, absent: Tensor, tie: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Every positive of the block becomes one row (query, column), ordered by query, then score, then the tie rule's index."""
     query, column = truth.nonzero(as_tuple=True)
     if tie.startswith("official"):
@@ -181,14 +185,15 @@ def _rank_block(scores: Tensor, truth: Tensor, tie: str) -> tuple[Tensor, Tensor
     starts = counts.cumsum(0) - counts
     k = torch.arange(len(query)) - starts[query] + 1
     rank = _negatives_ahead(scores, truth, (query, column, own), tie) + k
-    inside = rank <= counts[query]
+    wanted = counts + absent
+    inside = rank <= wanted[query]
     gain = torch.where(inside, k.double() / rank, 0.0)
     best = torch.full((len(scores),), scores.shape[1])
     best[counts > 0] = rank[k == 1] - 1
-    total = counts.clamp(min=1)
+    total = wanted.clamp(min=1)
     ap = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, query, gain) / total
     hits = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, query, inside.double()) / total
-    return best, counts, ap, hits
+    return best, wanted, ap, hits
 
 
 def _negatives_ahead(scores: Tensor, truth: Tensor, pairs: tuple[Tensor, Tensor, Tensor], tie: str) -> Tensor:

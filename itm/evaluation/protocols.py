@@ -158,12 +158,13 @@ def _coco_wide(scored: Scored, tie: str, truth: str, title: str) -> Outcome:
     relevance = coco_truth.relevance(truth, scored.names.image_keys, scored.names.caption_ids, scored.names.image_metas)
     metrics: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for way, scores, positives in (("i2t", scored.scores, relevance.i2t), ("t2i", scored.scores.T, relevance.t2i)):
-        ranking = rank_queries(scores, positives, tie)
+    asked = (("i2t", scored.scores, relevance.i2t, relevance.i2t_absent), ("t2i", scored.scores.T, relevance.t2i, relevance.t2i_absent))
+    for way, scores, positives, absent in asked:
+        ranking = rank_queries(scores, positives, tie, absent)
         metrics |= {f"{way}_{truth}_r{k}": ranking.recall(k) for k in (1, 5, 10)}
         values = equivalence_metrics(ranking)
         metrics |= {f"{way}_{truth}_{name}": values[name] for name in ("map_at_r", "r_precision")}
-        counts |= {f"{way}_queries": int(ranking.asked.sum()), f"{way}_pairs": int(positives.sum())}
+        counts |= {f"{way}_queries": int(ranking.asked.sum()), f"{way}_pairs": int(positives.sum() + absent.sum())}
     return Outcome(f"{title}; ties {tie}", metrics, {}, counts)
 
 

@@ -11,21 +11,23 @@ from torch.nn import functional as F
 Reduction = Literal["mean", "sum"]
 
 
-def contrastive_loss(scores: Tensor, tau: Tensor | float, positives: Tensor | None = None, *, reduction: Reduction = "sum") -> Tensor:
+def contrastive_loss(scores: Tensor, tau: Tensor | float, positives: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
     """Mean of the two directions of the cross entropy of softmax(scores / tau) (CUSA spec 3.2); scalar.
 
     scores (I,T), images in rows; tau > 0; positives (I,T) bool or 0/1, every row and column with at least one, default the diagonal.
     The target of a row is uniform over its positives. reduction `sum`: sum over columns, mean over rows (the usual InfoNCE); `mean`:
-    divided once more by the number of columns, as CUSA ships it (spec 3.4: 1/B of an InfoNCE).
+    divided once more by the number of columns, as CUSA ships it: 1/B of an InfoNCE, which decides the balance with CSA and USA
+    (spec 3.4).
     """
     if positives is None:
         assert scores.shape[0] == scores.shape[1], "scores that are not square need positives"
         positives = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     positives = positives.to(scores.dtype)
-    return (_rows(scores, tau, positives, reduction) + _rows(scores.T, tau, positives.T, reduction)) / 2
+    return (contrastive_rows(scores, tau, positives, reduction) + contrastive_rows(scores.T, tau, positives.T, reduction)) / 2
 
 
-def _rows(scores: Tensor, tau: Tensor | float, positives: Tensor, reduction: Reduction) -> Tensor:
+def contrastive_rows(scores: Tensor, tau: Tensor | float, positives: Tensor, reduction: Reduction) -> Tensor:
+    """One direction: each row of `scores` picks its positives among the columns."""
     target = positives / positives.sum(1, keepdim=True)
     return soft_cross_entropy(scores / tau, target, reduction)
 

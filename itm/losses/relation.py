@@ -1,4 +1,4 @@
-"""IAIS (arXiv 2105.13868): align the relations among words with the relations among regions of a matched pair, and measure how far they differ.
+"""IAIS (arXiv 2105.13868): align relations among words with relations among regions of a matched pair; measure how far they differ.
 
 Blocks are attention maps of G matched pairs with n words (L) and m regions (V), each row summing to 1 over its own block:
 LL (G,n,n), VV (G,m,m), LV (G,n,m) words to regions, VL (G,m,n) regions to words; word_mask (G,n), region_mask (G,m) bool, True = real.
@@ -32,7 +32,7 @@ def relation_alignment_loss(
 ) -> Tensor:
     """Mean over the matched pairs of `relation_distances`; a scalar, 0 (with graph) when no pair has both words and regions."""
     values = relation_distances(blocks, word_mask, region_mask, anchor=anchor, kind=kind, counterpart=counterpart, logits=logits)
-    return values.mean() if len(values) else sum(b.sum() for b in blocks) * 0.0
+    return values.mean() if len(values) else torch.stack([b.sum() for b in blocks]).sum() * 0.0
 
 
 def relation_distances(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,9 +38,10 @@ def soft_label_loss(
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
-    """(N,N) cosines of the rows of (N,D), diagonal included (CUSA spec 1.2)."""
-    unit = F.normalize(vectors, dim=1)
-    return unit @ unit.T
+    """(N,N) cosines of the rows of (N,D), diagonal included (CUSA spec 1.2); at least float32 whatever the autocast."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        unit = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
+        return unit @ unit.T
 
 
 def mixed_similarity(image: Tensor, text: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:

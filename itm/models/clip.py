@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from itm.models.dual import Heads, read_heads
+from itm.models.dual import Heads, cosines, read_heads
 from itm.models.towers import CLIP_PIXELS, Normalise, as_config, check_vocabulary, pool_tokens
 from itm.types import Captions, Encoded, Images
 
@@ -42,6 +42,7 @@ class CLIP(nn.Module):
         heads = read_heads(heads)
         self.normalise = Normalise(*CLIP_PIXELS)
         self.vector_width = int(self.backbone.config.projection_dim)
+        self.uni_width = self.vector_width if heads["uni"] else 0
         self.image_heads, self.text_heads = Heads(self.vector_width, **heads), Heads(self.vector_width, **heads)
         self.options = {"config": as_config(self.backbone), "heads": heads, "gradient_checkpointing": gradient_checkpointing}
 
@@ -55,7 +56,7 @@ class CLIP(nn.Module):
         return self.image_heads(self.backbone.visual_projection(pooled))
 
     def encode_captions(self, captions: Captions) -> Encoded:
-        """The state of the last real token (CLIP's end token), projected. Raises ValueError when captions are longer than the model reads."""
+        """The state of the last real token (CLIP's end token), projected. Raises ValueError for captions longer than the model reads."""
         longest = self.backbone.config.text_config.max_position_embeddings
         if captions.tokens.shape[1] > longest:
             raise ValueError(f"CLIP reads {longest} tokens, got {captions.tokens.shape[1]}: set text.max_length={longest}")
@@ -64,8 +65,7 @@ class CLIP(nn.Module):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) cosines."""
-        assert images.vector is not None and captions.vector is not None
-        return images.vector @ captions.vector.T
+        return cosines(images, captions)
 
 
 def _load(path: str | None, config: dict[str, Any] | None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,7 +73,7 @@ class DualEncoder(nn.Module):
         self.image_linear = nn.Linear(_pooled_width(self.image_encoder), width)
         self.text_linear = nn.Linear(_pooled_width(self.text_encoder), width)
         self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
-        self.vector_width = width
+        self.vector_width, self.uni_width = width, width if heads["uni"] else 0
         self.options = {
             "image": {"kind": image["kind"], **_options(self.image_encoder, image)},
             "text": {"kind": text["kind"], **_options(self.text_encoder, text)},
@@ -88,8 +89,16 @@ class DualEncoder(nn.Module):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) cosines."""
-        assert images.vector is not None and captions.vector is not None
-        return images.vector @ captions.vector.T
+        return cosines(images, captions)
+
+
+def cosines(images: Encoded, captions: Encoded) -> Tensor:
+    """(I,T) products of unit vectors, at least float32 whatever the autocast: temperatures enlarge their rounding."""
+    assert images.vector is not None
+    assert captions.vector is not None
+    kind = torch.promote_types(images.vector.dtype, torch.float32)
+    with torch.autocast(images.vector.device.type, enabled=False):
+        return images.vector.to(kind) @ captions.vector.to(kind).T
 
 
 def _pooled(encoded: Encoded) -> Tensor:

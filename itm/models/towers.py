@@ -53,15 +53,17 @@ class ConvTower(nn.Module):
         self.image_size = image_size
         self.normalise = Normalise((0.5,) * 3, (0.25,) * 3)
         self.grid = nn.Sequential(_conv(3, 48, 4, 4, 0), _conv(48, 96, 3, 2, 1), _conv(96, 128, 3, 2, 1))
-        cells = (-(-(-(-(image_size // 4) // 2)) // 2)) ** 2
-        self.linear = nn.Linear(cells * 128, hidden)
+        side = (image_size // 4 + 3) // 4
+        self.linear = nn.Linear(side * side * 128, hidden)
         self.width, self.vector_width = 128, hidden
 
     def forward(self, images: Images) -> Encoded:
         """Raises ValueError when the pixels are not `image_size` a side."""
         pixels = self.normalise(images)
         if pixels.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"conv tower for {self.image_size} pixels a side got {tuple(pixels.shape[-2:])}: set its image_size to data.image_size")
+            raise ValueError(
+                f"conv tower for {self.image_size} pixels a side got {tuple(pixels.shape[-2:])}: set its image_size to data.image_size"
+            )
         grid = self.grid(pixels)
         vector = torch.relu(self.linear(grid.flatten(1)))
         parts = grid.flatten(2).transpose(1, 2)
@@ -222,7 +224,9 @@ def as_config(model: Any) -> dict[str, Any]:
 def check_vocabulary(tokens: int, embeddings: int) -> None:
     """Raises ValueError when the tokenizer makes ids that the text model has no embedding for."""
     if tokens > embeddings:
-        raise ValueError(f"the tokenizer has {tokens} ids, the text model embeds {embeddings}: use the tokenizer that came with it (text.path)")
+        raise ValueError(
+            f"the tokenizer has {tokens} ids, the text model embeds {embeddings}: use the tokenizer that came with it (text.path)"
+        )
 
 
 def _pixel_statistics(path: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

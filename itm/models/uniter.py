@@ -17,7 +17,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPooler
 
 from itm.models.encoders import build_image_encoder
-from itm.models.uniter_pairs import Pairs, compact, joint_sequence, relation_blocks
+from itm.models.uniter_pairs import Pairs, compact, joint_sequence, parts_of, relation_blocks
 from itm.types import Captions, Encoded, Images
 
 
@@ -53,10 +53,18 @@ class UNITER(nn.Module):
         if image is not None and self.image_encoder is not None:
             region_dim = self.image_encoder.width
             image = {"kind": image["kind"], **getattr(self.image_encoder, "options", {})}
-        self.options: dict[str, Any] = dict(
-            hidden=hidden, layers=layers, heads=heads, intermediate=intermediate, positions=positions, dropout=dropout
-        )
-        self.options |= dict(region_dim=region_dim, image=image, score_tokens=score_tokens, recompute=recompute)
+        self.options = {
+            "hidden": hidden,
+            "layers": layers,
+            "heads": heads,
+            "intermediate": intermediate,
+            "positions": positions,
+            "dropout": dropout,
+            "region_dim": region_dim,
+            "image": image,
+            "score_tokens": score_tokens,
+            "recompute": recompute,
+        }
         self.region_dim, self.positions, self.score_tokens, self.recompute = region_dim, positions, score_tokens, recompute
         config = BertConfig(
             vocab_size=vocab_size,
@@ -67,8 +75,8 @@ class UNITER(nn.Module):
             max_position_embeddings=positions,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         self.uniter = _Body(config, region_dim)
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)
@@ -107,26 +115,24 @@ class UNITER(nn.Module):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) raw scores of the rank head, every pair through the joint encoder, in chunks of `score_tokens` tokens."""
-        assert images.mask is not None and captions.mask is not None
-        n_images, n_captions = len(images), len(captions)
+        (_, region_mask), (_, word_mask) = parts_of(images), parts_of(captions)
+        n_captions = len(captions)
         # Pairs of like length share a chunk, so that compacting leaves little padding.
-        by_length = [x.mask.sum(1).argsort() for x in (images, captions)]
-        flat = (by_length[0][:, None] * n_captions + by_length[1][None, :]).flatten()
-        chunk = max(1, self.score_tokens // (images.mask.shape[1] + captions.mask.shape[1]))
+        flat = (region_mask.sum(1).argsort()[:, None] * n_captions + word_mask.sum(1).argsort()[None, :]).flatten()
+        chunk = max(1, self.score_tokens // (region_mask.shape[1] + word_mask.shape[1]))
         scores = torch.cat([self._score_rows(images[f // n_captions], captions[f % n_captions]) for f in flat.split(chunk)])
-        return scores[flat.argsort()].view(n_images, n_captions)
+        return scores[flat.argsort()].view(len(images), n_captions)
 
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
         """Row-aligned pairs: scores (N,), and the relation blocks of the last layer for the rows `relations_of` (G,) int64."""
         joint, mask = joint_sequence(images, captions)
         if relations_of is None:
             return Pairs(self._rank(*compact(joint, mask)))
-        last = self.uniter.encoder.layer[-1]
+        last: Any = self.uniter.encoder.layer[-1]
         before = self.uniter.encode(joint, mask, len(self.uniter.encoder.layer) - 1)
         scores = self.rank_output(self.uniter.pooler(_run_layer(last, before, mask))).squeeze(-1)
-        assert images.mask is not None and captions.mask is not None
-        masks = captions.mask[relations_of], images.mask[relations_of]
-        return Pairs(scores, relation_blocks(last.attention.self, before[relations_of], masks, captions.mask.shape[1]))
+        masks = parts_of(captions)[1][relations_of], parts_of(images)[1][relations_of]
+        return Pairs(scores, relation_blocks(last.attention.self, before[relations_of], masks, masks[0].shape[1]))
 
     def hidden_states(self, images: Encoded, captions: Encoded) -> Tensor:
         """(N,L+R,H) of the last layer for row-aligned pairs; rows of padding are unspecified."""
@@ -158,6 +164,12 @@ class UNITER(nn.Module):
         return parts, patch_boxes(parts.shape[1]).to(parts).expand(len(parts), -1, -1), mask
 
 
+class _Layers(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+
 class _Body(nn.Module):
     """The part of the authors' state dict that is called `uniter`."""
 
@@ -165,8 +177,7 @@ class _Body(nn.Module):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.img_embeddings = ImageEmbeddings(config, region_dim)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = _Layers(config)
         self.pooler = BertPooler(config)
 
     def encode(self, joint: Tensor, mask: Tensor, layers: int | None = None) -> Tensor:
@@ -212,7 +223,7 @@ def patch_boxes(count: int) -> Tensor:
     return torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]]).expand(summary, -1), grid])
 
 
-def _run_layer(layer: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
+def _run_layer(layer: Any, hidden: Tensor, mask: Tensor) -> Tensor:
     return layer.feed_forward_chunk(layer.attention(hidden, mask[:, None, None, :])[0])
 
 

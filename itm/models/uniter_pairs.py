@@ -7,9 +7,10 @@ regions directly behind the text (the compact layout) changes no score.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.types import Encoded
 
@@ -43,10 +44,17 @@ def inner_words(mask: Tensor) -> Tensor:
     return inner
 
 
+def parts_of(rows: Encoded) -> tuple[Tensor, Tensor]:
+    """(parts, mask) of an encoding that has both."""
+    assert rows.parts is not None
+    assert rows.mask is not None
+    return rows.parts, rows.mask
+
+
 def joint_sequence(images: Encoded, captions: Encoded) -> tuple[Tensor, Tensor]:
     """Row-aligned text then regions: (N,L+R,H) and its mask (N,L+R) bool."""
-    assert images.parts is not None and captions.parts is not None and images.mask is not None and captions.mask is not None
-    return torch.cat([captions.parts, images.parts], 1), torch.cat([captions.mask, images.mask], 1)
+    (words, word_mask), (regions, region_mask) = parts_of(captions), parts_of(images)
+    return torch.cat([words, regions], 1), torch.cat([word_mask, region_mask], 1)
 
 
 def compact(joint: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +63,7 @@ def compact(joint: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return joint.gather(1, order[..., None].expand(-1, -1, joint.shape[-1])), mask.gather(1, order)
 
 
-def relation_blocks(attention: nn.Module, hidden: Tensor, masks: tuple[Tensor, Tensor], text_width: int) -> Relations:
+def relation_blocks(attention: Any, hidden: Tensor, masks: tuple[Tensor, Tensor], text_width: int) -> Relations:
     """The blocks of a BERT self-attention (with `query`, `key`, `num_attention_heads`) from its input `hidden` (G,L+R,H).
 
     S_xy = mean over heads of softmax over y of q_x k_y / sqrt(d): softmax inside the block first, then heads; no dropout; float32

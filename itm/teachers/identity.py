@@ -93,7 +93,9 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
     Absent weights would be drawn at random: another teacher at each load. An absent pooler that is not used is dropped.
     """
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # a stage has its own
     try:
         model, info = AutoModel.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:

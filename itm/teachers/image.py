@@ -117,7 +117,7 @@ class HFVisionTeacher(Teacher):
         if hidden.dim() == 4:  # a convolutional map (N,C,h,w)
             hidden, prefix = hidden.flatten(2).transpose(1, 2), 0
         else:
-            prefix = hidden.shape[1] - _patches(self.module.config, self.pixels.shape)  # type: ignore[union-attr, arg-type]
+            prefix = hidden.shape[1] - _patches(self.module.config, self.pixels.shape)  # type: ignore[union-attr]
         if self.pooling == "cls":
             if prefix < 1:
                 raise ValueError("this vision model has no class token; choose pooling mean, pooler or patches")

@@ -7,10 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from itm.data.preprocess import decode, read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Teacher, json_sha256, weights_sha256
+from itm.teachers.image import image_bytes
+from itm.types import Encoded
 
 
 class MatcherTeacher(Teacher):
@@ -28,10 +32,10 @@ class MatcherTeacher(Teacher):
         self.modality, self.tap = modality, tap
         self.module = matcher = itm.load_matcher(uri)
         self.inputs = matcher.inputs
-        kind = self.inputs.image.kind
-        self.prepare = (_regions if kind == "regions" else _image) if modality == "image" else _text
+        self.prepare = _text_payload if modality == "text" else _IMAGE[self.inputs.image.kind]
         options: dict[str, Any] = {"kind": getattr(matcher, "kind", type(matcher).__name__), **getattr(matcher, "options", {})}
-        self.width = int(getattr(matcher, "vector_width", 0)) or self._probe()
+        with torch.inference_mode():  # both modalities share their space, and a caption can be made up for any matcher
+            self.width = self._vector(matcher.encode_captions(self.inputs.captions(["a photo"]))).shape[1]
         self.identity = {
             "kind": "matcher",
             "model": uri.rstrip("/").removeprefix("models:/") if uri.startswith("models:/") else uri.rstrip("/").rsplit("/", 1)[-1],
@@ -54,10 +58,32 @@ class MatcherTeacher(Teacher):
             encoded = matcher.encode_images(self.inputs.images(payloads).to(self.device))
         else:
             encoded = matcher.encode_captions(self.inputs.captions([p.decode() for p in payloads]).to(self.device))
-        uni = encoded.uni if self.tap != "vector" else None
-        if self.tap == "uni" and uni is None:
-            raise ValueError("this matcher has no uni-modal head; set tap=vector")
-        vector = encoded.vector if uni is None else uni
+        return self._vector(encoded).float().cpu().numpy()
+
+    def _vector(self, encoded: Encoded) -> Tensor:
+        if self.tap == "uni" and encoded.uni is None:
+            raise ValueError("this matcher has no uni-modal head; set the teacher option tap=vector")
+        vector = encoded.vector if self.tap == "vector" or encoded.uni is None else encoded.uni
         if vector is None:
-            raise ValueError("this matcher gives no vector per row, so it cannot be a teacher; choose a dual encoder or a late-interaction model")
-        return vector.float().cpu().numpy()
+            raise ValueError("this matcher has no vector per row, so it cannot teach; choose a dual encoder or a late interaction")
+        return vector
+
+
+def _pixel_payload(sample: Sample) -> bytes:
+    data = image_bytes(sample)
+    decode(data)
+    return data
+
+
+def _region_payload(sample: Sample) -> bytes:
+    if sample.regions is None:
+        raise ValueError(f"{sample.key}: no regions; this matcher reads precomputed regions")
+    read_regions(sample.regions, 1)
+    return sample.regions
+
+
+def _text_payload(caption: Caption) -> bytes:
+    return caption.text.encode()
+
+
+_IMAGE = {"pixels": _pixel_payload, "regions": _region_payload}

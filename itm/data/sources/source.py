@@ -7,7 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,13 @@ class Listing:
 
 
 class ListedImages(Source):
-    """Image files with captions, from annotation files read once. Subclasses give `listings` by split and the annotation paths."""
+    """Image files with captions, from annotation files that are read once. `image_root` may hold `{split}`.
+
+    An item whose file is missing is a Problem. A caption without an id gets `<key>#<position>`.
+    """
 
     def __init__(self, image_root: str | Path, listings: dict[str, list[Listing]], annotations: Iterable[Path]) -> None:
-        self.image_root = Path(image_root)
+        self.image_root = str(image_root)
         self.listings = listings
         self.splits = list(listings)
         self.digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in annotations]
@@ -65,19 +68,37 @@ class ListedImages(Source):
         return len(self.listings[split])
 
     def identity(self) -> dict[str, Any]:
-        return {"source": type(self).__name__, "image_root": str(self.image_root), "annotations": self.digests}
+        return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
-        path = self.image_root / row.path
+        path = Path(self.image_root.replace("{split}", split)) / row.path
         if path.suffix.lower() not in _FORMATS:
             return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
             image = path.read_bytes()
         except OSError as error:
             return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}")
+        captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(row.captions)]
         meta = {"image_id": key, "filename": row.path, **row.meta}
-        return Record(key, split, row.captions, image, _FORMATS[path.suffix.lower()], meta=meta)
+        return Record(key, split, captions, image, _FORMATS[path.suffix.lower()], meta=meta)
+
+
+def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
+    """`path` is {split: file}, or one file name with `{split}`: then every one of train, val, test that exists.
+
+    Raises ValueError when nothing is there.
+    """
+    if isinstance(path, dict):
+        found = {split: Path(p) for split, p in path.items()}
+    elif "{split}" in path:
+        found = {split: p for split in ("train", "val", "test") if (p := Path(path.replace("{split}", split))).exists()}
+    else:
+        found = {"train": Path(path)}
+    missing = [str(p) for p in found.values() if not p.exists()]
+    if missing or not found:
+        raise ValueError(f"no annotation file at {', '.join(missing) or path}; give {{split}} in the path or a mapping split: file")
+    return found
 
 
 def unique_keys(paths: list[str]) -> list[str]:
@@ -105,10 +126,9 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def group_by_path(rows: Iterable[tuple[str, str, str | None, dict[str, Any]]]) -> list[Listing]:
-    """(path, caption, caption id or None, meta) rows -> one Listing per path in order of first sight."""
+def group_by_path(rows: Iterable[tuple[str, list[Caption], dict[str, Any]]]) -> list[Listing]:
+    """(path, captions, meta) rows -> one Listing per path in order of first sight, with the meta of its first row."""
     listings: dict[str, Listing] = {}
-    for path, text, caption_id, meta in rows:
-        listing = listings.setdefault(path, Listing(path, meta=meta))
-        listing.captions.append(Caption(caption_id or f"{path}#{len(listing.captions)}", text))
+    for path, captions, meta in rows:
+        listings.setdefault(path, Listing(path, meta=meta)).captions.extend(captions)
     return list(listings.values())

@@ -1,0 +1,34 @@
+"""The Karpathy splits: dataset_flickr8k.json, dataset_flickr30k.json, dataset_coco.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from itm.data.records import Caption
+from itm.data.sources.source import ListedImages, Listing, read_json
+
+
+class Karpathy(ListedImages):
+    """`restval` (COCO) joins train, as every retrieval paper does, unless `restval_in_train=False`; then it is a split of its own.
+
+    Images lie in `image_root`[/filepath]/filename. Captions are the raw sentences, their ids the sentids;
+    image_id is the cocoid, else the imgid.
+    Raises ValueError when the file is not of this format.
+    """
+
+    def __init__(self, path: str, image_root: str = ".", restval_in_train: bool = True) -> None:
+        dataset = read_json(Path(path))
+        if not isinstance(dataset, dict) or not dataset.get("images"):
+            raise ValueError(f"{path} is no Karpathy split file: it has no `images`")
+        self.restval_in_train = restval_in_train
+        listings: dict[str, list[Listing]] = {}
+        for image in dataset["images"]:
+            split = "train" if image["split"] == "restval" and restval_in_train else image["split"]
+            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            captions = [Caption(str(s["sentid"]), s["raw"]) for s in image["sentences"]]
+            meta = {"image_id": image.get("cocoid", image["imgid"]), "imgid": image["imgid"]}
+            listings.setdefault(split, []).append(Listing(name, captions, meta))
+        super().__init__(image_root, listings, [Path(path)])
+
+    def identity(self) -> dict[str, object]:
+        return super().identity() | {"restval_in_train": self.restval_in_train}

@@ -1,0 +1,33 @@
+"""The lists of ALBEF, BLIP and CUSA: `[{"image" or "image_path": file, "caption": text or list of texts, "image_id": any}, ...]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from itm.data.records import Caption
+from itm.data.sources.source import ListedImages, group_by_path, paths_by_split, read_json
+
+
+class PairsJson(ListedImages):
+    """`path`: a file name with `{split}`, or a mapping split: file. Rows of the same image are joined into one sample.
+
+    Raises ValueError naming file and row when a row lacks its image or caption.
+    """
+
+    def __init__(self, path: str | dict[str, str], image_root: str = ".") -> None:
+        paths = paths_by_split(path)
+        super().__init__(image_root, {split: group_by_path(_rows(p)) for split, p in paths.items()}, paths.values())
+
+
+def _rows(path: Path) -> Iterator[tuple[str, list[Caption], dict[str, Any]]]:
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must hold a list of pairs, not a {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        image = row.get("image_path", row.get("image"))
+        if not image or "caption" not in row:
+            raise ValueError(f"{path} row {number} needs `image` (or `image_path`) and `caption`; it has {', '.join(row)}")
+        texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        yield image, [Caption("", text) for text in texts], {"image_id": row["image_id"]} if "image_id" in row else {}

@@ -1,0 +1,85 @@
+"""The `*_precomp` folders of SCAN, SGRAF and UARDA: `{split}_ims.npy` region features and `{split}_caps.txt`, five lines an image."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itm.data.records import Caption, Problem, Record, Regions
+from itm.data.sources.source import Source, unique_keys
+
+
+class Precomp(Source):
+    """`{split}_ims.npy` (N,R,D), memory-mapped, holds each image once (1x) or once a caption (5x, as the published dev and test files do).
+
+    `{split}_ids.txt` (or `_imagename.txt`), one id an image or one a row, names the images where it exists. There are no boxes.
+    Raises ValueError when the numbers of rows and captions do not fit together.
+    """
+
+    def __init__(self, path: str, captions_per_image: int = 5) -> None:
+        self.path, self.per_image = Path(path), captions_per_image
+        self.splits = [p.name.removesuffix("_ims.npy") for p in sorted(self.path.glob("*_ims.npy"))]
+        self.splits = [s for s in self.splits if self._file(s, "caps.txt").exists()]
+        if not self.splits:
+            raise ValueError(f"no {{split}}_ims.npy with {{split}}_caps.txt in {path}")
+        self._splits = {split: self._open(split) for split in self.splits}
+
+    def count(self, split: str) -> int:
+        return len(self._splits[split][2])
+
+    def identity(self) -> dict[str, Any]:
+        """The features are known by shape and by their first and last image: hashing them whole would take minutes."""
+        digests = {}
+        for split, (features, captions, keys, _) in self._splits.items():
+            digest = hashlib.sha256("\n".join([*captions, *keys, str(features.shape)]).encode())
+            digest.update(features[0].tobytes() + features[-1].tobytes())
+            digests[split] = digest.hexdigest()
+        return {"source": "Precomp", "captions_per_image": self.per_image, "splits": digests}
+
+    def item(self, split: str, index: int) -> Record | Problem:
+        features, captions, keys, step = self._splits[split]
+        rows = features[index * step : (index + 1) * step]
+        with np.errstate(over="ignore"):
+            half = rows[0].astype(np.float16)
+        if (rows[1:] != rows[:1]).any():
+            return Problem(
+                keys[index], "", "source", f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
+            )
+        if not np.isfinite(half).all():
+            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is not finite in float16")
+        first = index * self.per_image
+        texts = captions[first : first + self.per_image]
+        said = [Caption(f"{split}-{first + n}", text) for n, text in enumerate(texts)]
+        return Record(keys[index], split, said, regions=Regions(half), meta={"image_id": keys[index]})
+
+    def _file(self, split: str, name: str) -> Path:
+        return self.path / f"{split}_{name}"
+
+    def _open(self, split: str) -> tuple[np.ndarray, list[str], list[str], int]:
+        """(features, captions, key of each image, rows an image)."""
+        features = np.load(self._file(split, "ims.npy"), mmap_mode="r", allow_pickle=False)
+        captions = self._lines(split, "caps.txt")
+        images, odd = divmod(len(captions), self.per_image)
+        if features.ndim != 3 or odd or len(features) not in (images, len(captions)):
+            raise ValueError(
+                f"{self.path}: {split}_ims.npy is {features.shape} and {split}_caps.txt has {len(captions)} lines; "
+                f"with captions_per_image={self.per_image} the features should be ({images} or {len(captions)}, R, D)"
+            )
+        step = len(features) // images
+        return features, captions, self._keys(split, images, step), step
+
+    def _keys(self, split: str, images: int, step: int) -> list[str]:
+        for name in ("ids.txt", "imagename.txt"):
+            if self._file(split, name).exists():
+                ids = self._lines(split, name)
+                if len(ids) not in (images, images * step):
+                    raise ValueError(f"{self._file(split, name)} has {len(ids)} lines for {images} images")
+                return unique_keys(ids[:: len(ids) // images])
+        return [f"{split}-{index:06d}" for index in range(images)]
+
+    def _lines(self, split: str, name: str) -> list[str]:
+        text = self._file(split, name).read_text(encoding="utf-8", errors="replace")
+        return text.removesuffix("\n").split("\n")

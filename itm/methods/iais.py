@@ -1,0 +1,178 @@
+"""IAIS (Ren et al., ACL-IJCNLP 2021, arXiv 2105.13868): hinge ranking on hard negatives + aligned relations of matched pairs.
+
+Each step has two halves. Image-anchored: one image and many captions, with the relations among regions as the anchor (V). Text-anchored:
+one caption and many images, with the relations among words as the anchor (L). Where paper and code differ, the code is the default.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
+from itm.losses.triplet import triplet_loss
+from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
+from itm.methods.iais_taps import find_tap
+from itm.models.uniter_pairs import Relations
+from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
+
+SCHEDULES = ("exp", "linear", "log", "constant")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """margin of the hinge on sigmoid scores; hard_negatives kept for each positive; positives trained a half step (None = whole batch)."""
+
+    margin: float = 0.2
+    hard_negatives: int = 31
+    positives: int | None = None
+
+
+class IAIS(nn.Module):
+    """`alignment` = singular | distributed | soft, weighted by `weight` x tau(step) over `steps` steps (`schedule`).
+
+    weight 8 reproduces the released code, which divides the ranking loss, but not this one, by its 8 accumulated micro-steps; 0 switches
+    the alignment off. `ranking`: fields of `Ranking`. `counterpart`: see `itm.losses.relation.relation_distances`.
+    With a single-stream matcher negatives are mined in evaluation mode and every kept pair goes through the joint encoder; extension:
+    any other matcher with parts takes the hinge triplet loss (hardest negative) and relations from cosines of its parts.
+    Raises ValueError for an unknown choice, or a matcher without words and regions to relate.
+    """
+
+    needs_teacher: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        matcher: nn.Module,
+        *,
+        alignment: str = "singular",
+        weight: float = 8.0,
+        schedule: str = "exp",
+        steps: int = 5000,
+        counterpart: str = "softmax",
+        ranking: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.tap = find_tap(matcher)
+        self.matcher = matcher
+        self.alignment, self.weight, self.schedule, self.steps, self.counterpart = alignment, weight, schedule, steps, counterpart
+        self.ranking = _read_ranking(ranking or {})
+        for name, value, known in (
+            ("alignment", alignment, KINDS),
+            ("schedule", schedule, SCHEDULES),
+            ("counterpart", counterpart, COUNTERPARTS),
+        ):
+            if value not in known:
+                raise ValueError(f"method.options.{name}: unknown {value!r}; known: {', '.join(known)}")
+
+    def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+        """B pairs, negatives from the other pairs of the batch (an extension: the authors draw pools from the whole split).
+
+        step = optimiser steps already taken. Returns weighted terms: rank_image, rank_text (or triplet), iais_image (V), iais_text (L).
+        Raises ValueError when the batch holds one image only.
+        """
+        if not hasattr(self.matcher, "pairs"):
+            return self._extension(batch, step)
+        columns = self._mine(batch)
+        images, captions = self.matcher.encode_images(batch.images), self.matcher.encode_captions(batch.captions)
+        return {
+            **self._half("V", images, captions, columns["V"], step),
+            **self._half("L", images, captions, columns["L"], step),
+        }
+
+    def pool_step(self, images: Images, captions: Captions, step: int = 0) -> dict[str, Tensor]:
+        """One half step as the authors take it, on one positive (row 0) and its pool: 1 caption x (1+pool) images (text-anchored) or
+        1 image x (1+pool) captions (image-anchored). Returns the two weighted terms of that half.
+        """
+        rows = hardest_of_pool(self.matcher, images, captions, self.ranking.hard_negatives)
+        anchor = "L" if len(captions) == 1 else "V"
+        images, captions = (images[rows], captions) if anchor == "L" else (images, captions[rows])
+        columns = torch.arange(len(rows), device=rows.device)[None]
+        encoded = self.matcher.encode_images(images), self.matcher.encode_captions(captions)  # type: ignore[operator]
+        return self._half(anchor, *encoded, (columns, torch.ones_like(columns[:, 1:], dtype=torch.bool)), step)
+
+    def alignment_weight(self, step: int) -> float:
+        """weight x tau(step)."""
+        return self.weight * annealing(self.schedule, step, self.steps)
+
+    def _mine(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per anchor: columns (G,1+K) with the positive first, and which negatives are real (G,K)."""
+        matcher: Any = self.matcher
+        with mining_mode(matcher):
+            scores = matcher.score(matcher.encode_images(batch.images), matcher.encode_captions(batch.captions))
+        positives = slice(0, self.ranking.positives)
+        ids = batch.images.image_id
+        negative = ~positives_from_ids(ids, batch.captions.image_id)
+        own = torch.arange(len(scores), device=scores.device)[positives, None]
+        mined = {}
+        for anchor, table, allowed in (("V", scores, negative), ("L", scores.T, negative.T & first_of_each(ids))):
+            columns, real = hardest_in_batch(table[positives], allowed[positives], self.ranking.hard_negatives)
+            mined[anchor] = torch.cat([own, columns], 1), real
+        return mined
+
+    def _half(self, anchor: str, images: Encoded, captions: Encoded, columns: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
+        others, real = columns
+        groups, size = others.shape
+        fixed = torch.arange(groups, device=others.device).repeat_interleave(size)
+        rows = (images[fixed], captions[others.flatten()]) if anchor == "V" else (images[others.flatten()], captions[fixed])
+        first = torch.arange(0, groups * size, size, device=others.device)
+        pairs = self.matcher.pairs(*rows, first if self.weight else None)  # type: ignore[operator]
+        scores = pairs.scores.view(groups, size)
+        probability = (scores if scores.dtype == torch.float64 else scores.float()).sigmoid()
+        hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
+        side = "image" if anchor == "V" else "text"
+        terms = {f"rank_{side}": (hinge * real).sum() / real.sum()}
+        if pairs.relations is not None:
+            terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(pairs.relations, anchor)
+        return terms
+
+    def _alignment(self, relations: Relations, anchor: str) -> Tensor:
+        return relation_alignment_loss(
+            relations.blocks,
+            relations.word_mask,
+            relations.region_mask,
+            anchor=anchor,
+            kind=self.alignment,
+            counterpart=self.counterpart,
+            logits=relations.logits,
+        )
+
+    def _extension(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        images, captions, relations = self.tap(batch.images, batch.captions)
+        positives = positives_from_ids(batch.images.image_id, batch.captions.image_id)
+        terms = {"triplet": triplet_loss(self.matcher.score(images, captions), positives, margin=self.ranking.margin)}  # type: ignore[operator]
+        if self.weight:
+            for anchor, side in (("V", "image"), ("L", "text")):
+                terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(relations, anchor)
+        return terms
+
+
+def annealing(schedule: str, step: int, steps: int) -> float:
+    """tau of `step` steps already taken: exp(5(t/T - 1)), t/T, 1 - exp(-5 t/T), or 1."""
+    done = step / steps
+    match schedule:
+        case "exp":
+            return math.exp(5 * (done - 1))
+        case "linear":
+            return done
+        case "log":
+            return 1 - math.exp(-5 * done)
+        case _:
+            return 1.0
+
+
+def warmup_linear(step: int, steps: int, warmup: int, rate: float) -> float:
+    """UNITER's learning rate of the update number `step` (1-based): rate t/W below W, then rate (T-t)/(T-W), and 1e-8 from T on."""
+    value = rate * step / warmup if step < warmup else rate * (steps - step) / (steps - warmup)
+    return value if value > 0 else 1e-8
+
+
+def _read_ranking(given: dict[str, Any]) -> Ranking:
+    known = [f.name for f in fields(Ranking)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"method.options.ranking: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return Ranking(**given)

@@ -1,0 +1,102 @@
+"""Reading the authors' checkpoints: what a file holds is found out from its keys, and nothing in it is ever executed.
+
+    matcher = load_official("model_best.pth.tar")       # SCAN, SGR, SAF
+    matcher = load_official("uniter-base.pt", heads=12) # UNITER, IAIS
+
+Pickles are read with `weights_only` and a short allow-list; anything else in them is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from itm.models.official_scan import load_scan
+
+PLAIN_TYPES: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+]
+"""Beside tensors and containers: option objects and numpy numbers, which the authors' scripts store as they are."""
+
+
+def load_official(path: str | Path, **needed: Any) -> nn.Module:
+    """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
+
+    `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a file that is no checkpoint, holds
+    objects other than tensors and plain values, is of no known family, or does not fit its family (keys named).
+    """
+    checkpoint = read_checkpoint(path)
+    family = recognise(checkpoint)
+    if family == "scan":
+        return load_scan(checkpoint, **needed)
+    if family == "uniter":
+        from itm.models.official_uniter import load_uniter
+
+        return load_uniter(_state(checkpoint), **needed)
+    if family == "clip":
+        from itm.models.official_clip import load_clip
+
+        return load_clip(_state(checkpoint), **needed)
+    found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"
+    raise ValueError(f"{path} is of no known family (SCAN, SGRAF, UNITER, IAIS, CUSA, CLIP); it holds {found}")
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """The content of a zip or legacy `torch.save` file (Python 2 pickles too) or a safetensors file, on the CPU, without running code.
+
+    Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals(PLAIN_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
+        raise ValueError(
+            f"{path} is refused: {reason or type(error).__name__}. Only tensors, containers, options and numbers are read; "
+            "a checkpoint that holds other objects could run code. Re-save its state dicts alone if you trust where it comes from."
+        ) from None
+
+
+def recognise(checkpoint: Any) -> str | None:
+    """scan (SCAN, SGR, SAF), uniter (UNITER, IAIS), clip (OpenAI, HF, CUSA), or None, from the structure and the keys."""
+    if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get("model"), list):
+        return "scan" if len(checkpoint["model"]) in (2, 3) and all(isinstance(p, Mapping) for p in checkpoint["model"]) else None
+    keys = _keys(checkpoint)
+    if any("img_embeddings." in key for key in keys):
+        return "uniter"
+    if any(key.endswith(("logit_scale", "visual.proj", "visual_projection.weight", "text_projection")) for key in keys):
+        return "clip"
+    return None
+
+
+def _state(checkpoint: Any) -> dict[str, Any]:
+    """The flat state dict, bare or below `model` or `state_dict`."""
+    for name in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
+            return dict(checkpoint[name])
+    return dict(checkpoint)
+
+
+def _keys(checkpoint: Any) -> list[str]:
+    return [str(key) for key in _state(checkpoint)] if isinstance(checkpoint, Mapping) else []

@@ -1,0 +1,126 @@
+"""Checkpoints on any filesystem: weights as safetensors, optimiser state read with weights_only, facts as JSON written last.
+
+    <root>/000000100.model.safetensors, .average.safetensors (with EMA), .optimizer.pt, .json     state after step 100
+    <root>/best-000000100.safetensors                                                             the matcher of the best validation
+
+A checkpoint exists when its .json does. What restores the data is the plan position; random numbers are functions of the
+step (`itm.training.step`) and of the sample (`itm.data.preprocess.draw`), so none are stored.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from itm.data import files
+from itm.data.plan import Position
+from itm.training.step import Step
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class State:
+    """position: the next pair of the plan; digest: of the order up to there; seconds and pairs: trained so far; losses: logged rows."""
+
+    position: Position
+    digest: str
+    best: Best | None = None
+    seconds: float = 0.0
+    pairs: int = 0
+    losses: tuple[dict[str, Any], ...] = ()
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> State:
+        said = json.loads(data)
+        best = Best(**said["best"]) if said["best"] else None
+        return cls(**said | {"position": Position(**said["position"]), "best": best, "losses": tuple(said["losses"])})
+
+
+def save_checkpoint(root: str, state: State, step: Step) -> None:
+    """Store what `load_checkpoint` restores, then remove all but the newest KEPT checkpoints and the best matcher."""
+    name = files.join(root, f"{state.position.step:09d}")
+    write_weights(f"{name}.model.safetensors", step.plain)
+    optimizer: dict[str, Any] = {"optimizer": step.optimizer.state_dict()}
+    if step.average is not None:
+        write_weights(f"{name}.average.safetensors", step.average.module)
+        optimizer["averaged"] = int(step.average.n_averaged)
+    buffer = io.BytesIO()
+    torch.save(optimizer, buffer)
+    files.write_atomic(f"{name}.optimizer.pt", buffer.getvalue())
+    files.write_atomic(f"{name}.json", state.to_json())
+    _prune(root, state.best)
+
+
+def latest(root: str) -> State | None:
+    """The state of the newest whole checkpoint."""
+    whole = _whole(root)
+    return State.from_json(files.read_bytes(whole[-1])) if whole else None
+
+
+def load_checkpoint(root: str, state: State, step: Step) -> None:
+    """Restore weights, optimiser and moving average. Raises ValueError when they are of another architecture."""
+    name = files.join(root, f"{state.position.step:09d}")
+    read_weights(f"{name}.model.safetensors", step.plain)
+    saved = torch.load(io.BytesIO(files.read_bytes(f"{name}.optimizer.pt")), weights_only=True, map_location=step.device)
+    step.optimizer.load_state_dict(saved["optimizer"])
+    if step.average is not None:
+        read_weights(f"{name}.average.safetensors", step.average.module)
+        step.average.n_averaged.fill_(saved["averaged"])
+
+
+def best_uri(root: str, best: Best) -> str:
+    return files.join(root, f"best-{best.step:09d}.safetensors")
+
+
+def write_weights(uri: str, module: nn.Module) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "weights"
+        save_model(module, str(path))
+        files.write_atomic(uri, path.read_bytes())
+
+
+def read_weights(uri: str, module: nn.Module) -> None:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "weights"
+            path.write_bytes(files.read_bytes(uri))
+            load_model(module, str(path))
+    except RuntimeError as error:
+        raise ValueError(f"{uri} does not fit this model: {error}; restore the recipe, or start afresh with --overwrite") from None
+
+
+def _whole(root: str) -> list[str]:
+    """The .json of whole checkpoints, oldest first."""
+    return [uri for uri in files.list_files(root, ".json") if files.name_of(uri).removesuffix(".json").isdigit()]
+
+
+def _prune(root: str, best: Best | None) -> None:
+    """The .json goes first, so that a checkpoint is never there in part."""
+    for gone in _whole(root)[:-KEPT]:
+        files.delete(gone)
+    stems = {files.name_of(uri).removesuffix(".json") for uri in _whole(root)}
+    if best is not None:
+        stems.add(f"best-{best.step:09d}")
+    for uri in files.list_files(root):
+        if files.name_of(uri).split(".")[0] not in stems:
+            files.delete(uri)

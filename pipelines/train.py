@@ -1,0 +1,279 @@
+"""Train a matcher on packed shards: Ray Data streams the planned pairs, Ray Train steps, MLflow records.
+
+    itm train -c demo.yaml                                        # one worker
+    itm train -c demo.yaml train.workers=2 train.steps=200        # two, same order of pairs
+    itm train -c demo.yaml train.workers=0                        # inside this process, without Ray
+
+Writes below <output>/<name>: matcher/ (the best weights by validation rSum), losses.jsonl, checkpoints/, quarantine-<rank>.jsonl (if any
+pair could not be used) and, last, run.json. A finished run is not run again; one that was interrupted goes on from its newest checkpoint,
+also with another number of workers. --overwrite starts afresh. data.val_split= (empty) trains without validation and keeps the last weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from itm.config import Recipe
+from itm.data import files
+from itm.data.manifest import Manifest
+from itm.data.plan import Plan
+from itm.data.preprocess import ImageInput, Inputs
+from itm.data.shards import Sample, read_manifest, read_samples
+from itm.data.sidecar import Store, find_store
+from itm.data.text import build_tokenizer
+from itm.lineage import DatasetRef, git_commit
+from itm.registry import Tracker, tracking_uri
+from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.teach import choice_of, stores_root
+from pipelines.train_worker import Job, absolute, build_method, work
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="forget an earlier run in the same folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    done = train(recipe_from(args), overwrite=args.overwrite)
+    best = done["best"]
+    print(f"{done['steps']} steps in {done['seconds']:.0f} s ({done['samples_per_s']:.0f} pairs/s), MLflow run {done['run_id']}")
+    print(
+        f"best validation rSum {best['metrics']['rsum']:.1f} at step {best['step']}" if best else "no validation split: last weights kept"
+    )
+    print(f"matcher: {done['matcher']}")
+
+
+def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+    identity = recipe.fingerprint()
+    recipe = located(recipe)
+    files.check_writable(recipe.folder)
+    if overwrite:
+        forget(recipe.folder)
+    manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+    finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
+    for earlier in (finished, started):
+        _check_same(earlier, recipe, {"recipe_fingerprint": identity, "manifest": manifest.fingerprint()})
+    if finished:
+        print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
+        return finished
+    job = prepare(recipe, manifest)
+    teachers = {modality: store.teacher for modality, store in job.stores.items()}
+    about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    with tracked(job, about, started) as tracker:
+        job = Job(**vars(job) | {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
+        summary = execute(job)
+        done = {"run_id": tracker.run_id, "name": recipe.name, **about, **summary, "matcher": files.join(recipe.folder, "matcher")}
+        files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
+        tracker.metrics({"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}, step=job.steps)
+    return done
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, for processes with another working directory."""
+    data = recipe.data.model_copy(update={"root": absolute(recipe.data.root)})
+    text = recipe.text
+    if text.path and Path(text.path).exists():
+        text = text.model_copy(update={"path": absolute(text.path)})
+    return recipe.model_copy(update={"data": data, "text": text, "output": absolute(recipe.output)})
+
+
+def prepare(recipe: Recipe, manifest: Manifest) -> Job:
+    """Everything that can be refused is refused here: too few pairs, a missing store or split, a method that the model cannot serve."""
+    data, train = recipe.data, recipe.train
+    split = files.join(data.root, data.train_split)
+    if data.val_split:
+        try:
+            read_manifest(files.join(data.root, data.val_split))
+        except ValueError as error:
+            raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+    ranks = max(1, train.workers)
+    plan = Plan.of(manifest, seed=recipe.seed, batch=train.batch_size, ranks=ranks, accumulate=train.accumulate, window=data.shuffle_window)
+    steps = min(s for s in (train.steps, train.epochs and train.epochs * plan.steps_per_epoch, 10**12) if s)
+    if steps == 10**12:
+        raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
+    captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path else None
+    inputs = Inputs(ImageInput.of(data), build_tokenizer(recipe.text, captions))
+    method = build_method(recipe, inputs)
+    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
+    return Job(recipe, manifest, plan, inputs, stores, steps, run_id="", tracking_uri="")
+
+
+def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        for item in read_samples(files.join(split, shard.name)):
+            if isinstance(item, Sample):
+                yield from (caption.text for caption in item.captions)
+
+
+def store_of(recipe: Recipe, manifest: Manifest, modality: str) -> Store:
+    """The finished store of the recipe's teacher, which must have scored every shard. Raises ValueError with the remedy."""
+    part = getattr(recipe.teachers, modality)
+    if part is None:
+        raise ValueError(f"method {recipe.method.kind!r} needs {modality} teacher vectors: set teachers.{modality} and run `itm teach`")
+    root = stores_root(recipe, recipe.data.train_split)
+    store = find_store(absolute(root), choice_of(part, modality, recipe.teachers.dtype))
+    store.check((shard.name, shard.sha256) for shard in manifest.shards)
+    return store
+
+
+@contextmanager
+def tracked(job: Job, about: dict[str, Any], started: dict[str, Any] | None) -> Iterator[Tracker]:
+    """The MLflow run of this training: a new one, or that of the interrupted run it continues."""
+    recipe = job.recipe
+    if started and started["tracking_uri"] == tracking_uri():
+        tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
+    else:
+        source = job.split(recipe.data.train_split)
+        tracker = Tracker.start(
+            recipe.registry.experiment,
+            recipe.name,
+            recipe.flat(),
+            {"stage": "train", **about},
+            [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
+            system_metrics=True,
+        )
+        said = {"run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
+        files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
+    with tracker:
+        yield tracker
+
+
+def execute(job: Job) -> dict[str, Any]:
+    train = job.recipe.train
+    with tqdm(total=job.steps, desc=f"train {job.recipe.name}", unit="step", mininterval=1) as bar:
+
+        def show(done: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        if train.workers:
+            return execute_on_ray(job, show)
+        device = torch.device("cuda" if train.use_gpu else "cpu")
+        return work(job, device, show)
+
+
+def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
+    """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times."""
+    from pipelines.session import connect
+
+    connect()
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    trainer = TorchTrainer(
+        worker_entry,
+        train_loop_config={"job": job, "board": board},
+        scaling_config=ScalingConfig(num_workers=job.recipe.train.workers, use_gpu=job.recipe.train.use_gpu),
+        run_config=RunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
+            storage_path=files.join(job.folder, "ray"),
+            failure_config=FailureConfig(max_failures=job.recipe.train.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    with watched(board, show):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise cause_of(error) from None
+    summary: dict[str, Any] = result.return_value
+    return summary
+
+
+def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
+    from ray.train.torch import get_device
+
+    board = config["board"]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # ranks on one machine would fight for its cores
+    return work(config["job"], get_device(), lambda done, loss: board.put.remote(done, loss))
+
+
+def cause_of(error: Exception) -> Exception:
+    """A ValueError that a worker raised for the user, else Ray's own report."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = getattr(failure, "cause", failure)
+        if isinstance(inner, ValueError):
+            return ValueError(str(inner))
+    return error
+
+
+class Board:
+    """Where rank 0 says how far it is."""
+
+    def __init__(self) -> None:
+        self.said: tuple[int, float] | None = None
+
+    def put(self, done: int, loss: float) -> None:
+        self.said = (done, loss)
+
+    def get(self) -> tuple[int, float] | None:
+        return self.said
+
+
+@contextmanager
+def watched(board: Any, show: Callable[[int, float], None]) -> Iterator[None]:
+    """Reads the board twice a second while the driver waits for the workers."""
+    import ray
+
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if said := ray.get(board.get.remote()):
+                show(*said)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+        if said := ray.get(board.get.remote()):
+            show(*said)
+    finally:
+        over.set()
+        thread.join(timeout=5)
+
+
+def forget(folder: str) -> None:
+    """Delete what an earlier run wrote; run.json first, so that no half of it looks finished."""
+    for name in ("run.json", "started.json", "losses.jsonl"):
+        if files.exists(uri := files.join(folder, name)):
+            files.delete(uri)
+    for uri in (*files.list_files(files.join(folder, "checkpoints")), *files.list_files(folder, ".jsonl")):
+        files.delete(uri)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    return json.loads(files.read_bytes(uri)) if files.exists(uri) else None
+
+
+def _check_same(earlier: dict[str, Any] | None, recipe: Recipe, now: dict[str, str]) -> None:
+    for what, value in now.items():
+        if earlier and earlier[what] != value:
+            raise ValueError(
+                f"{recipe.folder} holds a run with {what} {earlier[what]}, this one has {value}; give the run another name=, or --overwrite"
+            )
+
+
+if __name__ == "__main__":
+    import sys
+
+    from pipelines.cli import stage_main
+
+    sys.exit(stage_main("train"))

@@ -1,0 +1,282 @@
+"""What each training worker does: build the method, restore the newest checkpoint, stream its share of the plan, step.
+
+The same function runs as a Ray Train worker and inside the driver (`train.workers=0`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from itm.config import Recipe
+from itm.data import files
+from itm.data.collate import to_batch
+from itm.data.manifest import Manifest
+from itm.data.pairs import Pairs
+from itm.data.plan import Plan, Position
+from itm.data.preprocess import Inputs
+from itm.data.sidecar import Store
+from itm.distributed import all_reduce_sum, rank, world_size
+from itm.evaluation.dataset import encode_split
+from itm.evaluation.metrics import retrieval_metrics
+from itm.evaluation.scoring import score_matrix
+from itm.folder import build_matcher, save_matcher
+from itm.methods import METHODS
+from itm.parts import build_part
+from itm.registry import Tracker
+from itm.training.checkpoint import Best, State, best_uri, latest, load_checkpoint, read_weights, save_checkpoint, write_weights
+from itm.training.loop import Hooks, train_loop
+from itm.training.optim import build_optimizer, learning_rate, moving_average, temperatures
+from itm.training.step import Step
+from itm.types import Batch
+from pipelines.stream import stream, stream_here, work_of
+
+Report = Callable[[int, float], None]
+"""(steps done, loss), called on rank 0 at every logged step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked training run. Every path in it is absolute: a Ray worker has another working directory."""
+
+    recipe: Recipe
+    manifest: Manifest
+    plan: Plan
+    inputs: Inputs
+    stores: dict[str, Store]
+    steps: int
+    run_id: str
+    tracking_uri: str
+
+    @property
+    def folder(self) -> str:
+        return self.recipe.folder
+
+    @property
+    def checkpoints(self) -> str:
+        return files.join(self.folder, "checkpoints")
+
+    def split(self, name: str) -> str:
+        return files.join(self.recipe.data.root, name)
+
+
+def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
+    """The method around a fresh matcher, the same weights for the same seed. Raises ValueError for what cannot run together."""
+    torch.manual_seed(recipe.seed)
+    matcher = build_matcher(recipe.model, inputs)
+    method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    return method
+
+
+def work(job: Job, device: torch.device, report: Report) -> dict[str, Any]:
+    """Train to the end of the run; returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected."""
+    worker = Worker(job, device, report)
+    worker.train()
+    return worker.finish()
+
+
+class Worker:
+    """One rank's state between hooks."""
+
+    def __init__(self, job: Job, device: torch.device, report: Report) -> None:
+        self.job, self.report = job, report
+        train, recipe = job.recipe.train, job.recipe
+        method = build_method(recipe, job.inputs).to(device)
+        # Which parameters a step uses depends on the method's terms; DDP must not wait for the others.
+        wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world_size() > 1 else method
+        average = moving_average(method, train.ema) if train.ema else None
+        self.state = latest(job.checkpoints) or State(Position(), job.plan.digest(Position()))
+        job.plan.check_digest(self.state.position, self.state.digest, f"checkpoint {self.state.position.step} of {job.folder}")
+        self.plan = job.plan.resume(self.state.position)
+        self.step = Step(wrapped, build_optimizer(method, train), train, self._rate, average, recipe.seed)
+        if self.state.position.step:
+            load_checkpoint(job.checkpoints, self.state, self.step)
+        self.tracker = Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None
+        self.clock = Clock(self.state.seconds)
+        self.problems = Problems(job, rank())
+        self.rejected = 0
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.job.recipe.train, step, self.plan.steps_per_epoch, self.job.steps)
+
+    @property
+    def matcher(self) -> Any:
+        """What is validated and kept: the moving average where there is one."""
+        return (self.step.plain if self.step.average is None else self.step.average.module).matcher
+
+    def train(self) -> None:
+        train = self.job.recipe.train
+        hooks = Hooks(
+            self._log,
+            self._validate,
+            self._checkpoint,
+            logs=lambda done: done % train.log_every == 0 or done == self.job.steps,
+            validates=self._validates,
+            checkpoints=self._checkpoints,
+        )
+        first, last = self.state.position.step, self.job.steps
+        items = work_of(rank(), first, last, train.accumulate)
+        pairs = Pairs(self.job.split(self.job.recipe.data.train_split), self.job.manifest, self.plan, self.job.inputs, self.job.stores)
+        tables = (stream if train.workers else stream_here)(pairs, items, self.job.recipe.data.decode_actors)
+        self.clock.start()
+        train_loop(self.step, self._batches(tables), first, last, hooks)
+
+    def _batches(self, tables: Iterable[pa.Table]) -> Iterator[Batch]:
+        accumulate = self.job.recipe.train.accumulate
+        for n, table in enumerate(tables):
+            expected = self.plan.start.step + n // accumulate
+            if (found := table["step"][0].as_py()) != expected or len(table) != self.plan.batch:
+                raise RuntimeError(f"the stream gave {len(table)} rows of step {found} where {self.plan.batch} of step {expected} were due")
+            self.problems.add(table["problem"].drop_null().to_pylist())
+            yield to_batch(table)
+
+    def _ends_epoch(self, done: int) -> bool:
+        return self.plan.locate(done).epoch > self.plan.locate(done - 1).epoch
+
+    def _validates(self, done: int) -> bool:
+        every = self.job.recipe.train.validate_every
+        return done == self.job.steps or (done % every == 0 if every else self._ends_epoch(done))
+
+    def _checkpoints(self, done: int) -> bool:
+        every = self.job.recipe.train.checkpoint_every
+        return done == self.job.steps or (done % every == 0 if every else self._validates(done))
+
+    def _log(self, done: int, losses: dict[str, float]) -> None:
+        self.rejected = int(all_reduce_sum(torch.tensor(float(len(self.problems.rows)), device=self.step.device)))
+        rates = {"lr": self._rate(done - 1), "samples_per_s": self._speed(done), "rejected": float(self.rejected)}
+        values = losses | rates | dict(temperatures(self.step.plain))
+        self.state = replace(self.state, losses=(*self.state.losses, {"step": done, **values}))
+        if self.tracker:
+            self.tracker.metrics(values, step=done)
+            self.report(done, losses["loss"])
+
+    def _speed(self, done: int) -> float:
+        """Pairs of all ranks a second, in this process's share of the run, validation and checkpoints not counted."""
+        return (done - self.plan.start.step) * self.plan.global_batch / max(self.clock.here, 1e-9)
+
+    def _validate(self, done: int) -> None:
+        """On rank 0; the others wait for it in the next step."""
+        data, evaluation = self.job.recipe.data, self.job.recipe.evaluation
+        if rank() or not data.val_split:
+            return
+        with self.clock.stopped():
+            encoded = encode_split(
+                self.matcher,
+                self.job.split(data.val_split),
+                evaluation.batch_size,
+                device=self.step.device,
+                max_reject_rate=data.max_reject_rate,
+            )
+            scores = score_matrix(self.matcher, encoded.images, encoded.captions, block=evaluation.block, device=self.step.device)
+            metrics = retrieval_metrics(scores, encoded.positives)
+            assert self.tracker is not None
+            self.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
+            if self.state.best is None or metrics["rsum"] > self.state.best.metrics["rsum"]:
+                best = Best(done, metrics)
+                write_weights(best_uri(self.job.checkpoints, best), self.matcher)
+                self.state = replace(self.state, best=best)
+
+    def _checkpoint(self, done: int) -> None:
+        self.problems.write()
+        if rank():
+            return
+        with self.clock.stopped():
+            position = self.plan.locate(done)
+            pairs = self.state.pairs + (done - self.state.position.step) * self.plan.global_batch
+            self.state = replace(self.state, position=position, digest=self.plan.digest(position), seconds=self.clock.total, pairs=pairs)
+            rows = "".join(json.dumps(row) + "\n" for row in self.state.losses)
+            files.write_atomic(files.join(self.job.folder, "losses.jsonl"), rows.encode())
+            save_checkpoint(self.job.checkpoints, self.state, self.step)
+
+    def finish(self) -> dict[str, Any]:
+        """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split."""
+        if rank():
+            return {}
+        assert self.tracker is not None
+        if self.state.best is not None:
+            read_weights(best_uri(self.job.checkpoints, self.state.best), self.matcher)
+        save_matcher(self.matcher.cpu(), files.join(self.job.folder, "matcher"))
+        self.tracker.close()
+        best = {"step": self.state.best.step, "metrics": self.state.best.metrics} if self.state.best else None
+        seconds = self.state.seconds
+        speed = self.state.pairs / seconds if seconds else 0.0
+        return {
+            "steps": self.job.steps,
+            "seconds": round(seconds, 2),
+            "samples_per_s": round(speed, 2),
+            "best": best,
+            "rejected": self.rejected,
+        }
+
+
+class Clock:
+    """Seconds of training, over all restarts of a run; stopped during validation and checkpoints."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.here_stopped, self.since = before, 0.0, time.perf_counter()
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    @property
+    def here(self) -> float:
+        return self.here_stopped + time.perf_counter() - self.since
+
+    @property
+    def total(self) -> float:
+        return self.before + self.here
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.here_stopped = self.here
+        try:
+            self.since = float("inf")
+            yield
+        finally:
+            self.start()
+
+
+class Problems:
+    """The rejected pairs that a rank has met, each once; `quarantine-<rank>.jsonl` in the run's folder."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.uri = files.join(job.folder, f"quarantine-{rank}.jsonl")
+        self.samples, self.limit = job.manifest.samples, job.recipe.data.max_reject_rate
+        self.rows: dict[str, None] = {}
+        self.written = 0
+        if files.exists(self.uri):
+            self.rows = dict.fromkeys(files.read_bytes(self.uri).decode().splitlines())
+            self.written = len(self.rows)
+
+    def add(self, rows: list[str]) -> None:
+        """Raises ValueError when more samples of the split were rejected than `data.max_reject_rate` allows."""
+        new = [row for row in rows if row not in self.rows]
+        if not new:
+            return
+        self.rows |= dict.fromkeys(new)
+        keys = {json.loads(row)["key"] for row in self.rows}
+        if len(keys) > self.limit * self.samples:
+            self.write()
+            raise ValueError(
+                f"{len(keys)} of {self.samples} samples were rejected, more than data.max_reject_rate={self.limit}; "
+                f"the reasons are in {self.uri}; the last: {new[-1]}"
+            )
+
+    def write(self) -> None:
+        if len(self.rows) > self.written:
+            files.write_atomic(self.uri, "".join(row + "\n" for row in self.rows).encode())
+            self.written = len(self.rows)
+
+
+def absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
