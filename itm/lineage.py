@@ -1,4 +1,4 @@
-"""What a run says about its origin: the code, the data, and names and texts that fit a tracking server."""
+"""What a run says about its origin: the code, the data, the tracking address, and names and texts that fit a tracking server."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from typing import Any
 LONGEST_PARAM = 6000  # characters; MLflow's limits
 LONGEST_TAG = 8000
 LONGEST_NAME = 250
+
+
+def tracking_uri() -> str:
+    """The MLflow address as an absolute URI, fit to be handed to a process with another working directory.
+
+    MLFLOW_TRACKING_URI where set (a relative SQLite file or folder is made absolute), else `sqlite:///<cwd>/mlflow.db`.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri if "://" in uri or uri.startswith("databricks") else str(Path(uri.removeprefix("file:")).absolute())
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from itm.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts
+from itm.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, tracking_uri
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
@@ -50,17 +50,6 @@ PYFUNC_CODE = Path(__file__).parents[1] / "pipelines" / "pyfunc_model.py"
 REQUIREMENTS = ("torch", "transformers", "numpy", "pyarrow", "pillow", "simplejpeg", "safetensors", "pydantic", "pyyaml")
 _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
-
-
-def tracking_uri() -> str:
-    """The MLflow address as an absolute URI, fit to be handed to a process with another working directory.
-
-    MLFLOW_TRACKING_URI where set (a relative SQLite file or folder is made absolute), else `sqlite:///<cwd>/mlflow.db`.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri if "://" in uri or uri.startswith("databricks") else str(Path(uri.removeprefix("file:")).absolute())
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -80,8 +69,10 @@ class Tracker:
         self.uri = uri
         self._client = client(uri)
         self._owner = owner
+        if owner:
+            self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
         self._pending: deque[Any] = deque()
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=not owner, tracking_uri=uri) if system_metrics else None
+        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri) if system_metrics else None
         if self._monitor:
             self._monitor.start()
 

@@ -15,6 +15,7 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # an error line a pool about constructor arguments that this use cannot meet
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -34,7 +35,9 @@ def connect() -> None:
             ray.init(logging_level="WARNING")
         else:
             cpus = max(4, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE_BYTES, logging_level="ERROR")
+            # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
+            quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **quiet)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -6,7 +6,8 @@
 
 Writes below <output>/<name>: matcher/ (the best weights by validation rSum), losses.jsonl, checkpoints/, quarantine-<rank>.jsonl (if any
 pair could not be used) and, last, run.json. A finished run is not run again; one that was interrupted goes on from its newest checkpoint,
-also with another number of workers. --overwrite starts afresh. data.val_split= (empty) trains without validation and keeps the last weights.
+also with another number of workers. --overwrite starts afresh. data.val_split="''" (empty) trains without validation and keeps the last
+weights.
 """
 
 from __future__ import annotations

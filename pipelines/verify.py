@@ -145,6 +145,8 @@ class _Check:
 def _choose(sidecars: dict[str, Sidecar], rows: int, seed: int) -> list[tuple[Sidecar, np.ndarray]]:
     """(sidecar, sorted row numbers) of up to `rows` random scored rows of the whole split."""
     scored = [(name, row) for name, sidecar in sidecars.items() for row in np.flatnonzero(sidecar.ok)]
+    if rows < 2 or len(scored) < 2:
+        raise ValueError(f"a cosine needs two rows; asked for {rows} of {len(scored)} scored ones")
     picked = np.random.default_rng(seed).permutation(len(scored))[:rows]
     by_shard: dict[str, list[int]] = {}
     for k in sorted(picked):

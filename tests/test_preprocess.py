@@ -119,7 +119,7 @@ def test_regions_are_padded_and_masked() -> None:
     ],
 )
 def test_region_files_of_wrong_shape_or_with_nan_are_refused(features: np.ndarray, boxes: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="must be|not finite"):
+    with pytest.raises(ValueError, match=r"must be|not finite"):
         read_regions(region_file(features, boxes), limit=4)
 
 

@@ -52,7 +52,9 @@ def to_batch(table: pa.Table) -> Batch:
     else:
         regions = image["mask"].shape[1]
         image = {"mask": image["mask"].astype(bool)} | {name: image[name].reshape(rows, regions, -1) for name in ("regions", "boxes")}
-    tokens = torch.from_numpy(column(table, "tokens"))
-    captions = Captions(tokens, torch.from_numpy(column(table, "token_mask").astype(bool)), torch.from_numpy(ids))
+    mask = column(table, "token_mask").astype(bool)
+    longest = int(mask.sum(1).max())  # rows come padded to the tokenizer's max_length, so that all tables share a schema
+    tokens = torch.from_numpy(column(table, "tokens")[:, :longest].copy())
+    captions = Captions(tokens, torch.from_numpy(mask[:, :longest].copy()), torch.from_numpy(ids))
     teacher = {name: torch.from_numpy(column(table, f"teacher_{name}")) for name in ("image", "text") if f"teacher_{name}" in names}
     return Batch(as_images(image, ids), captions, SoftLabels(**teacher) if teacher else None)

@@ -81,6 +81,13 @@ def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     return [join(uri, name) for name in sorted(names) if name.endswith(suffix)]
 
 
+def list_folders(uri: str | Path) -> list[str]:
+    """URIs of the folders right inside a folder, sorted."""
+    filesystem, path = resolve(uri)
+    infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return [join(uri, i.base_name) for i in sorted(infos, key=lambda i: i.base_name) if i.type == fs.FileType.Directory]
+
+
 @contextlib.contextmanager
 def atomic_stream(uri: str | Path) -> Iterator[Any]:
     """A binary stream whose file appears under its name only when the block ends without an error."""
@@ -134,5 +141,7 @@ def local_copy(uri: str | Path) -> Path:
             raise FileNotFoundError(f"nothing at {uri}")
         return Path(path)
     target = Path(tempfile.mkdtemp(prefix="itm-")) / name_of(path)
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        target.mkdir()
     fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
     return target

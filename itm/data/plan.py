@@ -48,8 +48,8 @@ class Plan:
         plan = cls(tuple(s.captions for s in manifest.shards), manifest.fingerprint(), seed, batch, ranks, accumulate, window)
         if plan.pairs < plan.global_batch:
             raise ValueError(
-                f"split {manifest.split!r} has {plan.pairs} pairs in {len(plan.counts)} shards, fewer than one global batch of {plan.global_batch} "
-                f"= {batch} (train.batch_size) x {ranks} (workers) x {accumulate} (train.accumulate); lower one of them"
+                f"split {manifest.split!r} has {plan.pairs} pairs in {len(plan.counts)} shards, fewer than one global batch of "
+                f"{plan.global_batch} = {batch} (train.batch_size) x {ranks} (workers) x {accumulate} (train.accumulate); lower one of them"
             )
         return plan
 
@@ -102,8 +102,8 @@ class Plan:
         """Raises ValueError naming both digests when a checkpoint was made with another order."""
         if (ours := self.digest(position)) != digest:
             raise ValueError(
-                f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), seed {self.seed} "
-                f"and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
+                f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), "
+                f"seed {self.seed} and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
             )
 
 

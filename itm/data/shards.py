@@ -35,6 +35,7 @@ __all__ = [
     "read_manifest",
     "read_range",
     "read_samples",
+    "scan_bytes",
     "scan_shard",
     "write_manifest",
     "write_shard",
@@ -94,10 +95,14 @@ def index_shard(uri: str) -> list[SampleIndex]:
 
 def scan_shard(uri: str) -> tuple[list[SampleIndex], list[Problem], str]:
     """One pass over a shard: (index, problems, sha256 of its bytes)."""
-    data = files.read_bytes(uri)
+    return scan_bytes(files.read_bytes(uri), files.name_of(uri))
+
+
+def scan_bytes(data: bytes, name: str) -> tuple[list[SampleIndex], list[Problem], str]:
+    """As `scan_shard`, of the bytes of a shard called `name`."""
     index: list[SampleIndex] = []
     problems: list[Problem] = []
-    for item, span in _parse_spans(memoryview(data), files.name_of(uri), fragment=False):
+    for item, span in _parse_spans(memoryview(data), name, fragment=False):
         if isinstance(item, Problem):
             problems.append(item)
         else:
@@ -219,7 +224,7 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> 
     content = {extension: bytes(tar[m.start : m.start + m.size]) for extension, m in parts.items()}
     try:
         meta, captions = _captions(key, content)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError) as error:
         yield Problem(key, shard, "read", f"captions cannot be read: {error}")
         return
     kept = [c for c in captions if c.text.strip()]
@@ -250,8 +255,7 @@ def _captions(key: str, content: dict[str, bytes]) -> tuple[dict[str, Any], list
 def _caption(default_id: str, raw: Any) -> Caption:
     if isinstance(raw, str):
         return Caption(default_id, raw)
+    if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
+        raise ValueError(f"a caption must be a string or an object with a string `text`, not {raw!r}")
     meta = {name: value for name, value in raw.items() if name not in ("id", "text")}
-    text = raw["text"]
-    if not isinstance(text, str):
-        raise ValueError(f"the text of a caption must be a string, not {text!r}")
-    return Caption(str(raw.get("id", default_id)), text, meta)
+    return Caption(str(raw.get("id", default_id)), raw["text"], meta)

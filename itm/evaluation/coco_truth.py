@@ -36,7 +36,7 @@ def data_folder() -> Path:
 
 
 def relevance(truth: str, image_keys: Sequence[str], caption_ids: Sequence[str], metas: Sequence[Mapping[str, Any]] = ()) -> WiderTruth:
-    """truth: `eccv` or `cxc`. Ids are COCO's: caption annotation ids, and image ids from metadata (`cocoid`, `image_id`) or the key's digits.
+    """truth: `eccv` or `cxc`. Ids are COCO's: caption annotation ids, and image ids from metadata (`cocoid`, `image_id`) or the key.
 
     Raises ValueError when ids are no numbers or most queries of the truth are missing from the split.
     """
@@ -46,7 +46,9 @@ def relevance(truth: str, image_keys: Sequence[str], caption_ids: Sequence[str],
     t2i, t2i_absent, t2i_found = _positives(data_folder() / f"{truth}_caption_to_image.json", captions, images)
     for way, (found, asked) in (("images", i2t_found), ("captions", t2i_found)):
         if found < asked:
-            raise ValueError(f"protocol {truth} asks {asked:,} {way}, but this split holds only {found:,} of them; it is defined on COCO 5K test")
+            raise ValueError(
+                f"protocol {truth} asks {asked:,} {way}, but this split holds only {found:,} of them; it is defined on COCO 5K test"
+            )
     return WiderTruth(i2t, t2i, i2t_absent, t2i_absent)
 
 

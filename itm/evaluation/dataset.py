@@ -128,7 +128,7 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
     problems = [problem for piece in pieces for problem in piece.problems if problem.what != "caption"]
     kept = sum(len(piece.names.image_keys) for piece in pieces)
     total = kept + len(problems)
-    if problems and len(problems) > max_reject_rate * total or not kept:
+    if (problems and len(problems) > max_reject_rate * total) or not kept:
         first = f"; the first is {problems[0].key!r} in {problems[0].shard}: {problems[0].reason}" if problems else ""
         raise ValueError(f"{split_uri}: {len(problems)} of {total} samples were rejected (limit {max_reject_rate:.1%}){first}")
     return EncodedSplit.cat(pieces)

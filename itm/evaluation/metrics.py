@@ -10,6 +10,7 @@ Recalls are percent (0..100); mAP@R and R-precision are fractions (0..1); medR a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,21 +144,22 @@ def positive_counts(positives: Positives) -> tuple[Tensor, Tensor]:
     return positives.sum(1), positives.sum(0)
 
 
-def check_scores(scores: Scores, positives: Positives) -> None:
-    """Raises ValueError when shapes differ or a score is NaN (block by block), naming the count and the first (image, caption)."""
+def check_scores(scores: Scores, positives: Positives, names: tuple[Sequence[str], Sequence[str]] | None = None) -> None:
+    """Raises ValueError when shapes differ or a score is NaN, naming the count and the first pair (by position, or by its names)."""
     expected = tuple(map(len, positives)) if isinstance(positives, tuple) else tuple(positives.shape)
     if tuple(scores.shape) != expected:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, but the truth has {expected[0]} images x {expected[1]} captions")
     rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
     count, first = 0, (0, 0)
     for start in range(0, scores.shape[0], rows):
-        bad = torch.as_tensor(scores[start : start + rows]).isnan()
+        bad = _rows(scores, slice(start, start + rows)).isnan()
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
             first = first if count else (start + row, column)
             count += int(bad.sum())
     if count:
-        raise ValueError(f"{count} of {math.prod(expected)} scores are NaN, the first at image {first[0]}, caption {first[1]}")
+        image, caption = first if names is None else (repr(names[0][first[0]]), repr(names[1][first[1]]))
+        raise ValueError(f"{count} of {math.prod(expected)} scores are NaN, the first at image {image}, caption {caption}")
 
 
 def _directions(scores: Scores, positives: Positives, relevance: Tensor | None) -> list[tuple[str, Scores, Positives, Tensor | None]]:
@@ -166,10 +168,13 @@ def _directions(scores: Scores, positives: Positives, relevance: Tensor | None) 
 
 
 def _block(scores: Scores, positives: Positives, rows: slice) -> tuple[Tensor, Tensor]:
-    block = scores[rows]
-    tensor = block.contiguous().cpu() if isinstance(block, Tensor) else torch.from_numpy(np.array(block, order="C"))
     truth = positives[0][rows, None] == positives[1][None, :] if isinstance(positives, tuple) else positives[rows].contiguous()
-    return tensor, truth.cpu()
+    return _rows(scores, rows), truth.cpu()
+
+
+def _rows(scores: Scores, rows: slice) -> Tensor:
+    """A block of rows in memory of its own order; a mapped file may be read-only, hence the copy."""
+    return scores[rows].contiguous().cpu() if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores[rows], order="C"))
 
 
 def _rank_block(scores: Tensor, truth: Tensor, absent: Tensor, tie: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
     scored.names.check()
-    check_scores(scored.scores, scored.names.positives)
+    check_scores(scored.scores, scored.names.positives, (scored.names.image_keys, scored.names.caption_ids))
     return PROTOCOLS[name](scored, tie)
 
 
@@ -86,7 +86,9 @@ def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[st
         columns = ((scored.names.caption_image >= start) & (scored.names.caption_image < start + size)).nonzero()[:, 0]
         truth = (torch.arange(size), scored.names.caption_image[columns] - start)
         relevance = None if scored.relevance is None else scored.relevance[start : start + size, columns]
-        rows.append((retrieval_metrics(scored.scores[start : start + size][:, columns], truth, relevance, tie), chance_metrics(truth, relevance)))
+        rows.append(
+            (retrieval_metrics(scored.scores[start : start + size][:, columns], truth, relevance, tie), chance_metrics(truth, relevance))
+        )
     return _mean([metrics for metrics, _ in rows]), _mean([chance for _, chance in rows])
 
 
@@ -140,7 +142,12 @@ def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, T
     if not ranking.asked.any():
         raise ValueError(f"no row of {len(labels)} shares its label with another one: nothing to retrieve")
     values = equivalence_metrics(ranking)
-    return {"r1": values["semantic_r1"], "map_at_r": values["map_at_r"], "r_precision": values["r_precision"], "queries": int(ranking.asked.sum())}
+    return {
+        "r1": values["semantic_r1"],
+        "map_at_r": values["map_at_r"],
+        "r_precision": values["r_precision"],
+        "queries": int(ranking.asked.sum()),
+    }
 
 
 def _one_modality(way: str, vectors: Tensor, labels: Tensor, tie: str, title: str) -> Outcome:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
+TILE_CAPTIONS = 256
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -63,7 +64,7 @@ def scoring_mode(matcher: Any, device: str | torch.device = "cpu") -> Iterator[N
     if is_module:
         matcher.eval().to(device)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference tensors would not outlive this block
             yield
     finally:
         if is_module:
@@ -138,7 +139,7 @@ def _pair_bytes(images: Encoded, captions: Encoded) -> int:
 
 def _columns(images: Encoded, captions: Encoded) -> int:
     """Captions per tile: a few hundred for late interaction, so that tiles are of one length; all for one matmul."""
-    return len(captions) if captions.parts is None or images.parts is None else 256
+    return len(captions) if captions.parts is None or images.parts is None else TILE_CAPTIONS
 
 
 def _rows(images: Encoded, captions: Encoded) -> int:

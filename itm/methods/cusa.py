@@ -72,7 +72,7 @@ class USAOptions(Strict):
     reduction: Reduction = "mean"
     student: Any = None
     teacher: Any = "csa"
-    head: Literal["linear", "norm_linear"] = "linear"
+    head: Literal["linear", "norm_linear", "none"] = "linear"
     width: int | None = None
 
 
@@ -162,6 +162,8 @@ class CUSA(nn.Module):
     def _make_uni_heads(self) -> nn.ModuleDict | None:
         if self.usa is None or getattr(self.matcher, "uni_width", 0):
             return None
+        if self.usa.head == "none":
+            return nn.ModuleDict({"image": nn.Identity(), "text": nn.Identity()})
         width = self.usa.width or getattr(self.matcher, "vector_width", None)
         if not width:
             kind = getattr(self.matcher, "kind", type(self.matcher).__name__)
@@ -179,14 +181,6 @@ class CUSA(nn.Module):
             return self.temperature(f"csa_{role}")
         assert self.itc is not None
         return self.itc.tau, self.itc.tau
-
-    def state(self) -> dict[str, float]:
-        """What to log: every temperature in use and, for a batch of B, the weights relative to a plain InfoNCE times 1/B (spec 3.4)."""
-        values = {} if self.itc is None else {"tau": self.itc.tau.item()}
-        for name in self.temperatures:
-            image, text = self.temperature(name)
-            values |= {f"{name}_image": image.item(), f"{name}_text": text.item()}
-        return values
 
     def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
         """{"itc", "triplet", "csa", "usa"} that are on: weighted scalars. Raises ValueError for missing or broken teacher vectors."""

@@ -7,29 +7,30 @@ one caption and many images, with the relations among words as the anchor (L). W
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from itm.config import Strict
 from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
 from itm.losses.triplet import triplet_loss
 from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
 from itm.methods.iais_taps import find_tap
+from itm.methods.matching import read_options
 from itm.models.uniter_pairs import Relations
 from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
 
 SCHEDULES = ("exp", "linear", "log", "constant")
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(Strict):
     """margin of the hinge on sigmoid scores; hard_negatives kept for each positive; positives trained a half step (None = whole batch)."""
 
     margin: float = 0.2
-    hard_negatives: int = 31
-    positives: int | None = None
+    hard_negatives: int = Field(31, ge=1)
+    positives: int | None = Field(None, ge=1)
 
 
 class IAIS(nn.Module):
@@ -57,9 +58,9 @@ class IAIS(nn.Module):
     ) -> None:
         super().__init__()
         self.tap = find_tap(matcher)
-        self.matcher = matcher
+        self.matcher: Any = matcher
         self.alignment, self.weight, self.schedule, self.steps, self.counterpart = alignment, weight, schedule, steps, counterpart
-        self.ranking = _read_ranking(ranking or {})
+        self.ranking = read_options(Ranking, ranking or {}, "method.options.ranking")
         for name, value, known in (
             ("alignment", alignment, KINDS),
             ("schedule", schedule, SCHEDULES),
@@ -91,7 +92,7 @@ class IAIS(nn.Module):
         anchor = "L" if len(captions) == 1 else "V"
         images, captions = (images[rows], captions) if anchor == "L" else (images, captions[rows])
         columns = torch.arange(len(rows), device=rows.device)[None]
-        encoded = self.matcher.encode_images(images), self.matcher.encode_captions(captions)  # type: ignore[operator]
+        encoded = self.matcher.encode_images(images), self.matcher.encode_captions(captions)
         return self._half(anchor, *encoded, (columns, torch.ones_like(columns[:, 1:], dtype=torch.bool)), step)
 
     def alignment_weight(self, step: int) -> float:
@@ -100,7 +101,7 @@ class IAIS(nn.Module):
 
     def _mine(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Per anchor: columns (G,1+K) with the positive first, and which negatives are real (G,K)."""
-        matcher: Any = self.matcher
+        matcher = self.matcher
         with mining_mode(matcher):
             scores = matcher.score(matcher.encode_images(batch.images), matcher.encode_captions(batch.captions))
         positives = slice(0, self.ranking.positives)
@@ -119,7 +120,7 @@ class IAIS(nn.Module):
         fixed = torch.arange(groups, device=others.device).repeat_interleave(size)
         rows = (images[fixed], captions[others.flatten()]) if anchor == "V" else (images[others.flatten()], captions[fixed])
         first = torch.arange(0, groups * size, size, device=others.device)
-        pairs = self.matcher.pairs(*rows, first if self.weight else None)  # type: ignore[operator]
+        pairs = self.matcher.pairs(*rows, first if self.weight else None)
         scores = pairs.scores.view(groups, size)
         probability = (scores if scores.dtype == torch.float64 else scores.float()).sigmoid()
         hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
@@ -143,7 +144,7 @@ class IAIS(nn.Module):
     def _extension(self, batch: Batch, step: int) -> dict[str, Tensor]:
         images, captions, relations = self.tap(batch.images, batch.captions)
         positives = positives_from_ids(batch.images.image_id, batch.captions.image_id)
-        terms = {"triplet": triplet_loss(self.matcher.score(images, captions), positives, margin=self.ranking.margin)}  # type: ignore[operator]
+        terms = {"triplet": triplet_loss(self.matcher.score(images, captions), positives, margin=self.ranking.margin)}
         if self.weight:
             for anchor, side in (("V", "image"), ("L", "text")):
                 terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(relations, anchor)
@@ -168,11 +169,3 @@ def warmup_linear(step: int, steps: int, warmup: int, rate: float) -> float:
     """UNITER's learning rate of the update number `step` (1-based): rate t/W below W, then rate (T-t)/(T-W), and 1e-8 from T on."""
     value = rate * step / warmup if step < warmup else rate * (steps - step) / (steps - warmup)
     return value if value > 0 else 1e-8
-
-
-def _read_ranking(given: dict[str, Any]) -> Ranking:
-    known = [f.name for f in fields(Ranking)]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ValueError(f"method.options.ranking: unknown {', '.join(unknown)}; known: {', '.join(known)}")
-    return Ranking(**given)

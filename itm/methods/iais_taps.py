@@ -37,8 +37,9 @@ def find_tap(matcher: nn.Module) -> Tap:
             encoder, linear = getattr(matcher, f"{side}_encoder"), getattr(matcher, f"{side}_linear")
             if encoder.width != linear.in_features:
                 raise ValueError(
-                    f"IAIS relates words and image parts in the common space, but the {side} parts of this dual encoder are {encoder.width} wide "
-                    f"and its projection takes {linear.in_features}: choose an encoder whose parts and vector have one width (hf_vision, pooled_gru)"
+                    f"IAIS relates words and image parts in one space, but the {side} parts of this dual encoder are {encoder.width} "
+                    f"wide and its projection takes {linear.in_features}: choose an encoder whose parts and vector have one width "
+                    "(hf_vision, pooled_gru)"
                 )
         return lambda images, captions: _dual(matcher, images, captions)
     raise ValueError(

@@ -50,8 +50,14 @@ def read_options(model: type[Strict], options: dict[str, Any], what: str) -> Any
 
 
 def widened(given: tuple[float, float] | None, default: tuple[float, float], start: float) -> tuple[float, float]:
-    """The clamp of a temperature: as given, else the default one stretched to hold the start value."""
-    return given or (min(default[0], start), max(default[1], start))
+    """The clamp of a temperature: as given, else the default one stretched to hold the start value.
+
+    Raises ValueError unless 0 < low <= high.
+    """
+    low, high = given or (min(default[0], start), max(default[1], start))
+    if not 0 < low <= high:
+        raise ValueError(f"a temperature must stay above 0: clamp {low}..{high}, start {start}")
+    return low, high
 
 
 class ContrastiveTerm(nn.Module):
@@ -73,6 +79,8 @@ class ContrastiveTerm(nn.Module):
 
 class TripletTerm(nn.Module):
     """weight * triplet_loss, and a warning when the model has collapsed."""
+
+    flat_steps: Tensor
 
     def __init__(self, options: TripletOptions) -> None:
         super().__init__()

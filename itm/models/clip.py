@@ -77,5 +77,5 @@ def _load(path: str | None, config: dict[str, Any] | None) -> Any:
         return CLIPModel(CLIPConfig(**{key: value for key, value in config.items() if key != "model_type"})).float()
     try:
         return CLIPModel.from_pretrained(path, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model clip: path={path!r} holds no CLIP model: {error}") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,8 +69,9 @@ def read_checkpoint(path: str | Path) -> Any:
 
         return load_file(path)
     try:
-        with torch.serialization.safe_globals(PLAIN_TYPES):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "pickle_load_args only works ...": it does reach the strings of Python 2
+            return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
         raise ValueError(

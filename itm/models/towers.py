@@ -146,7 +146,7 @@ class HFVision(nn.Module):
         if not isinstance(patch, int):
             return 0
         patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        return max(0, hidden.shape[1] - patches) if hidden.shape[1] < 2 * patches else 0
+        return max(0, hidden.shape[1] - patches)
 
 
 class HFText(nn.Module):
@@ -209,7 +209,7 @@ def load_backbone(path: str | None, config: dict[str, Any] | None, inner: str, w
     try:
         found = AutoConfig.from_pretrained(path)
         return AutoModel.from_pretrained(path, config=getattr(found, inner, found), dtype=torch.float32)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{what}: path={path!r} holds no model: {error}") from None
 
 

@@ -69,4 +69,4 @@ def temperatures(method: nn.Module) -> Iterator[tuple[str, float]]:
     """(name, value) of the 0-D parameters of a method."""
     for name, parameter in method.named_parameters():
         if parameter.dim() == 0:
-            yield name, float(parameter)
+            yield name, parameter.item()

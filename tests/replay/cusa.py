@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from itm.losses.soft_label import cosine_matrix, soft_label_loss
 from itm.methods.cusa import CUSA
 from itm.models.dual import Heads, cosines
 from itm.models.towers import CLIP_PIXELS, Normalise
+from itm.training.optim import learning_rate
 from itm.types import Batch, Captions, Encoded, Images, SoftLabels
 from tests.replay import Case, Check
 
@@ -59,7 +59,11 @@ class Given(nn.Module):
     def __init__(self, arrays: dict[str, np.ndarray], dtype: torch.dtype) -> None:
         super().__init__()
         self.features = nn.ParameterDict(
-            {k[3:]: nn.Parameter(torch.tensor(v, dtype=dtype)) for k, v in arrays.items() if k.startswith(("in_cross", "in_uni", "in_clip"))}
+            {
+                k[3:]: nn.Parameter(torch.tensor(v, dtype=dtype))
+                for k, v in arrays.items()
+                if k.startswith(("in_cross", "in_uni", "in_clip"))
+            }
         )
         self.heads = nn.ModuleDict()
         weights = {k[6:]: torch.tensor(v, dtype=dtype) for k, v in arrays.items() if k.startswith("param_")}
@@ -238,7 +242,10 @@ def _intermediate(method: CUSA, matcher: Given, arrays: dict[str, np.ndarray]) -
         positives = (ids[:, None] == ids).to(dtype)
         for name, rows in (("i2t", scores), ("t2i", scores.T)):
             got[f"term_itc_{name}"] = contrastive_rows(rows, method.itc.tau, positives, method.itc.options.reduction)
-    pairs = {"csa": (("i2t", scores), ("t2i", scores.T)), "usa": (("i2i", got.get("logits_image_image")), ("t2t", got.get("logits_text_text")))}
+    pairs = {
+        "csa": (("i2t", scores), ("t2i", scores.T)),
+        "usa": (("i2i", got.get("logits_image_image")), ("t2t", got.get("logits_text_text"))),
+    }
     for term, options in (("csa", method.csa), ("usa", method.usa)):
         if options is None:
             continue
@@ -267,7 +274,9 @@ def socket_port() -> Iterator[int]:
     yield port
 
 
-def _rank_main(rank: int, world: int, port: int, arrays: dict[str, np.ndarray], config: dict[str, Any], dtype: torch.dtype, queue: Any) -> None:
+def _rank_main(
+    rank: int, world: int, port: int, arrays: dict[str, np.ndarray], config: dict[str, Any], dtype: torch.dtype, queue: Any
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
@@ -333,10 +342,7 @@ def _preprocess(path: Path) -> Iterator[Check]:
 
 
 def _schedule(path: Path) -> Iterator[Check]:
-    from itm.training.optim import learning_rate
-
     train = Train(lr=1e-5, min_lr=1e-6, schedule="cosine_epoch")
     for epochs, rates in json.loads(path.read_text()).items():
-        got = [learning_rate(train, epoch * 7 + 3, 7, int(epochs)) for epoch in range(int(epochs))]
-        assert all(math.isfinite(rate) for rate in got)
+        got = [learning_rate(train, epoch * 7 + 3, 7, 7 * int(epochs)) for epoch in range(int(epochs))]
         yield Check(f"{epochs} epochs", np.array(got), np.array(rates), atol=0, rtol=1e-9)

@@ -164,5 +164,7 @@ def _hash_world(path: Path, kind: str) -> Iterator[Check]:
             if group.startswith("coco"):
                 got = (fold if group == "coco_1k" else whole)[f"{way}_{metric}"] / 100
             else:
-                got = wider[f"{way}_{group}_{metric.replace('rprecision', 'r_precision')}"] / (100 if metric in {f"r{k}" for k in KS} else 1)
+                got = wider[f"{way}_{group}_{metric.replace('rprecision', 'r_precision')}"] / (
+                    100 if metric in {f"r{k}" for k in KS} else 1
+                )
             yield Check(f"{name} {way}", got, value, atol=1e-12, rtol=1e-12)

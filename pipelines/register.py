@@ -1,0 +1,95 @@
+"""Put a run's matcher into the model registry; promote it to `champion` if the gate metric improved.
+
+    itm register -c demo.yaml                                   # the run of this recipe
+    itm register -c demo.yaml --run runs/demo/demo-cusa         # another run's folder, same gate
+    itm register -c demo.yaml registry.metric=t2i_map_at_r registry.min_gain=0.005
+
+Reads matcher/, evaluation.json and run.json of the run, so train and evaluate come first. The version carries its metrics and its
+lineage as tags (weights, training and test manifests, teachers, recipe, git commit). Running it again adds nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import itm
+from itm.config import Recipe
+from itm.data import files
+from itm.registry import promote, register_matcher
+from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.evaluate import weights_hash
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a model, whether it is the champion now, and why."""
+
+    name: str
+    version: str
+    champion: bool
+    reason: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.name}/{self.version}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe_arguments(parser)
+    parser.add_argument("--run", help="folder or URI of the run (default: <output>/<name> of the recipe)")
+
+
+def run(args: argparse.Namespace) -> None:
+    done = register(recipe_from(args), args.run)
+    print(f"{done.uri}: {done.reason}")
+
+
+def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
+    """Register the matcher of a run under `registry.model` and let it through the gate of `registry.metric`.
+
+    Raises ValueError naming the stage to run first or again, or the known metrics when the gate's is not among them.
+    """
+    folder = run_folder or recipe.folder
+    trained, evaluated = _read(folder, "run.json", "train"), _read(folder, "evaluation.json", "evaluate")
+    metrics = {name: float(value) for name, value in evaluated["metrics"].items()}
+    gate = recipe.registry
+    if gate.metric not in metrics:
+        raise ValueError(f"registry.metric={gate.metric} was not measured; {folder}/evaluation.json has {', '.join(sorted(metrics))}")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    matcher = files.local_copy(files.join(folder, "matcher"))
+    if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher)):
+        raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
+    version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated))
+    gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")
+    return Registered(gate.model, version, bool(gained), gained.reason)
+
+
+def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
+    """What was trained is told by run.json: the recipe at hand may be another when --run is given."""
+    return {
+        "recipe": trained.get("recipe_fingerprint", recipe.fingerprint()),
+        "recipe_name": trained.get("name", recipe.name),
+        "train_data": trained.get("manifest"),
+        "teachers": ", ".join(sorted(map(str, trained.get("teachers", {}).values()))),
+        "git_commit": trained.get("git_commit"),
+        "test_data": f"{evaluated['split']} {evaluated['split_hash']}, protocol {evaluated['protocol_name']}",
+    }
+
+
+def _read(folder: str, name: str, stage: str) -> dict[str, Any]:
+    uri = files.join(folder, name)
+    if not files.exists(uri):
+        raise ValueError(f"no {uri}; run `itm {stage}` with the same recipe first")
+    return json.loads(files.read_bytes(uri))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from pipelines.cli import stage_main
+
+    sys.exit(stage_main("register"))
