@@ -150,7 +150,7 @@ def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, floa
             f"{uri}: {rows} rows for {expected} in the manifest of {job.split_uri}; the manifest is out of date: run `itm pack`"
         )
     quarantine = files.join(uri, "quarantine.jsonl")
-    if problems:
+    if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     seen = rows + sum(len(s.header.unreadable) for s in sidecars)
     if len(problems) > job.recipe.data.max_reject_rate * seen:
@@ -229,32 +229,39 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], 
             num_gpus=min(1.0, gpus / actors) if gpus else None,
         )
     )
-    try:
-        for written in dataset.iter_rows():
-            yield int(written["rows"])
-    except ray.exceptions.RayTaskError as error:
-        raise _user_error(error) from None
+    for written in dataset.iter_rows():
+        if written["error"] is not None:
+            raise ValueError(written["error"])
+        yield int(written["rows"])
 
 
-def _user_error(error: BaseException) -> BaseException:
-    """The ValueError that a worker raised, if that is what happened."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ValueError):
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return cause or error
+_STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
+_PREPARED = pa.schema(
+    {"error": pa.string(), "header": pa.string(), "keys": _STRINGS, "captions": _STRINGS, "problems": _STRINGS, "payloads": _BINARIES}
+)
+_WRITTEN = pa.schema({"rows": pa.int64(), "error": pa.string()})
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Shards -> what the teacher reads: one table row a shard, one list element a sample (or caption)."""
+    """Shards -> what the teacher reads: one table row a shard, one list element a sample (or caption).
+
+    What the user can mend travels as text in `error`: Ray loses the type of an exception on its way to the driver.
+    """
 
     modality: Modality
     prepare: Callable[[Any], bytes]
 
     def __call__(self, shards: pa.Table) -> pa.Table:
-        return pa.concat_tables([self._shard(**row) for row in shards.to_pylist()])
+        return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
 
-    def _shard(self, shard: str, header: str) -> pa.Table:
+    def _shard(self, shard: str, header: str) -> dict[str, Any]:
+        try:
+            return self._rows(shard, header)
+        except (OSError, ValueError) as error:
+            return {"error": f"{shard}: {error}", "header": header}
+
+    def _rows(self, shard: str, header: str) -> dict[str, Any]:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard):
             if isinstance(sample, Problem):
@@ -267,10 +274,7 @@ class Prepare:
                 payloads.append(payload)
                 problems.append(problem)
         known = json.dumps(json.loads(header) | {"unreadable": unreadable})
-        strings, binaries = pa.list_(pa.string()), pa.large_list(pa.large_binary())
-        schema = pa.schema({"header": pa.string(), "keys": strings, "captions": strings, "problems": strings, "payloads": binaries})
-        columns = {"header": [known], "keys": [keys], "captions": [captions], "problems": [problems], "payloads": [payloads]}
-        return pa.table(columns, schema)
+        return {"header": known, "keys": keys, "captions": captions, "problems": problems, "payloads": payloads}
 
     def _row(self, row: Any) -> tuple[bytes, str | None]:
         try:
@@ -289,14 +293,20 @@ class Score:
         self.store, self.batch_size = store, batch_size
 
     def __call__(self, shards: pa.Table) -> pa.Table:
-        return pa.table({"rows": pa.array([self._shard(shards.slice(k, 1)) for k in range(len(shards))], pa.int64())})
+        return pa.Table.from_pylist([self._shard(shards.slice(k, 1)) for k in range(len(shards))], _WRITTEN)
 
-    def _shard(self, shard: pa.Table) -> int:
+    def _shard(self, shard: pa.Table) -> dict[str, Any]:
+        if shard["error"][0].is_valid:
+            return {"error": shard["error"][0].as_py()}
+        try:
+            return {"rows": self._write(shard)}
+        except (OSError, ValueError) as error:
+            return {"error": str(error)}
+
+    def _write(self, shard: pa.Table) -> int:
         header = sidecar.Header(**json.loads(shard["header"][0].as_py()))
         if sidecar.teacher_id(stored_identity(self.teacher, header.dtype)) != sidecar.teacher_id(header.identity):
-            raise ValueError(
-                f"the worker loads other weights for {header.identity['model']!r} than the driver; give every node the same files"
-            )
+            raise ValueError(f"this node has other weights of {header.identity['model']!r} than the driver; give every node the same")
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
         payloads = shard["payloads"][0].values
         ok = np.array([p is None for p in problems], dtype=bool)

@@ -128,12 +128,13 @@ class Worker:
         items = work_of(rank(), first, last, train.accumulate)
         pairs = Pairs(self.job.split(self.job.recipe.data.train_split), self.job.manifest, self.plan, self.job.inputs, self.job.stores)
         tables = (stream if train.workers else stream_here)(pairs, items, self.job.recipe.data.decode_actors)
-        self.clock.start()
         train_loop(self.step, self._batches(tables), first, last, hooks)
 
     def _batches(self, tables: Iterable[pa.Table]) -> Iterator[Batch]:
         accumulate = self.job.recipe.train.accumulate
         for n, table in enumerate(tables):
+            if n == 0:
+                self.clock.start()  # the start of the preprocessing actors is no training
             expected = self.plan.start.step + n // accumulate
             if (found := table["step"][0].as_py()) != expected or len(table) != self.plan.batch:
                 raise RuntimeError(f"the stream gave {len(table)} rows of step {found} where {self.plan.batch} of step {expected} were due")
@@ -223,14 +224,16 @@ class Clock:
     """Seconds of training, over all restarts of a run; stopped during validation and checkpoints."""
 
     def __init__(self, before: float) -> None:
-        self.before, self.here_stopped, self.since = before, 0.0, time.perf_counter()
+        self.before, self.finished = before, 0.0
+        self.since: float | None = None
 
     def start(self) -> None:
         self.since = time.perf_counter()
 
     @property
     def here(self) -> float:
-        return self.here_stopped + time.perf_counter() - self.since
+        """Of this process."""
+        return self.finished + (time.perf_counter() - self.since if self.since else 0.0)
 
     @property
     def total(self) -> float:
@@ -238,9 +241,8 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        self.here_stopped = self.here
+        self.finished, self.since = self.here, None
         try:
-            self.since = float("inf")
             yield
         finally:
             self.start()

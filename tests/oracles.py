@@ -19,7 +19,7 @@ def ranked(scores: np.ndarray, positives: np.ndarray, tie: str) -> list[int]:
 
 
 def retrieval(scores: np.ndarray, positives: np.ndarray, tie: str = "pessimistic") -> dict[str, float]:
-    """R@K in percent, median and mean rank of the best positive, mAP@R and R-precision; queries in rows, those without positives left out."""
+    """R@K in percent, median and mean rank of the best positive, mAP@R and R-precision over the rows that have positives."""
     best, average_precision, r_precision = [], [], []
     for row, truth in zip(scores, positives, strict=True):
         if not truth.any():

@@ -65,8 +65,8 @@ def test_the_words_of_a_caption_say_its_logical_form(main_test):
     straight = {"left": "left", "above": "above", "over": "above", "higher": "above"}
     for caption in (c for r in main_test[:100] for c in r.captions if c.meta["kind"] == "full"):
         words = caption.text.split()
-        turned = next(w in converse for w in words if w in converse or w in straight)
-        assert caption.meta["form"]["relation"] == (converse | straight)[next(w for w in words if w in converse or w in straight)]
+        word = next(w for w in words if w in converse or w in straight)
+        assert caption.meta["form"]["relation"] == (converse | straight)[word]
         synonyms = {"crimson": "red", "emerald": "green", "azure": "blue", "golden": "yellow", "violet": "purple", "amber": "orange"}
         colours = [synonyms.get(w, w) for w in words if synonyms.get(w, w) in synonyms.values()]
         assert colours == [caption.meta["form"][side][0] for side in ("ba" if word in converse else "ab")]

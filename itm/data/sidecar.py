@@ -315,4 +315,6 @@ def _pointer(root: str, choice: Mapping[str, Any]) -> str:
 
 
 def _write_json(uri: str, value: Any) -> None:
-    files.write_atomic(uri, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    if not files.exists(uri) or files.read_bytes(uri) != data:
+        files.write_atomic(uri, data)

@@ -169,7 +169,7 @@ def clip_tokenizer(merges: str | Path) -> Any:
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *(pair.replace(" ", "") for pair in pairs), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in pairs], model_max_length=77)
+    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair.split()) for pair in pairs], model_max_length=77)  # type: ignore[misc]
 
 
 def _byte_symbols() -> list[str]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def triplet_loss(scores: Tensor, positives: Tensor | None = None, *, margin: float = 0.2, hardest: bool = True, official: bool = False) -> Tensor:
+def triplet_loss(
+    scores: Tensor, positives: Tensor | None = None, *, margin: float = 0.2, hardest: bool = True, official: bool = False
+) -> Tensor:
     """Scalar: sum over positive pairs (i,t) of [m + s(i,c) - s(i,t)]_+ over captions c and [m + s(j,t) - s(i,t)]_+ over images j.
 
     scores (I,T), images in rows. positives (I,T) bool, or (B,) image ids of a square batch whose row k belongs to caption k; unset = the
@@ -41,5 +43,7 @@ def _pairs(scores: Tensor, positives: Tensor | None) -> Tensor:
     if positives.dim() == 1:
         positives = positives[:, None] == positives[None, :]
     if positives.shape != scores.shape or positives.dtype != torch.bool:
-        raise ValueError(f"positives must be bool {tuple(scores.shape)} or one image id a row, not {positives.dtype} {tuple(positives.shape)}")
+        raise ValueError(
+            f"positives must be bool {tuple(scores.shape)} or one image id a row, not {positives.dtype} {tuple(positives.shape)}"
+        )
     return positives

@@ -160,7 +160,7 @@ class CUSA(nn.Module):
             self.temperatures[name] = Temperatures(options, clamp)
 
     def _make_uni_heads(self) -> nn.ModuleDict | None:
-        if self.usa is None or getattr(self.matcher, "uni_width", 0):
+        if self.usa is None or getattr(self.matcher, "uni_width", None):
             return None
         if self.usa.head == "none":
             return nn.ModuleDict({"image": nn.Identity(), "text": nn.Identity()})

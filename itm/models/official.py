@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -73,10 +74,11 @@ def read_checkpoint(path: str | Path) -> Any:
             warnings.simplefilter("ignore", UserWarning)  # "pickle_load_args only works ...": it does reach the strings of Python 2
             return torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
+        foreign = re.search(r"(?i)unsupported (?:global: )?global (\S+)", str(error))
+        reason = f"it holds {foreign[1]}" if foreign else f"it is no whole checkpoint ({type(error).__name__})"
         raise ValueError(
-            f"{path} is refused: {reason or type(error).__name__}. Only tensors, containers, options and numbers are read; "
-            "a checkpoint that holds other objects could run code. Re-save its state dicts alone if you trust where it comes from."
+            f"{path} is refused: {reason}. Only tensors, containers, options and numbers are read; a file that holds other objects "
+            "(a TorchScript archive too) could run code. Re-save its state dicts alone if you trust where it comes from."
         ) from None
 
 
@@ -87,7 +89,7 @@ def recognise(checkpoint: Any) -> str | None:
     keys = _keys(checkpoint)
     if any("img_embeddings." in key for key in keys):
         return "uniter"
-    if any(key.endswith(("logit_scale", "visual.proj", "visual_projection.weight", "text_projection")) for key in keys):
+    if any(key.endswith(("visual.proj", "visual_projection.weight")) for key in keys):
         return "clip"
     return None
 

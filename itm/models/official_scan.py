@@ -34,7 +34,9 @@ def load_scan(checkpoint: dict[str, Any], **needed: Any) -> nn.Module:
     words = _tensor(state, "text.embed.weight")
     wanted = needed.get("vocab_size")
     if wanted is not None and wanted != words.shape[0]:
-        raise ValueError(f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use the vocabulary file of this checkpoint")
+        raise ValueError(
+            f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use the vocabulary file of this checkpoint"
+        )
     towers = {"vocab_size": words.shape[0], "image": _image(state, options), "text": _text(state, options)}
     matcher = _scan(towers, options) if len(parts) == 2 else _sgraf(towers, state)
     fill(matcher, state)

@@ -43,7 +43,9 @@ class RegionProjection(nn.Module):
     def forward(self, images: Images) -> Encoded:
         """Raises ValueError for images without regions or with features of another width."""
         if images.regions is None:
-            raise ValueError("this model reads precomputed regions, the data hold none: set data.image=regions, or choose model.options.image")
+            raise ValueError(
+                "this model reads precomputed regions, the data hold none: set data.image=regions, or choose model.options.image"
+            )
         regions = images.regions.to(self.fc.bias.dtype)
         if regions.shape[-1] != self.in_width:
             raise ValueError(f"regions are {regions.shape[-1]} wide, the model takes {self.in_width}: set model.options.image.in_width")

@@ -196,7 +196,14 @@ class SimilarityMatcher(LateInteraction):
         scores, statistics = [], []
         for chosen in self._chunks(order, lengths[order].tolist(), len(images)):
             longest = int(lengths[chosen[0]])
-            inputs = (images.parts, images.mask, whole_images, captions.parts[chosen, :longest], captions.mask[chosen, :longest], whole_captions[chosen])
+            inputs = (
+                images.parts,
+                images.mask,
+                whole_images,
+                captions.parts[chosen, :longest],
+                captions.mask[chosen, :longest],
+                whole_captions[chosen],
+            )
             keep_less = self.recompute and torch.is_grad_enabled()
             block, block_statistics = checkpoint(self._block, *inputs, use_reentrant=False) if keep_less else self._block(*inputs)
             scores.append(block)
@@ -225,7 +232,9 @@ class SimilarityMatcher(LateInteraction):
                 starts.append(end)
         return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
-    def _block(self, parts: Tensor, mask: Tensor, whole: Tensor, words: Tensor, word_mask: Tensor, whole_words: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(
+        self, parts: Tensor, mask: Tensor, whole: Tensor, words: Tensor, word_mask: Tensor, whole_words: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """All images against one chunk of captions: (I,T) and statistics (T,2). Equations of spec 3.1 to 3.5."""
         local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
         glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))

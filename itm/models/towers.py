@@ -21,6 +21,9 @@ CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 class Normalise(nn.Module):
     """uint8 (B,3,H,W) -> float ((x / 255 - mean) / std), on the device of the pixels."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -206,6 +209,7 @@ def load_backbone(path: str | None, config: dict[str, Any] | None, inner: str, w
         if "model_type" not in choices:
             raise ValueError(f"{what}: config needs model_type, for instance vit, clip_vision_model or bert")
         return AutoModel.from_config(AutoConfig.for_model(choices.pop("model_type"), **choices), dtype=torch.float32)
+    assert path is not None
     try:
         found = AutoConfig.from_pretrained(path)
         return AutoModel.from_pretrained(path, config=getattr(found, inner, found), dtype=torch.float32)

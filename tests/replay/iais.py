@@ -69,9 +69,7 @@ def _split(arrays: dict[str, np.ndarray], prefix: str = "") -> tuple[Images, Cap
 
 def _relations(arrays: dict[str, np.ndarray]) -> Relations:
     blocks = tuple(torch.from_numpy(arrays[f"attn_{name}"]).requires_grad_() for name in BLOCKS)
-    masks = [
-        torch.arange(blocks[i].shape[1]) < torch.from_numpy(arrays[name])[:, None] for i, name in ((0, "n_words"), (1, "n_regions"))
-    ]
+    masks = [torch.arange(blocks[i].shape[1]) < torch.from_numpy(arrays[name])[:, None] for i, name in ((0, "n_words"), (1, "n_regions"))]
     return Relations(blocks, *masks, logits=(blocks[0], blocks[1]))  # type: ignore[arg-type]
 
 
@@ -107,7 +105,10 @@ def _block_checks(arrays: dict[str, np.ndarray]) -> Iterator[Check]:
             arrays[f"loss_{name}"],
         )
     if "idx_L" in arrays:
-        for name, cross, own, other in (("idx_L", 2, relations.word_mask, relations.region_mask), ("idx_V", 3, relations.region_mask, relations.word_mask)):
+        for name, cross, own, other in (
+            ("idx_L", 2, relations.word_mask, relations.region_mask),
+            ("idx_V", 3, relations.region_mask, relations.word_mask),
+        ):
             yield EXACT(name, aligned_index(relations.blocks[cross], other).masked_fill(~own, -1), arrays[name])
     if "entity_tok" in arrays:
         got = isda(relations.blocks[0], relations.blocks[1], *(torch.from_numpy(arrays[f"entity_{x}"]) for x in ("tok", "reg")))
@@ -198,7 +199,9 @@ def _mining(folder: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) 
     yield EXACT("hard_indices", rows[1:].sort().values, np.sort(arrays["hard_indices"]))
     anchor, side = ("L", "text") if len(captions) == 1 else ("V", "image")
     for kind in ("singular", "distributed"):
-        method = IAIS(matcher, alignment=kind, weight=1.0, schedule="constant", ranking={"hard_negatives": keep, "margin": about["config"]["margin"]})
+        method = IAIS(
+            matcher, alignment=kind, weight=1.0, schedule="constant", ranking={"hard_negatives": keep, "margin": about["config"]["margin"]}
+        )
         terms = method.train().pool_step(images, captions)
         yield EXACT(f"step_rank_loss {kind}", terms[f"rank_{side}"].detach(), arrays["step_rank_loss"].mean())
         yield EXACT(f"step_{anchor}_{kind}", terms[f"iais_{side}"].detach(), arrays[f"step_{anchor}_{kind}"])
@@ -234,9 +237,14 @@ def _recalls(prefix: str, scores: Tensor, arrays: dict[str, np.ndarray], image_o
     found = retrieval_metrics(scores, (torch.arange(len(scores)), image_of))
     printed = printed_text_to_image_recalls(scores, image_of)
     images = [found[f"i2t_r{k}"] / 100 for k in (1, 5, 10)]
-    for name, texts in (("correct", [found[f"t2i_r{k}"] / 100 for k in (1, 5, 10)]), ("official", [printed[f"r{k}"] / 100 for k in (1, 5, 10)])):
+    for name, texts in (
+        ("correct", [found[f"t2i_r{k}"] / 100 for k in (1, 5, 10)]),
+        ("official", [printed[f"r{k}"] / 100 for k in (1, 5, 10)]),
+    ):
         means = [float(np.mean(images)), float(np.mean(texts))]
-        yield EXACT(f"{prefix}metrics_{name}", [*images, means[0], *texts, means[1], float(np.mean(means))], arrays[f"{prefix}metrics_{name}"])
+        yield EXACT(
+            f"{prefix}metrics_{name}", [*images, means[0], *texts, means[1], float(np.mean(means))], arrays[f"{prefix}metrics_{name}"]
+        )
 
 
 def _schedules(folder: Path, about: dict[str, Any]) -> Iterator[Check]:

@@ -68,7 +68,10 @@ def score(z: dict[str, Any]) -> Iterator[Check]:
     full, attention = torch.ones(images.shape[:2], dtype=torch.bool), Attention("softmax", float(z["lambda_softmax"]))
     raw = raw_scores(captions, images)
     yield Check("attn", raw, z["attn"], atol=1e-12)
-    directions = (("", "uarda_t2i", raw, gram(images), full, mask), ("_i2t", "uarda_i2t", raw.permute(1, 0, 3, 2), gram(captions), mask, full))
+    directions = (
+        ("", "uarda_t2i", raw, gram(images), full, mask),
+        ("_i2t", "uarda_i2t", raw.permute(1, 0, 3, 2), gram(captions), mask, full),
+    )
     for suffix, total, scores, grams, context_mask, query_mask in directions:
         e = attention.unnormalised(scores, context_mask, t)
         weights = e / e.sum(-1, keepdim=True).clamp(min=1e-30)

@@ -155,7 +155,7 @@ def region_count(confidences: np.ndarray, threshold: float = 0.2, fewest: int = 
     return min(most, max(fewest, int((confidences > threshold).sum())))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _open(path: str) -> lmdb.Environment:
     return lmdb.open(path, readonly=True, lock=False, create=False, readahead=False, max_readers=256)
 
