@@ -40,7 +40,7 @@ class Data(Strict):
     shard_samples: int = Field(250, ge=1, description="images per packed shard")
     image: Literal["pixels", "regions"] = "pixels"
     image_size: int = Field(224, ge=8, description="pixels a side")
-    crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random is for training only")
+    crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random: training only")
     flip: bool = Field(False, description="random horizontal flip in training (wrong for captions that say left or right)")
     shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")

@@ -82,12 +82,10 @@ class Clock:
 
 def summary(recipes: list[Recipe], results: list[dict[str, Any]]) -> str:
     """The table of the three runs, with the chance level of the same gallery."""
-    rows = [("run", *(title for title, _, _ in COLUMNS))]
-    for name, metrics in [*((r.name, result["metrics"]) for r, result in zip(recipes, results, strict=True)), ("chance", results[0]["chance"])]:
-        rows.append((name, *(form.format(metrics[key]) for _, key, form in COLUMNS)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n" + "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    named = {recipe.name: result["metrics"] for recipe, result in zip(recipes, results, strict=True)} | {"chance": results[0]["chance"]}
+    head = f"{'run':<20}" + "".join(f"{title:>18}" for title, _, _ in COLUMNS)
+    lines = [f"{name:<20}" + "".join(f"{form.format(metrics[key]):>18}" for _, key, form in COLUMNS) for name, metrics in named.items()]
+    return "\n".join(["", head, "-" * len(head), *lines])
 
 
 def next_steps(recipe: Recipe, version: Any, page: Path, shards: str) -> str:

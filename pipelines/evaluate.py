@@ -286,7 +286,7 @@ def _track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
     from itm.registry import Tracker
 
     with Tracker.resume(json.loads(files.read_bytes(receipt))["run_id"]) as tracker:
-        tracker.metrics({f"{result['split']}/{name}": value for name, value in result["metrics"].items()})
+        tracker.metrics({f"{result['split']}_{name}": value for name, value in result["metrics"].items()})
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
         if "://" not in output:
             tracker.artifact(output)

@@ -59,9 +59,7 @@ def import_checkpoint(
     words = _word_embeddings(matcher)
     reader = _tokenizer(kind, vocab, tokenizer)
     if reader.vocab_size > words or (kind not in MAX_LENGTH and reader.vocab_size != words):
-        raise ValueError(
-            f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give the file that came with it"
-        )
+        raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give its own file")
     matcher.inputs = Inputs(_image_input(matcher, kind), reader)  # type: ignore[assignment]
     save_matcher(matcher, output)
     return matcher
@@ -73,9 +71,7 @@ def _tokenizer(kind: str, vocab: str | Path | None, tokenizer: str | None) -> An
             raise ValueError(f"a {kind} checkpoint needs --tokenizer: the Hugging Face tokenizer (or CLIP merges file) it was trained with")
         return HFTokenizer(tokenizer, max_length=MAX_LENGTH[kind], clean=False)
     if vocab is None:
-        raise ValueError(
-            f"a {kind} checkpoint needs --vocab: the order of its words is arbitrary, so the json must travel with the weights"
-        )
+        raise ValueError(f"a {kind} checkpoint needs --vocab: the order of its words is arbitrary, it must travel with the weights")
     return WordVocabulary.from_json(vocab, max_length=256, clean=False)
 
 

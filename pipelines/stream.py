@@ -31,7 +31,12 @@ class Prepare:
         self.pairs = pairs
 
     def __call__(self, items: pa.Table) -> pa.Table:
-        return pa.concat_tables([self.pairs(Work(row["step"], row["micro"], row["rank"])) for row in items.to_pylist()])
+        """The batch of one work item. An error for the user comes back as rows: raised here, it would reach him buried in Ray's own."""
+        (item,) = items.to_pylist()
+        try:
+            return self.pairs(Work(**item))
+        except ValueError as error:
+            return pa.table({"error": [str(error)] * self.pairs.plan.batch})
 
 
 def work_of(rank: int, first: int, last: int, accumulate: int) -> list[Work]:
@@ -40,10 +45,9 @@ def work_of(rank: int, first: int, last: int, accumulate: int) -> list[Work]:
 
 
 def stream(pairs: Pairs, work: Sequence[Work], actors: int) -> Iterator[pa.Table]:
-    """Tables of `work`, in its order, through Ray Data. Raises what an actor raised."""
+    """Tables of `work`, in its order, through Ray Data. Raises ValueError as `Pairs` does."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
-    from ray.exceptions import RayTaskError
 
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -56,17 +60,16 @@ def stream(pairs: Pairs, work: Sequence[Work], actors: int) -> Iterator[pa.Table
         tables = items.map_batches(
             Prepare,
             fn_constructor_args=(pairs,),
-            batch_size=None,
+            batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=4),
             # A fraction: whole CPUs held by actors would starve the trainers of a small machine, and wait for them for ever.
             num_cpus=0.25,
         )
-        try:
-            yield from tables.iter_batches(batch_size=pairs.plan.batch, batch_format="pyarrow", prefetch_batches=2)
-        except RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, ValueError) else error from None
+        for table in tables.iter_batches(batch_size=pairs.plan.batch, batch_format="pyarrow", prefetch_batches=2):
+            if "error" in table.column_names:
+                raise ValueError(table["error"][0].as_py())
+            yield table
 
 
 def stream_here(pairs: Pairs, work: Sequence[Work], threads: int) -> Iterator[pa.Table]:

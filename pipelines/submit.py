@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -74,6 +75,7 @@ def submit(
     variables = job_environment(address) | (environment or {})
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
     except ConnectionError as error:

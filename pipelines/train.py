@@ -177,10 +177,10 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
 
     board = ray.remote(num_cpus=0)(Board).remote()
     trainer = TorchTrainer(
-        worker_entry,
+        worker_entry,  # type: ignore[arg-type]
         train_loop_config={"job": job, "board": board},
         scaling_config=ScalingConfig(num_workers=job.recipe.train.workers, use_gpu=job.recipe.train.use_gpu),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
             name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
             storage_path=files.join(job.folder, "ray"),
             failure_config=FailureConfig(max_failures=job.recipe.train.max_failures),
@@ -193,7 +193,7 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
             result = trainer.fit()
         except TrainingFailedError as error:
             raise cause_of(error) from None
-    summary: dict[str, Any] = result.return_value
+    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return summary
 
 

@@ -1,8 +1,13 @@
-"""Tiny matchers and pictures, for the tests of registry, pyfunc, register and search."""
+"""Tiny matchers and pictures, and servers on free ports, for the tests of registry, pyfunc, register, search and jobs."""
 
 from __future__ import annotations
 
 import io
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -35,3 +40,27 @@ def tiny_matcher(seed: int = 0, part: Part | None = None):
 def matcher_folder(folder: Path, seed: int = 0, part: Part | None = None) -> Path:
     save_matcher(tiny_matcher(seed, part), folder)
     return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; the system hands them out above the range of Ray's workers."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    raise TimeoutError(f"{url} did not answer in {seconds} s\n{log.read_text()}")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,21 +18,10 @@ from itm.config import load_recipe
 from itm.registry import client, find_version
 from pipelines.cli import RECIPES
 from pipelines.submit import submit
+from tests.registry_world import free_ports, wait_for
 
 pytest_plugins = ["tests.registry_fixtures"]
 pytestmark = pytest.mark.e2e
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports above Ray's own worker range, free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 @pytest.fixture
@@ -49,28 +35,20 @@ def head(tmp_path: Path, registry: Path) -> Iterator[str]:
         --ray-client-server-port {ray_client} --min-worker-port 0 --max-worker-port 0 --temp-dir {folder}"""
     environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     log = (tmp_path / "head.log").open("wb")
-    process = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(f"{address}/api/version", process, tmp_path / "head.log")
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    raise TimeoutError(f"{url} did not answer in {seconds} s\n{log.read_text()}")
 
 
 def test_jobs_train_evaluate_and_register_a_model_on_a_cluster(head: str, registry: Path, tmp_path: Path, ray_local, capfd):

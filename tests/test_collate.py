@@ -55,7 +55,7 @@ def test_regions_keep_their_shapes_through_a_slice_of_a_stack_of_tables() -> Non
     table = pa.concat_tables([to_table(p) for p in parts])[2:5]
     batch = to_batch(table)
     for name in ("regions", "boxes", "mask"):
-        whole = np.concatenate([p[name] for p in parts])[2:5]  # type: ignore[arg-type]
+        whole = np.concatenate([p[name] for p in parts])[2:5]
         np.testing.assert_array_equal(getattr(batch.images, name), whole)
 
 

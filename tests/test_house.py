@@ -85,7 +85,9 @@ def test_files_functions_and_parameter_lists_stay_small(path: Path):
     for function in functions_of(ast.parse(text)):
         size = (function.end_lineno or 0) - function.lineno + 1
         assert size <= MAX_FUNCTION, f"{function.name} has {size} lines"
-        arguments = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "cls")]
+        arguments = [
+            a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs) if a.arg not in ("self", "cls")
+        ]
         if function.name != "__init__":
             assert len(arguments) <= MAX_PARAMETERS, f"{function.name} has {len(arguments)} parameters"
 

@@ -67,6 +67,16 @@ def test_a_row_with_fewer_negatives_than_asked_counts_only_the_real_ones():
     assert real.tolist() == [[True, False], [True, True]]
 
 
+def test_the_softmax_ranking_is_the_cross_entropy_of_the_positive_within_its_group():
+    model, given = uniter(), batch()
+    got = IAIS(model, weight=0, ranking={"loss": "softmax", "hard_negatives": 9})(given)["rank_image"]
+    with torch.no_grad():
+        scores = model.score(model.encode_images(given.images), model.encode_captions(given.captions))
+    allowed = (ID[:, None] != ID[None, :]) | torch.eye(5).bool()
+    want = -scores.masked_fill(~allowed, -torch.inf).log_softmax(1).diagonal().mean()
+    assert got.item() == pytest.approx(want.item(), abs=1e-5)
+
+
 def test_a_batch_of_one_image_has_no_negative_and_says_so():
     with pytest.raises(ValueError, match="no negative"):
         IAIS(uniter())(batch(torch.zeros(3, dtype=torch.int64)))
@@ -193,7 +203,7 @@ def test_what_has_no_words_and_regions_to_relate_is_refused_with_the_reason():
         ({"alignment": "double"}, "known: singular, distributed, soft"),
         ({"schedule": "cosine"}, "known: exp"),
         ({"counterpart": "x"}, "known: softmax"),
-        ({"ranking": {"margins": 1}}, "margin, hard_negatives, positives"),
+        ({"ranking": {"margins": 1}}, "loss, margin, hard_negatives, positives"),
         ({"ranking": {"hard_negatives": 0}}, "hard_negatives"),
     ],
 )

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -81,6 +82,10 @@ def store(root: Path, pairs: Pairs, modality: str, broken: str = "") -> Store:
     return Store(str(root), modality, "fp32", 3, identity, {})
 
 
+def whole_epoch(pairs: Pairs) -> list[pa.Table]:
+    return [pairs(Work(step, 0, 0)) for step in range(pairs.plan.steps_per_epoch)]
+
+
 def test_rows_equal_a_slow_walk_over_the_plan(tmp_path: Path) -> None:
     pairs = world(tmp_path)
     samples = every_sample(pairs)
@@ -100,7 +105,7 @@ def test_rows_equal_a_slow_walk_over_the_plan(tmp_path: Path) -> None:
 
 def test_an_epoch_gives_every_caption_once(tmp_path: Path) -> None:
     pairs = world(tmp_path, batch=4)
-    seen = [c for step in range(pairs.plan.steps_per_epoch) for c in pairs(Work(step, 0, 0))["caption"].to_pylist()]
+    seen = [c for table in whole_epoch(pairs) for c in table["caption"].to_pylist()]
     assert len(seen) == len(set(seen)) == pairs.plan.pairs // 4 * 4
 
 
@@ -193,13 +198,11 @@ def test_a_sidecar_of_other_rows_is_refused(tmp_path: Path) -> None:
     write_sidecar(uri, header, [k for k, _ in captions], np.ones((len(captions), 3), np.float32), [c for _, c in captions])
     assert teacher_id(header.identity) == pairs.stores["text"].teacher
     with pytest.raises(ValueError, match=r"row \d+ is of .*itm teach"):
-        for step in range(pairs.plan.steps_per_epoch):
-            pairs(Work(step, 0, 0))
+        whole_epoch(pairs)
 
 
 def test_shards_that_changed_after_their_manifest_are_refused(tmp_path: Path) -> None:
     pairs = world(tmp_path)
     write_shard(files.join(tmp_path, "train", "00000.tar"), [Record("other", "train", [Caption("c", "a red thing")], png(0), "png")])
     with pytest.raises(ValueError, match=r"00000\.tar holds 1 samples with 1 captions, its manifest says 8 with"):
-        for step in range(pairs.plan.steps_per_epoch):
-            pairs(Work(step, 0, 0))
+        whole_epoch(pairs)

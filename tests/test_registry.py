@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 import itm
 from itm.lineage import LONGEST_NAME, LONGEST_PARAM, git_commit, plain_name, shorten
 from itm.registry import DatasetRef, Tracker, client, download, find_version, promote, register_matcher, tracking_uri
-from tests.registry_world import TEXTS, matcher_folder, tiny_matcher
+from tests.registry_world import TEXTS, free_ports, matcher_folder, tiny_matcher, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["tests.registry_fixtures"]
@@ -207,6 +209,44 @@ def test_a_folder_without_weights_is_refused_before_anything_is_logged(registry:
     with pytest.raises(ValueError, match=r"model\.safetensors missing"):
         register_matcher(tmp_path, "tiny", run, {})
     assert client().search_registered_models() == []
+
+
+@pytest.fixture
+def server(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A tracking server that proxies artifacts, as a team would have it."""
+    [port] = free_ports(1)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{registry}/mlflow.db"]
+    command += ["--artifacts-destination", str(tmp_path / "store"), "--port", str(port), "--workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    with (tmp_path / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process, tmp_path / "server.log")
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            monkeypatch.setenv("ITM_CACHE", str(tmp_path / "cache"))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def test_a_server_serves_the_same_registry_and_a_model_is_fetched_once(server: str, tmp_path: Path):
+    with Tracker.start("through a server", "run", {"a": 1}) as tracker:
+        tracker.metrics({"loss": 1.0}, 1)
+        tracker.artifact(matcher_folder(tmp_path / "matcher", 3))
+    version = register_matcher(tmp_path / "matcher", "tiny", tracker.run_id, {"rsum": 3.0})
+    assert version == register_matcher(tmp_path / "matcher", "tiny", tracker.run_id, {"rsum": 3.0}) == "1"
+    assert promote("tiny", version, "rsum", 3.0)
+    with pytest.raises(ValueError, match=r"no alias 'best'; it has candidate \(version 1\), champion \(version 1\)"):
+        download("models:/tiny@best")
+    folder = download("models:/tiny@champion")
+    assert folder.is_relative_to(tmp_path / "cache")
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    assert download("models:/tiny@champion") == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "matcher" / "model.safetensors").read_bytes()
+    assert (download(f"runs:/{tracker.run_id}/matcher") / "config.json").exists()
+    assert not [p.name for p in (tmp_path / "cache" / "models").iterdir() if p.name.startswith(".")]
 
 
 def test_the_promotion_policy_on_paper_is_the_one_in_code():

@@ -109,7 +109,7 @@ def test_images_with_fewer_real_regions_score_and_train(model: Any):
 def test_one_image_scores_in_evaluation_and_is_refused_in_training(model: Any):
     matcher = small(model)
     images, captions = images_of(1, 4), captions_of([1])
-    assert 0 < float(scores_of(matcher.eval(), images, captions)) < 1
+    assert 0 < scores_of(matcher.eval(), images, captions).item() < 1
     with pytest.raises(ValueError, match="at least 2 images"):
         scores_of(matcher.train(), images, captions)
 

@@ -37,6 +37,8 @@ def caption(text, **meta):
     return Caption("0", text, meta)
 
 
+DUAL = {"width": 16}
+
 # --- image --------------------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +254,38 @@ def test_truth_about_another_world_is_refused_by_name():
         ScenesImageTruth("equiv").prepare(scenes(1)[0])
     with pytest.raises(ValueError, match=r"caption 'c'.*None"):
         ScenesTextTruth("equiv").prepare(Caption("c", "a dog"))
+
+
+# --- matchers ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def matcher(tmp_path):
+    from itm.data.preprocess import ImageInput, Inputs
+    from itm.data.text import WordVocabulary
+    from itm.folder import build_matcher, save_matcher
+
+    inputs = Inputs(ImageInput(size=64), WordVocabulary.from_captions(["a red square left of a blue circle"]))
+    built = build_matcher(Part(kind="dual", options=DUAL), inputs).eval()
+    save_matcher(built, tmp_path / "matcher")
+    return built, str(tmp_path / "matcher")
+
+
+def test_a_matcher_teaches_with_the_vectors_it_matches_by(matcher):
+    built, folder = matcher
+    images = t.build_teacher(Part(kind="matcher", options={"uri": folder}), "image")
+    texts = t.build_teacher(Part(kind="matcher", options={"uri": folder}), "text")
+    rows = [sample(noise(k)) for k in range(3)]
+    with torch.no_grad():
+        expected = built.encode_images(built.inputs.images([r.image for r in rows])).vector.numpy()
+        said = built.encode_captions(built.inputs.captions(["a red circle"])).vector.numpy()
+    assert np.abs(images(rows) - expected).max() < 1e-6
+    assert np.abs(texts([caption("a red circle")]) - said).max() < 1e-6
+    assert images.width == expected.shape[1]
+    assert images.identity["weights_sha256"] == texts.identity["weights_sha256"]
+    assert teacher_id(images.identity) != teacher_id(texts.identity)
+    with pytest.raises(ValueError, match="no uni-modal head"):
+        t.build_teacher(Part(kind="matcher", options={"uri": folder, "tap": "uni"}), "image")
 
 
 # --- identity -------------------------------------------------------------------------------------------------------------------

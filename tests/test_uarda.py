@@ -146,7 +146,7 @@ def test_two_ranks_update_like_one(monkeypatch: pytest.MonkeyPatch):
 def test_the_cap_keeps_the_threshold_below_the_matched_words_and_warm_up_holds_zero():
     state = RelevanceThreshold(ThresholdOptions(min_words=10, warmup_steps=3))
     matched, mismatched = 0.19 + 0.05 * torch.randn(100), 0.30 + 0.05 * torch.randn(100)
-    for step in range(8):
+    for _ in range(8):
         state.update(matched, mismatched)
         assert state.t.item() == 0.0, "mismatched above matched: no boundary"
     state = RelevanceThreshold(ThresholdOptions(min_words=10, warmup_steps=3))

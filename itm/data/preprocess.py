@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from itm.config import Data
 from itm.data.records import MAX_PIXELS, Regions
@@ -69,6 +69,8 @@ def decode(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
         return image.convert("RGB")
+    except UnidentifiedImageError:  # its own text names a memory address, another one each time
+        raise ValueError("cannot decode image: of no known image format") from None
     except Exception as error:  # hostile bytes make decoders raise almost anything
         raise ValueError(f"cannot decode image: {error}") from None
 
@@ -108,7 +110,7 @@ def _decode_near(data: bytes, size: int) -> Image.Image:
     if not simplejpeg.is_jpeg(data):
         return decode(data)
     try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
         if height * width > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
         least = min(int(size * 1.5), height, width)

@@ -15,6 +15,7 @@ p{margin:0 0 10px}.soft{color:var(--soft)}small{color:var(--soft)}
 code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:10px;margin:22px 0 0}
 .tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
+.tile{display:flex;flex-direction:column;justify-content:space-between}
 .tile b{display:block;font-size:26px;line-height:1.25;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
 .tile span{color:var(--soft);font-size:13px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:12px}

@@ -11,8 +11,8 @@ def triplet_loss(
 ) -> Tensor:
     """Scalar: sum over positive pairs (i,t) of [m + s(i,c) - s(i,t)]_+ over captions c and [m + s(j,t) - s(i,t)]_+ over images j.
 
-    scores (I,T), images in rows. positives (I,T) bool, or (B,) image ids of a square batch whose row k belongs to caption k; unset = the
-    diagonal. hardest=True takes the largest negative of each anchor (`max_violation`), False sums them all. SGRAF spec 4: a sum, not a mean.
+    scores (I,T), images in rows. positives (I,T) bool, or (B,) image ids of a square batch whose row k belongs to caption k; unset: the
+    diagonal. hardest=True takes the largest negative of each anchor (`max_violation`), False sums all. SGRAF spec 4: a sum, not a mean.
     No caption of the own image is a negative, unless official=True, which masks the diagonal only, as the authors' code does.
     In a square batch with a positive diagonal the anchors are the diagonal; else every positive pair is an anchor.
     Raises ValueError for shapes that do not fit, and for official=True with a batch that is not square.
@@ -43,7 +43,5 @@ def _pairs(scores: Tensor, positives: Tensor | None) -> Tensor:
     if positives.dim() == 1:
         positives = positives[:, None] == positives[None, :]
     if positives.shape != scores.shape or positives.dtype != torch.bool:
-        raise ValueError(
-            f"positives must be bool {tuple(scores.shape)} or one image id a row, not {positives.dtype} {tuple(positives.shape)}"
-        )
+        raise ValueError(f"positives must be bool {tuple(scores.shape)} or one image id a row, not {tuple(positives.shape)}")
     return positives

@@ -7,7 +7,7 @@ one caption and many images, with the relations among words as the anchor (L). W
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,8 +26,13 @@ SCHEDULES = ("exp", "linear", "log", "constant")
 
 
 class Ranking(Strict):
-    """margin of the hinge on sigmoid scores; hard_negatives kept for each positive; positives trained a half step (None = whole batch)."""
+    """hard_negatives kept for each positive; positives trained a half step (None = whole batch); margin of the hinge on sigmoid scores.
 
+    loss "softmax" (extension): cross entropy of the positive within its group, for training from scratch, where sigmoids of a fresh
+    head are too flat for the hinge to move; the authors start from a pre-trained UNITER.
+    """
+
+    loss: Literal["hinge", "softmax"] = "hinge"
     margin: float = 0.2
     hard_negatives: int = Field(31, ge=1)
     positives: int | None = Field(None, ge=1)
@@ -122,13 +127,20 @@ class IAIS(nn.Module):
         first = torch.arange(0, groups * size, size, device=others.device)
         pairs = self.matcher.pairs(*rows, first if self.weight else None)
         scores = pairs.scores.view(groups, size)
-        probability = (scores if scores.dtype == torch.float64 else scores.float()).sigmoid()
-        hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
+        ranked = self._ranking_loss(scores if scores.dtype == torch.float64 else scores.float(), real)
         side = "image" if anchor == "V" else "text"
-        terms = {f"rank_{side}": (hinge * real).sum() / real.sum()}
+        terms = {f"rank_{side}": ranked}
         if pairs.relations is not None:
             terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(pairs.relations, anchor)
         return terms
+
+    def _ranking_loss(self, scores: Tensor, real: Tensor) -> Tensor:
+        """scores (G,1+K), positive first; real (G,K): the negatives that count."""
+        if self.ranking.loss == "softmax":
+            return -torch.cat([scores[:, :1], scores[:, 1:].masked_fill(~real, -torch.inf)], 1).log_softmax(1)[:, 0].mean()
+        probability = scores.sigmoid()
+        hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
+        return (hinge * real).sum() / real.sum()
 
     def _alignment(self, relations: Relations, anchor: str) -> Tensor:
         return relation_alignment_loss(

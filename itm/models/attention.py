@@ -67,6 +67,13 @@ def zero_padding(query: Tensor, query_mask: Tensor) -> Tensor:
     return query.masked_fill(~query_mask.unsqueeze(-1), 0.0)
 
 
+def parts_of(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """(parts, mask) of an `Encoded` that must have both."""
+    assert encoded.parts is not None, "late interaction needs parts"
+    assert encoded.mask is not None, "late interaction needs a mask"
+    return encoded.parts, encoded.mask
+
+
 class UnitProjection(nn.Module):
     """Linear layer (Xavier-uniform, zero bias) where widths differ, then `l2`: foreign parts become unit vectors of the common width."""
 
@@ -90,7 +97,8 @@ class LateInteraction(nn.Module):
     """Towers of a matcher that scores parts against parts: any image encoder, any text encoder, brought to the text side's width.
 
     `image` and `text` name an encoder and its options: {"kind": "regions", "in_width": 2048} (default), {"kind": "hf_vision", ...};
-    {"kind": "gru"} (default), {"kind": "hf_text", ...}. Encoded: parts (N,K,D), padding exactly zero; mask (N,K); vector = mean of the parts (N,D).
+    {"kind": "gru"} (default), {"kind": "hf_text", ...}.
+    Encoded: parts (N,K,D), padding exactly zero; mask (N,K); vector (N,D) = mean of the parts.
     """
 
     gru_dropout: float = 0.0
@@ -101,8 +109,8 @@ class LateInteraction(nn.Module):
         text = {"kind": "gru", **(text or {})}
         if text["kind"] == "gru":
             text = {"dropout": self.gru_dropout, **text}
-        self.text = build_text_encoder(vocab_size=vocab_size, **text)
-        self.width = int(self.text.width)
+        words: Any = build_text_encoder(vocab_size=vocab_size, **text)
+        self.text, self.width = words, int(words.width)
         image = {"kind": "regions", **(image or {})}
         if image["kind"] == "regions":
             image = {"width": self.width, **image}

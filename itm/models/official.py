@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from torch import nn
 
 from itm.models.official_scan import load_scan
@@ -26,8 +27,8 @@ from itm.models.official_scan import load_scan
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
     np.dtype,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    scalar,
+    (scalar, "numpy.core.multiarray.scalar"),
     np.dtypes.Float32DType,
     np.dtypes.Float64DType,
     np.dtypes.Int64DType,

@@ -57,9 +57,7 @@ def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
             )
     words = own["backbone.text_model.embeddings.token_embedding.weight"].shape[0]
     if needed.get("vocab_size", words) != words:
-        raise ValueError(
-            f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use the tokenizer of this checkpoint"
-        )
+        raise ValueError(f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use its own tokenizer")
     heads = {name: f"image_heads.{name}.linear.weight" in own for name in ("cross", "uni")}
     matcher = CLIP(vocab_size=words, config=_config(own), heads=heads)
     fill(matcher, own)

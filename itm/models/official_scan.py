@@ -34,9 +34,7 @@ def load_scan(checkpoint: dict[str, Any], **needed: Any) -> nn.Module:
     words = _tensor(state, "text.embed.weight")
     wanted = needed.get("vocab_size")
     if wanted is not None and wanted != words.shape[0]:
-        raise ValueError(
-            f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use the vocabulary file of this checkpoint"
-        )
+        raise ValueError(f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use its own vocabulary file")
     towers = {"vocab_size": words.shape[0], "image": _image(state, options), "text": _text(state, options)}
     matcher = _scan(towers, options) if len(parts) == 2 else _sgraf(towers, state)
     fill(matcher, state)
@@ -104,7 +102,7 @@ def _scan(towers: dict[str, Any], options: dict[str, Any]) -> nn.Module:
 
 
 def _sgraf(towers: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    sizes = {
+    sizes: dict[str, Any] = {
         "sim_dim": _tensor(state, "sim_tranloc_w.weight").shape[0],
         "regions": _tensor(state, "v_global_w.embedding_local.1.weight").shape[0],
     }

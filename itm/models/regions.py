@@ -44,7 +44,7 @@ class RegionProjection(nn.Module):
         """Raises ValueError for images without regions or with features of another width."""
         if images.regions is None:
             raise ValueError(
-                "this model reads precomputed regions, the data hold none: set data.image=regions, or choose model.options.image"
+                "this model reads precomputed regions, the data hold none: set data.image=regions or another model.options.image"
             )
         regions = images.regions.to(self.fc.bias.dtype)
         if regions.shape[-1] != self.in_width:

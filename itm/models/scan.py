@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itm.models.attention import EPS, LateInteraction, attended_norm, gram, guarded_norm, l1, l2, raw_scores, zero_padding
+from itm.models.attention import EPS, LateInteraction, attended_norm, gram, guarded_norm, l1, l2, parts_of, raw_scores, zero_padding
 from itm.types import Encoded
 
 Direction = Literal["t2i", "i2t"]
@@ -22,7 +22,7 @@ Aggregation = Literal["LogSumExp", "Mean", "Max", "Sum"]
 
 
 class SCAN(LateInteraction):
-    """Options carry the authors' names: cross_attn, raw_feature_norm, agg_func, lambda_softmax, lambda_lse. `image`, `text`: see LateInteraction."""
+    """The options beside `image` and `text` (see LateInteraction) have the authors' names and meanings."""
 
     kind: ClassVar[str] = "scan"
 
@@ -51,20 +51,18 @@ class SCAN(LateInteraction):
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions (spec 3)."""
         query, context = (captions, images) if self.cross_attn == "t2i" else (images, captions)
-        relevance = self._relevance(query, context)
-        assert query.mask is not None
-        scores = aggregate(relevance, query.mask, self.agg_func, self.lambda_lse)
+        scores = aggregate(self._relevance(query, context), parts_of(query)[1], self.agg_func, self.lambda_lse)
         return scores if self.cross_attn == "t2i" else scores.T
 
     def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
         """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (spec 2 and 3)."""
-        assert query.parts is not None and query.mask is not None and context.parts is not None and context.mask is not None
-        queries = zero_padding(query.parts, query.mask)
-        raw = raw_scores(queries, context.parts)
-        attention = normalise_raw(raw, self.raw_feature_norm, query.mask)
-        logits = (self.lambda_softmax * attention).masked_fill(~context.mask[:, None, None, :], -torch.inf)
+        (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
+        queries = zero_padding(queries, query_mask)
+        raw = raw_scores(queries, items)
+        attention = normalise_raw(raw, self.raw_feature_norm, query_mask)
+        logits = (self.lambda_softmax * attention).masked_fill(~context_mask[:, None, None, :], -torch.inf)
         weights = logits.softmax(-1)
-        norms = guarded_norm(queries).squeeze(-1) * attended_norm(weights, gram(context.parts))
+        norms = guarded_norm(queries).squeeze(-1) * attended_norm(weights, gram(items))
         return (weights * raw).sum(-1) / norms.clamp(min=EPS)
 
 

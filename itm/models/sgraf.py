@@ -1,7 +1,8 @@
 """SGR and SAF (Diao et al., AAAI 2021): similarity vectors of words and of the whole pair, reasoned over or filtered.
 
 As in the authors' code, module names included, with the exact transformations of SGRAF spec 8.4: captions are scored in chunks of like
-length against all images of the block, masked where padded. SGRAF is the mean of the scores of one SGR and one SAF (`score_matrix([sgr, saf], ...)`).
+length against all images of the block, masked where padded. SGRAF is the mean of the scores of one SGR and one SAF:
+`score_matrix([sgr, saf], ...)`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from itm.models.attention import LateInteraction, attended_norm, gram, l1, l2, masked_mean, raw_scores, xavier
+from itm.models.attention import LateInteraction, attended_norm, gram, l1, l2, masked_mean, parts_of, raw_scores, xavier
 from itm.types import Encoded, Images
 
 LAMBDA = 9.0
@@ -39,7 +40,9 @@ class SlotNorm(nn.BatchNorm1d):
 
     @torch.no_grad()
     def _track(self, filled: Tensor, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         step = filled * (self.momentum or 0.0)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
         self.running_var.lerp_(variance.to(self.running_var.dtype), step.to(self.running_var.dtype))
@@ -99,7 +102,7 @@ class GraphReasoning(nn.Module):
         return self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
 
     def _queries(self, asking: Tensor) -> Tensor:
-        """Query and key layer as one: terms constant in a row vanish in the softmax (8.4, item 6). Not for training: no key-bias gradient."""
+        """Query and key layer as one: terms constant in a row vanish in the softmax (8.4, item 6). No gradient for the key bias."""
         return F.linear(asking, self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight)
 
 
@@ -117,7 +120,8 @@ class AttentionFiltration(nn.Module):
         In training a caption is normalised by its own values over all images of the block (spec 3.6).
         """
         logits, norm = self.attn_sim_w(nodes).squeeze(-1), self.bn
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         mean, variance, statistics = norm.running_mean, norm.running_var, logits.new_zeros(len(mask), 2)
         if self.training:
             count = len(nodes) * mask.sum(1)
@@ -132,7 +136,9 @@ class AttentionFiltration(nn.Module):
     def track(self, statistics: Tensor) -> None:
         """One momentum update a caption, in order, in closed form: run <- (1-m)^M run + sum_j m (1-m)^(M-1-j) stat_j (spec 3.6)."""
         norm, captions = self.bn, len(statistics)
-        assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
         momentum = norm.momentum or 0.0
         ages = torch.arange(captions - 1, -1, -1, device=statistics.device, dtype=statistics.dtype)
         added = (momentum * (1 - momentum) ** ages) @ statistics
@@ -185,25 +191,19 @@ class SimilarityMatcher(LateInteraction):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) in (0,1). In training batch norm sees this block (spec 3.6). Raises ValueError for one image in training."""
-        assert images.parts is not None and images.mask is not None and captions.parts is not None and captions.mask is not None
+        (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
         self._check_slots(images)
         if self.training and len(images) < 2:
             raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
-        whole_images = self.v_global_w(images.parts, images.mask)
-        whole_captions = self.t_global_w(captions.parts, captions.mask)
-        lengths = captions.mask.sum(1)
+        whole_images = self.v_global_w(regions, region_mask)
+        whole_captions = self.t_global_w(words, word_mask)
+        lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
         scores, statistics = [], []
         for chosen in self._chunks(order, lengths[order].tolist(), len(images)):
             longest = int(lengths[chosen[0]])
-            inputs = (
-                images.parts,
-                images.mask,
-                whole_images,
-                captions.parts[chosen, :longest],
-                captions.mask[chosen, :longest],
-                whole_captions[chosen],
-            )
+            chunk = words[chosen, :longest], word_mask[chosen, :longest], whole_captions[chosen]
+            inputs = (regions, region_mask, whole_images), chunk
             keep_less = self.recompute and torch.is_grad_enabled()
             block, block_statistics = checkpoint(self._block, *inputs, use_reentrant=False) if keep_less else self._block(*inputs)
             scores.append(block)
@@ -232,10 +232,9 @@ class SimilarityMatcher(LateInteraction):
                 starts.append(end)
         return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
-    def _block(
-        self, parts: Tensor, mask: Tensor, whole: Tensor, words: Tensor, word_mask: Tensor, whole_words: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """All images against one chunk of captions: (I,T) and statistics (T,2). Equations of spec 3.1 to 3.5."""
+    def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2). Spec 3.1 to 3.5."""
+        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
         local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
         glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
         nodes = torch.cat([glob.unsqueeze(2), local], 2)

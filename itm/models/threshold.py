@@ -65,7 +65,7 @@ class _Threshold(torch.autograd.Function):
         return best
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         t, mp, sp, mn, sn, alpha = ctx.saved_tensors
         slope = (t - mn) / sn**2 - (t - mp) / sp**2
         partial = (
@@ -80,7 +80,7 @@ class _Threshold(torch.autograd.Function):
 
 
 class ThresholdOptions(Strict):
-    """alpha: cost of an irrelevant pair taken as relevant. mismatch: which wrong item gives the negative sample (hardest only under the cap).
+    """alpha: cost of an irrelevant pair taken as relevant. mismatch: which wrong item gives the negative sample.
 
     min_words: fewer matched samples over all ranks leave t as it is. kappa: t never passes mu+ - kappa sd+. keep: share of the old t.
     warmup_steps: t stays 0 for so many training steps. mode naaf_compat updates within the batch, caption by caption, as NAAF's code.
@@ -96,7 +96,7 @@ class ThresholdOptions(Strict):
 
 
 class RelevanceThreshold(nn.Module):
-    """The state of one direction, all buffers: t, t_safe, the last mu+, sd+, mu-, sd-, counts, and the pruned shares (matched, mismatched)."""
+    """The state of one direction, all buffers: t, t_safe, the last mu+, sd+, mu-, sd-, counts, pruned shares (matched, mismatched)."""
 
     t: Tensor
     t_safe: Tensor
@@ -191,7 +191,7 @@ def naaf_walk(maxima: Tensor, mask: Tensor, score: Callable[[int, float], Tensor
 
 
 def naaf_threshold(mp: float, sp: float, mn: float, sn: float, alpha: float) -> tuple[float, float]:
-    """(root, discriminant) as NAAF's code computes them: wrong for near-equal variances, blind to the bounds (spec 2.4). NaN without a root."""
+    """(root, discriminant) as NAAF's code computes them: wrong for near-equal variances, blind to bounds (spec 2.4). NaN: no root."""
     a, b = sp**2 - sn**2, 2 * (mp * sn**2 - mn * sp**2)
     c = (sp * mn) ** 2 - (sn * mp) ** 2 + 2 * (sp * sn) ** 2 * math.log(sn / (alpha * sp) + 1e-8)
     e = b**2 - 4 * a * c

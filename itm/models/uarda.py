@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from itm.config import Strict
-from itm.models.attention import LateInteraction, gram, l2, raw_scores
+from itm.models.attention import LateInteraction, gram, l2, parts_of, raw_scores
 from itm.models.threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk, relevance_threshold
 from itm.types import Encoded, Images
 
@@ -22,7 +22,7 @@ __all__ = ["UARDA", "SeparationOptions", "ThresholdOptions", "relevance_threshol
 
 
 class SeparationOptions(Strict):
-    """The separating loss (spec 3.4), weight x batch x loss: `cost` of the boundary, or `hinge` around it. Off by default; 0.02 to 0.05 when on."""
+    """The separating loss (spec 3.4), weight x batch x loss: `cost` of the boundary or `hinge` around it. 0.02 to 0.05 when on."""
 
     weight: float = 0.0
     kind: Literal["cost", "hinge"] = "cost"
@@ -129,18 +129,18 @@ class UARDA(LateInteraction):
         return total
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
-        assert query.parts is not None and query.mask is not None and context.parts is not None and context.mask is not None
-        raw, grams = raw_scores(query.parts, context.parts), gram(context.parts)
+        (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
+        raw, grams = raw_scores(queries, items), gram(items)
         observing = self.training and torch.is_grad_enabled()
-        maxima = raw.masked_fill(~context.mask[:, None, None, :], -torch.inf).amax(-1) if observing else None
+        maxima = raw.masked_fill(~context_mask[:, None, None, :], -torch.inf).amax(-1) if observing else None
         if observing and self.rule.mode == "naaf_compat":
             assert maxima is not None
-            scores = self._walk(direction, raw, grams, maxima.detach(), query.mask, context.mask)
+            scores = self._walk(direction, raw, grams, maxima.detach(), query_mask, context_mask)
         else:
-            relevance = self.attention.relevance(raw, grams, context.mask, self._threshold(direction))
-            scores = (relevance * query.mask).sum(-1) / query.mask.sum(-1)
+            relevance = self.attention.relevance(raw, grams, context_mask, self._threshold(direction))
+            scores = (relevance * query_mask).sum(-1) / query_mask.sum(-1)
         if maxima is not None:
-            self._observed[direction] = Observed(maxima, query.mask, scores.detach())
+            self._observed[direction] = Observed(maxima, query_mask, scores.detach())
         return scores
 
     def _threshold(self, direction: str) -> Tensor | float:

@@ -77,6 +77,7 @@ class UNITER(nn.Module):
             attention_probs_dropout_prob=dropout,
         )
         config._attn_implementation = "sdpa"
+        self.dropped: list[str] = []  # keys of an imported checkpoint that belong to pre-training only
         self.uniter = _Body(config, region_dim)
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)

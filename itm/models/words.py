@@ -48,9 +48,7 @@ class WordGRU(nn.Module):
             raise ValueError(f"caption rows {empty[:8]} of the batch have no word at all: the tokenizer must add start and end")
         words, size = captions.tokens.shape[1], self.embed.num_embeddings
         if not torch.compiler.is_compiling() and int(captions.tokens.max()) >= size:
-            raise ValueError(
-                f"token id {int(captions.tokens.max())} in a vocabulary of {size}: use the vocabulary that came with the model"
-            )
+            raise ValueError(f"token id {int(captions.tokens.max())} in a vocabulary of {size}: use the model's own vocabulary")
         packed = pack_padded_sequence(self.dropout(self.embed(captions.tokens)), lengths, batch_first=True, enforce_sorted=False)
         parts, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=words)
         if self.rnn.bidirectional:

@@ -57,7 +57,7 @@ class Step:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP, gradients are averaged over ranks in the last micro-step only."""
-        return contextlib.nullcontext() if last or not hasattr(self.method, "no_sync") else self.method.no_sync()
+        return contextlib.nullcontext() if last or not hasattr(self.method, "no_sync") else self.method.no_sync()  # type: ignore[operator]
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

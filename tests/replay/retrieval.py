@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,16 @@ def find(root: Path) -> Iterator[Case]:
     for path in sorted(root.rglob("*.npz")):
         arrays = _names(path)
         if {"sim", "img2txt_offsets", "img2txt_ids"} <= arrays:
-            yield Case(f"retrieval/{path.stem}", lambda p=path: _recalls(p))
+            yield Case(f"retrieval/{path.stem}", partial(_recalls, path))
         elif {"self_feats", "query_feats", "gallery_feats"} <= arrays:
-            yield Case(f"retrieval/{path.parent.name}/{path.stem}", lambda p=path: _image_retrieval(p))
+            yield Case(f"retrieval/{path.parent.name}/{path.stem}", partial(_image_retrieval, path))
         elif {"fold5_sims", "fold5_rows"} <= arrays:
-            yield Case(f"retrieval/{path.parent.parent.name}/{path.parent.name}", lambda p=path: _sgraf_metrics(p))
+            yield Case(f"retrieval/{path.parent.parent.name}/{path.parent.name}", partial(_sgraf_metrics, path))
         elif {"latent_values", "random_values", "metric_names"} <= arrays:
-            yield from (Case(f"retrieval/{path.stem}/{kind}", lambda p=path, k=kind: _hash_world(p, k)) for kind in ("random", "latent"))
+            yield from (Case(f"retrieval/{path.stem}/{kind}", partial(_hash_world, path, kind)) for kind in ("random", "latent"))
     for path in sorted(root.rglob("*.json")):
         if path.name != "README.json" and {"ranked", "positives", "expected"} <= _keys(path):
-            yield Case(f"retrieval/eccv/{path.stem}", lambda p=path: _eccv(p))
+            yield Case(f"retrieval/eccv/{path.stem}", partial(_eccv, path))
 
 
 def _names(path: Path) -> set[str]:

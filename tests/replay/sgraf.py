@@ -71,7 +71,7 @@ def _forward(matcher: Any, arrays: dict[str, np.ndarray], suffix: str, tolerance
 
 
 def _trajectory(matcher: Any, arrays: dict[str, np.ndarray], mode: str, suffix: str) -> Iterator[Check]:
-    """Training steps on one batch: Adam 2e-4, clip 2.0, batch statistics. In float32 only losses, norms and scores of step 1 are defined."""
+    """Training steps on one batch: Adam 2e-4, clip 2.0, batch statistics. float32: see the README's float32_note."""
     exact = bool(suffix)
     inputs, prefix = _inputs(arrays, "train_"), f"traj_{mode}_"
     matcher.train()

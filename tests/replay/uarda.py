@@ -1,4 +1,4 @@
-"""UARDA's threshold solver against brute force, and its shared parts against NAAF's code: attention, scores, sequential threshold, gradients.
+"""UARDA's threshold solver against brute force, and its shared parts against NAAF's code: attention, scores, thresholds, gradients.
 
 Cases are the files threshold.npz, naaf_score.npz and naaf_train.npz. NAAF's own branches (relevance score, negative effect), which UARDA
 does not have, are put together here from our attention so that the oracle's whole score and gradient can be compared.
