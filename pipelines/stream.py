@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 
@@ -66,7 +67,8 @@ def stream(pairs: Pairs, work: Sequence[Work], actors: int) -> Iterator[pa.Table
             # A fraction: whole CPUs held by actors would starve the trainers of a small machine, and wait for them for ever.
             num_cpus=0.25,
         )
-        for table in tables.iter_batches(batch_size=pairs.plan.batch, batch_format="pyarrow", prefetch_batches=2):
+        blocks: Any = tables.iter_batches(batch_size=pairs.plan.batch, batch_format="pyarrow", prefetch_batches=2)
+        for table in blocks:
             if "error" in table.column_names:
                 raise ValueError(table["error"][0].as_py())
             yield table

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from itm.losses.triplet import triplet_loss
+from itm.methods import METHODS
 from itm.models import threshold
 from itm.models.attention import l2
 from itm.models.threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk
 from itm.models.uarda import UARDA, relevance_threshold
-from itm.types import Encoded
+from itm.parts import build_part
+from itm.types import Batch, Captions, Encoded, Images, SoftLabels
 from tests.late_worlds import SMALL, captions_of, encoded, gradients, images_of, padded, scores_of
 from tests.replay.__main__ import replay
 from tests.replay.uarda import find
@@ -288,3 +290,16 @@ def test_unknown_choices_are_named():
 def test_the_golden_numbers_are_reproduced(case):
     line, passed = replay(case)
     assert passed, line
+
+
+@pytest.mark.parametrize("kind", ["matching", "cusa"])
+def test_every_method_moves_the_threshold_of_a_training_uarda(kind: str):
+    matcher = UARDA(vocab_size=20, image={"kind": "regions", "in_width": 6, "width": 8}, text={"kind": "gru", "word_dim": 4, "width": 8})
+    options = {"loss": "triplet"} if kind == "matching" else {"triplet": {}, "csa": {}, "usa": {}}
+    method = build_part(METHODS, kind, options, "method", matcher=matcher).train()
+    ids = torch.arange(6)
+    images = Images(image_id=ids, regions=torch.randn(6, 5, 6), mask=torch.ones(6, 5, dtype=torch.bool))
+    captions = Captions(torch.randint(4, 20, (6, 7)), torch.ones(6, 7, dtype=torch.bool), ids)
+    losses = method(Batch(images, captions, SoftLabels(torch.randn(6, 3), torch.randn(6, 3))))
+    assert all(loss.isfinite() for loss in losses.values())
+    assert int(next(iter(matcher.thresholds.values())).steps) == 1

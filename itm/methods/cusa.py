@@ -25,6 +25,7 @@ from itm.methods.matching import (
     Gather,
     TripletOptions,
     TripletTerm,
+    auxiliary_losses,
     batch_positives,
     encode,
     read_options,
@@ -202,6 +203,7 @@ class CUSA(nn.Module):
                 found["itc"] = self.itc(scores, positives)
             if self.triplet is not None:
                 found["triplet"] = self.triplet(scores, positives, step)
+            found |= auxiliary_losses(self.matcher, positives)
             if self.csa is not None:
                 assert teacher is not None
                 targets = mixed_similarity(*teacher, self.csa.mode)

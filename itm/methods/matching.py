@@ -129,19 +129,25 @@ class Matching(nn.Module):
             raise ValueError(f"method matching: loss is contrastive or triplet, not {loss!r}")
 
     def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
-        """{"contrastive" | "triplet": scalar}."""
+        """{"contrastive" | "triplet": scalar}, and what the matcher adds (see `auxiliary_losses`)."""
         if isinstance(self.term, ContrastiveTerm):
             self.term.clamp_()
         images, captions = encode(self.matcher, batch, self.gather)
         scores = self.matcher.score(images, captions)  # type: ignore[operator]
         positives = batch_positives(batch, self.gather)
         loss = self.term(scores, positives) if isinstance(self.term, ContrastiveTerm) else self.term(scores, positives, step)
-        return {self.loss: loss}
+        return {self.loss: loss, **auxiliary_losses(self.matcher, positives)}
 
 
 def encode(matcher: Any, batch: Batch, gather: Gather) -> tuple[Encoded, Encoded]:
     """Both sides of a batch; with `gather` the rows of all ranks in rank order."""
     return gather_encoded(matcher.encode_images(batch.images), gather), gather_encoded(matcher.encode_captions(batch.captions), gather)
+
+
+def auxiliary_losses(matcher: nn.Module, positives: Tensor) -> dict[str, Tensor]:
+    """The terms a matcher adds in training, after `score` (UARDA: its thresholds move, its classes are separated); {} for others."""
+    hook = getattr(matcher, "auxiliary_losses", None)
+    return hook(positives) if hook is not None and matcher.training else {}
 
 
 def batch_positives(batch: Batch, gather: Gather) -> Tensor:
