@@ -36,7 +36,7 @@ class _GatherRows(torch.autograd.Function):
         return _all_gather(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.contiguous()
         dist.all_reduce(grad)
         start = rank() * ctx.rows

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
     clock("start Ray", connect)
     clock("pack", lambda: pack.pack(recipes[0]))
     for recipe in recipes[1:]:
-        clock(f"teach {recipe.name}", lambda recipe=recipe: teach.teach(recipe))
+        clock(f"teach {recipe.name}", partial(teach.teach, recipe))
     results = []
     for recipe in recipes:
-        clock(f"train {recipe.name}", lambda recipe=recipe: train.train(recipe))
-        results.append(clock(f"evaluate {recipe.name}", lambda recipe=recipe: evaluate.evaluate(recipe)))
+        clock(f"train {recipe.name}", partial(train.train, recipe))
+        results.append(clock(f"evaluate {recipe.name}", partial(evaluate.evaluate, recipe)))
     best = max(range(len(recipes)), key=lambda k: results[k]["metrics"][recipes[k].registry.metric])
     version = clock("register", lambda: register.register(recipes[best]))
     model = f"models:/{recipes[best].registry.model}@champion"

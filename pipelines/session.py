@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 # Token auth and usage reports are for clusters that ask for them; worker niceness 15 would starve Ray on a busy machine.
 QUIET = {
@@ -32,11 +33,11 @@ def connect() -> None:
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level="WARNING")
+            ray.init(logging_level=logging.WARNING)
         else:
             cpus = max(4, os.cpu_count() or 1)
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
-            quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+            quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
             ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **quiet)
     context = DataContext.get_current()
     context.enable_progress_bars = False

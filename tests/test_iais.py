@@ -77,6 +77,15 @@ def test_the_softmax_ranking_is_the_cross_entropy_of_the_positive_within_its_gro
     assert got.item() == pytest.approx(want.item(), abs=1e-5)
 
 
+def test_the_first_random_steps_draw_negatives_without_scoring_the_batch():
+    model, given = uniter(), batch(torch.arange(5))
+    method = IAIS(model, weight=0, ranking={"hard_negatives": 1, "random_steps": 2})
+    mined = [method._mine(given, step)["V"][0] for step in [0] * 12 + [2] * 3]
+    assert all((rows[:, 0] == torch.arange(5)).all() and (rows[:, 1] != rows[:, 0]).all() for rows in mined)
+    assert len({tuple(rows[:, 1].tolist()) for rows in mined[:12]}) > 1
+    assert len({tuple(rows[:, 1].tolist()) for rows in mined[12:]}) == 1
+
+
 def test_a_batch_of_one_image_has_no_negative_and_says_so():
     with pytest.raises(ValueError, match="no negative"):
         IAIS(uniter())(batch(torch.zeros(3, dtype=torch.int64)))
@@ -203,7 +212,7 @@ def test_what_has_no_words_and_regions_to_relate_is_refused_with_the_reason():
         ({"alignment": "double"}, "known: singular, distributed, soft"),
         ({"schedule": "cosine"}, "known: exp"),
         ({"counterpart": "x"}, "known: softmax"),
-        ({"ranking": {"margins": 1}}, "loss, margin, hard_negatives, positives"),
+        ({"ranking": {"margins": 1}}, "loss, margin, hard_negatives, positives, random_steps"),
         ({"ranking": {"hard_negatives": 0}}, "hard_negatives"),
     ],
 )

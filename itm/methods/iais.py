@@ -29,13 +29,15 @@ class Ranking(Strict):
     """hard_negatives kept for each positive; positives trained a half step (None = whole batch); margin of the hinge on sigmoid scores.
 
     loss "softmax" (extension): cross entropy of the positive within its group, for training from scratch, where sigmoids of a fresh
-    head are too flat for the hinge to move; the authors start from a pre-trained UNITER.
+    head are too flat for the hinge to move; random_steps (extension): so many first steps draw negatives at random, because the hardest
+    ones make fresh scores collapse to a constant. The authors need neither: they start from a pre-trained UNITER.
     """
 
     loss: Literal["hinge", "softmax"] = "hinge"
     margin: float = 0.2
     hard_negatives: int = Field(31, ge=1)
     positives: int | None = Field(None, ge=1)
+    random_steps: int = Field(0, ge=0)
 
 
 class IAIS(nn.Module):
@@ -82,7 +84,7 @@ class IAIS(nn.Module):
         """
         if not hasattr(self.matcher, "pairs"):
             return self._extension(batch, step)
-        columns = self._mine(batch)
+        columns = self._mine(batch, step)
         images, captions = self.matcher.encode_images(batch.images), self.matcher.encode_captions(batch.captions)
         return {
             **self._half("V", images, captions, columns["V"], step),
@@ -104,11 +106,14 @@ class IAIS(nn.Module):
         """weight x tau(step)."""
         return self.weight * annealing(self.schedule, step, self.steps)
 
-    def _mine(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    def _mine(self, batch: Batch, step: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Per anchor: columns (G,1+K) with the positive first, and which negatives are real (G,K)."""
         matcher = self.matcher
-        with mining_mode(matcher):
-            scores = matcher.score(matcher.encode_images(batch.images), matcher.encode_captions(batch.captions))
+        if step < self.ranking.random_steps:
+            scores = torch.rand(len(batch.images), len(batch.captions), device=batch.captions.tokens.device)
+        else:
+            with mining_mode(matcher):
+                scores = matcher.score(matcher.encode_images(batch.images), matcher.encode_captions(batch.captions))
         positives = slice(0, self.ranking.positives)
         ids = batch.images.image_id
         negative = ~positives_from_ids(ids, batch.captions.image_id)

@@ -7,6 +7,7 @@ with the box of each patch in the place of the region's box.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -26,7 +27,8 @@ class UNITER(nn.Module):
 
     `image` = {"kind": ..., option: value} of `itm.models.encoders` replaces regions by patch tokens. `score_tokens` bounds the tokens of
     one joint forward in `score`, hence its memory; `recompute` runs those chunks again in the backward pass instead of keeping them.
-    `intermediate` defaults to 4 x hidden. Raises ValueError for a hidden size that the heads do not divide.
+    `intermediate` defaults to 4 x hidden; `init_std` 0.02 is BERT's, too small to train a narrow model (hidden < 256) from scratch: there
+    take about hidden^-0.5. Raises ValueError for a hidden size that the heads do not divide.
     """
 
     kind: ClassVar[str] = "uniter"
@@ -45,6 +47,7 @@ class UNITER(nn.Module):
         image: dict[str, Any] | None = None,
         score_tokens: int = 32768,
         recompute: bool = False,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if hidden % heads:
@@ -64,6 +67,7 @@ class UNITER(nn.Module):
             "image": image,
             "score_tokens": score_tokens,
             "recompute": recompute,
+            "init_std": init_std,
         }
         self.region_dim, self.positions, self.score_tokens, self.recompute = region_dim, positions, score_tokens, recompute
         config = BertConfig(
@@ -82,7 +86,7 @@ class UNITER(nn.Module):
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)
         for module in (self.uniter, self.itm_output, self.rank_output):
-            module.apply(_initialise)
+            module.apply(functools.partial(_initialise, std=init_std))
         # Neither takes part in retrieval: without this, DDP would wait for gradients that never come.
         self.itm_output.requires_grad_(False)
         self.uniter.img_embeddings.mask_embedding.requires_grad_(False)
@@ -238,9 +242,9 @@ def _patch_encoder(image: dict[str, Any]) -> Any:
     return encoder
 
 
-def _initialise(module: nn.Module) -> None:
-    """Linear and embedding weights N(0, 0.02), padding rows included; biases 0."""
+def _initialise(module: nn.Module, std: float) -> None:
+    """Linear and embedding weights N(0, std), padding rows included; biases 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
