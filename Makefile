@@ -38,7 +38,7 @@ golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line
 	$(BIN)/python -m tests.replay $(GOLDEN)
 
 bench: $(READY)  ## speed against named peers measured in the same run
-	$(BIN)/itm bench
+	$(BIN)/python -m tests.bench
 
 clean:  ## remove what runs and the demo made
 	rm -rf runs data mlruns mlflow.db

@@ -75,7 +75,7 @@ def submit(
     variables = job_environment(address) | (environment or {})
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # says when the log stream closes
     try:
         client = JobSubmissionClient(address)
     except ConnectionError as error:
