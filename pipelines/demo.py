@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     hits = clock("search", lambda: search.search(QUESTION, model=model, shards=shards, k=3))
     page = clock("report", lambda: report.report(recipes[best], compare=[r.folder for r in recipes]))
     print(summary(recipes, results))
-    print(f"\n{QUESTION!r} finds:\n{hits}")
+    print(verdict(results))
+    print(f"\n{hits}")
     print(clock)
     print(next_steps(recipes[best], version, Path(page), shards))
     return 0
@@ -89,10 +90,22 @@ def summary(recipes: list[Recipe], results: list[dict[str, Any]]) -> str:
     return "\n".join(["", head, "-" * len(head), *lines])
 
 
+def verdict(results: list[dict[str, Any]]) -> str:
+    """What the three runs say about soft labels: gains of CUSA in mAP@R, against the base and against the control."""
+    base, cusa, shuffled = ([result["metrics"][f"{way}_map_at_r"] for way in ("t2i", "i2t")] for result in results)
+    gains = [tuple(ours - theirs for ours, theirs in zip(cusa, others, strict=True)) for others in (base, shuffled)]
+    expected = all(gain >= least for pair, least in zip(gains, (0.03, 0.06), strict=True) for gain in pair)
+    said = "meaning, not smoothing" if expected else "not the expected order (>= +.03 and >= +.06): too few steps, or a broken teacher join"
+    over = "; ".join(
+        f"over {name} {pair[0]:+.3f} t2i, {pair[1]:+.3f} i2t" for name, pair in zip(("contrastive", "shuffled"), gains, strict=True)
+    )
+    return f"\nCUSA in mAP@R: {over}: {said}"
+
+
 def next_steps(recipe: Recipe, version: Any, page: Path, shards: str) -> str:
     model = f"models:/{recipe.registry.model}@champion"
     return f"""
-report   {page}
+report   {page.absolute()}
 model    {model} (version {version.version})
 
 Try next:
