@@ -163,7 +163,7 @@ def execute(job: Job) -> dict[str, Any]:
         if train.workers:
             return execute_on_ray(job, show)
         device = torch.device("cuda" if train.use_gpu else "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin while they wait: with the decoding threads they would fight for cores
+        if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_actors))
         return work(job, device, show)
 
