@@ -14,6 +14,7 @@ FLOORS = {
     "itm.config": 1,
     "itm.distributed": 1,
     "itm.parts": 1,
+    "itm.lineage": 1,
     "itm.models": 2,
     "itm.losses": 2,
     "itm.data": 2,
