@@ -126,8 +126,10 @@ class Recipe(Strict):
     registry: Registry = Field(default_factory=Registry)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the sha256 of all choices; the place of outputs and the prose do not count."""
-        choices = self.model_dump(mode="json", exclude={"output", "about", "paper"})
+        """12 hex digits of the sha256 of all choices; prose, the place of outputs and the number of processes do not count."""
+        places: dict[str, Any] = {"output": True, "about": True, "paper": True}
+        processes: dict[str, Any] = {"train": {"workers", "max_failures"}, "data": {"decode_actors"}, "teachers": {"actors"}}
+        choices = self.model_dump(mode="json", exclude=places | processes)
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:

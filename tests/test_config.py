@@ -35,9 +35,10 @@ def test_extending_a_recipe_merges_sections_and_replaces_a_part_of_another_kind(
     assert (recipe.train.lr, recipe.train.steps) == (0.1, 4)
 
 
-def test_the_fingerprint_ignores_the_output_place_but_no_choice():
+def test_the_fingerprint_ignores_places_and_processes_but_no_choice():
     base = parse_recipe(MINIMAL)
     assert base.fingerprint() == parse_recipe({**MINIMAL, "output": "elsewhere"}).fingerprint()
+    assert base.fingerprint() == parse_recipe({**MINIMAL, "train": {"workers": 2}}).fingerprint()
     assert base.fingerprint() != parse_recipe({**MINIMAL, "seed": 1}).fingerprint()
 
 
