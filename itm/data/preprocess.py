@@ -42,7 +42,7 @@ class ImageInput:
 
     @classmethod
     def of(cls, data: Data) -> ImageInput:
-        return cls(data.image, data.image_size, data.crop, data.flip)
+        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions)
 
 
 @dataclass(frozen=True)
