@@ -33,12 +33,18 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The two arguments of every stage that reads a recipe."""
     parser.add_argument("-c", "--recipe", required=True, help="recipe YAML: a path, or the name of a shipped one (see `itm recipes`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.steps=50 model.options.width=64")
+    parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
 
 
 def recipe_from(args: argparse.Namespace) -> Recipe:
     path = Path(args.recipe)
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    return load_recipe(path if path.exists() or not shipped.exists() else shipped, args.overrides)
+    recipe = load_recipe(path if path.exists() or not shipped.exists() else shipped, args.overrides)
+    if not args.debug:
+        return recipe
+    from pipelines.debug import debug_twin
+
+    return debug_twin(recipe)
 
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:
