@@ -149,12 +149,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises ValueError naming the file, the key and the nearest known key.
     """
     choices = _read(Path(path))
-    for override in overrides or []:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} is not of the form key.sub=value")
-        _set(choices, key.strip().split("."), yaml.safe_load(value), override)
+    _apply(choices, overrides or [])
     return parse_recipe(choices, where=str(path))
+
+
+def overridden(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """The recipe with `key.sub=value` overrides applied. Raises ValueError as `load_recipe`."""
+    choices = recipe.model_dump(mode="json")
+    _apply(choices, overrides)
+    return parse_recipe(choices, where=recipe.name)
 
 
 def parse_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -187,6 +190,14 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _apply(choices: dict[str, Any], overrides: list[str]) -> None:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r} is not of the form key.sub=value")
+        _set(choices, key.strip().split("."), yaml.safe_load(value), override)
 
 
 def _set(choices: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

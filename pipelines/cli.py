@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from itm.config import Recipe, load_recipe
+from itm.config import Recipe, load_recipe, overridden
 
 STAGES = {
     "demo": "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report",
@@ -29,9 +29,9 @@ MODULES = {"import": "import_checkpoint", "recipes": "list_recipes"}  # stages w
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two arguments of every stage that reads a recipe."""
-    parser.add_argument("-c", "--recipe", required=True, help="recipe YAML: a path, or the name of a shipped one (see `itm recipes`)")
+def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The arguments of every stage that reads a recipe."""
+    parser.add_argument("-c", "--recipe", required=required, help="recipe YAML: a path, or the name of a shipped one (see `itm recipes`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.steps=50 model.options.width=64")
     parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
 
@@ -39,12 +39,12 @@ def recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def recipe_from(args: argparse.Namespace) -> Recipe:
     path = Path(args.recipe)
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    recipe = load_recipe(path if path.exists() or not shipped.exists() else shipped, args.overrides)
+    path = path if path.exists() or not shipped.exists() else shipped
     if not args.debug:
-        return recipe
+        return load_recipe(path, args.overrides)
     from pipelines.debug import debug_twin
 
-    return debug_twin(recipe)
+    return overridden(debug_twin(load_recipe(path)), args.overrides)
 
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ from itm.evaluation.gallery import examples, histogram
 from itm.evaluation.metrics import TIES
 from itm.evaluation.protocols import PROTOCOLS, Outcome, Scored, run_protocol
 from itm.evaluation.scoring import PRECISIONS, score_matrix
-from pipelines.cli import recipe_from
+from pipelines.cli import recipe_arguments, recipe_from
 
 FORMAT = 1
 # Below this many captions one process is done before workers have imported torch.
@@ -40,8 +40,7 @@ IN_PROCESS_CAPTIONS = 20_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--recipe", help="recipe YAML: a path, or the name of a shipped one (not needed with --scores)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. evaluation.batch_size=64")
+    recipe_arguments(parser, required=False)
     parser.add_argument("--matcher", help="matcher folder or models:/name@alias (default: what the recipe's training wrote)")
     parser.add_argument("--split", help="which split (default: data.test_split)")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: evaluation.protocol of the recipe")
