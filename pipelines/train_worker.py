@@ -36,7 +36,7 @@ from itm.parts import build_part
 from itm.registry import Tracker
 from itm.training.checkpoint import Best, State, best_uri, latest, load_checkpoint, read_weights, save_checkpoint, write_weights
 from itm.training.loop import Hooks, train_loop
-from itm.training.optim import build_optimizer, learning_rate, moving_average, temperatures
+from itm.training.optim import build_optimizer, learning_rate, moving_average, scalars
 from itm.training.step import Step
 from itm.types import Batch
 from pipelines.stream import stream, stream_here, work_of
@@ -155,7 +155,7 @@ class Worker:
     def _log(self, done: int, losses: dict[str, float]) -> None:
         self.rejected = int(all_reduce_sum(torch.tensor(float(len(self.problems.rows)), device=self.step.device)))
         rates = {"lr": self._rate(done - 1), "samples_per_s": self._speed(done), "rejected": float(self.rejected)}
-        values = losses | rates | dict(temperatures(self.step.plain))
+        values = losses | rates | dict(scalars(self.step.plain))
         self.state = replace(self.state, losses=(*self.state.losses, {"step": done, **values}))
         if self.tracker:
             self.tracker.metrics(values, step=done)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from itm.config import Train
-from itm.training.optim import build_optimizer, learning_rate, parameter_groups, temperatures
+from itm.training.optim import build_optimizer, learning_rate, parameter_groups, scalars
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/cusa/schedule/lr_schedule.json").read_text())
 
@@ -47,16 +47,18 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(2)
         self.gru = nn.GRU(2, 2)
         self.tau = nn.Parameter(torch.tensor(0.07))
+        self.register_buffer("threshold", torch.tensor(0.5))
+        self.register_buffer("updates", torch.tensor(3))
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
 
-def test_temperatures_biases_and_norms_are_not_decayed() -> None:
+def test_temperatures_biases_and_norms_are_not_decayed_and_scalars_are_told() -> None:
     method = Small()
     names = {id(p): name for name, p in method.named_parameters()}
     decayed, plain = ([names[id(p)] for p in group["params"]] for group in parameter_groups(method, 0.1))  # type: ignore[attr-defined]
     assert decayed == ["linear.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]
     assert set(plain) == {"tau", "linear.bias", "norm.weight", "norm.bias", "gru.bias_ih_l0", "gru.bias_hh_l0"}
-    assert dict(temperatures(method)) == {"tau": pytest.approx(0.07)}
+    assert dict(scalars(method)) == {"tau": pytest.approx(0.07), "threshold": 0.5}
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])

@@ -80,9 +80,13 @@ def _fast_members(tar: memoryview, fragment: bool) -> Iterator[Member | str]:
 
 
 def _tarfile_members(tar: memoryview) -> Iterator[Member | str]:
+    before = -1
     try:
         with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
             for info in archive:
+                if info.offset <= before or info.size < 0:  # a negative size would lead back, and round for ever
+                    raise TarProblem(f"corrupt: member {info.name!r} does not lie behind the one before")
+                before = info.offset
                 end = info.offset_data + -(-info.size // BLOCK) * BLOCK
                 if info.isreg() and info.offset_data + info.size > len(tar):
                     raise TarProblem(f"truncated: member {info.name!r} ends past the {len(tar):,} bytes of the tar")
@@ -90,7 +94,9 @@ def _tarfile_members(tar: memoryview) -> Iterator[Member | str]:
                     yield _safe(info.name) or Member(info.name, info.offset, info.offset_data, info.size, min(end, len(tar)))
                 elif not info.isdir():
                     yield f"{info.name!r} is a link, device or sparse file"
-    except tarfile.TarError as error:
+    except TarProblem:
+        raise
+    except Exception as error:  # crafted extended headers make tarfile raise almost anything
         raise TarProblem(f"corrupt or truncated: {error}") from None
 
 
@@ -108,7 +114,7 @@ def _checked_size(header: bytes, position: int) -> int:
         size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
         checksum, size = -1, 0
-    if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
+    if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
         raise TarProblem(f"corrupt header at byte {position:,}")
     return size
 
@@ -118,6 +124,11 @@ def _renames(pax: bytes) -> bool:
 
 
 def _safe(name: str) -> str | None:
+    """Why a name cannot be used, or None."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return f"member name {name!r} is not UTF-8"
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
         return f"unsafe member name {name!r}"
     return None

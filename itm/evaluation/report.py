@@ -128,12 +128,14 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
 def _training(page: Page) -> str:
     names = list(dict.fromkeys(name for row in page.losses for name in row if name != "step"))
     heats = [n for n in names if "tau" in n or n.startswith("temperatures.")]
-    terms = [n for n in names if n not in PACE and n not in heats]
+    cuts = [n for n in names if ".thresholds." in n]
+    terms = [n for n in names if n not in PACE and n not in heats + cuts]
     # A single term is the loss itself; drawing both would hide one line under the other.
     shown = ["loss"] if "loss" in terms and len(terms) <= 2 else terms
     charts = {
         "loss and its terms": curves(_series(page.losses, shown), "step", "loss"),
         "temperatures": curves(_series(page.losses, heats), "step", "temperature"),
+        "relevance threshold": curves(_series(page.losses, cuts), "step", "similarity"),
         "learning rate": curves(_series(page.losses, ["lr"]), "step", "learning rate"),
     }
     if page.other_losses:

@@ -65,8 +65,8 @@ def moving_average(method: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def temperatures(method: nn.Module) -> Iterator[tuple[str, float]]:
-    """(name, value) of the 0-D parameters of a method."""
-    for name, parameter in method.named_parameters():
-        if parameter.dim() == 0:
-            yield name, parameter.item()
+def scalars(method: nn.Module) -> Iterator[tuple[str, float]]:
+    """(name, value) of what a method learns or follows as one number: 0-D float parameters (temperatures) and buffers (thresholds)."""
+    for name, value in (*method.named_parameters(), *method.named_buffers()):
+        if value.dim() == 0 and value.is_floating_point():
+            yield name, value.item()

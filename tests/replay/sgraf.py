@@ -22,28 +22,30 @@ from itm.types import Captions, Encoded, Images
 from tests.replay import Case, Check
 
 KINDS = ("sgraf", "scan")
+DEFAULTS = {"margin": 0.2, "grad_clip": 2.0, "learning_rate": 2e-4}
 
 
 def find(root: Path) -> Iterator[Case]:
     for readme in sorted(root.rglob("README.json")):
         about = json.loads(readme.read_text())
-        if about.get("kind") in KINDS and (readme.parent / "arrays.npz").exists():
+        if isinstance(about, dict) and about.get("kind") in KINDS and (readme.parent / "arrays.npz").exists():
             yield Case(f"sgraf/{readme.parent.name}", lambda folder=readme.parent, about=about: run(folder, about))
 
 
 def run(folder: Path, about: dict[str, Any]) -> Iterator[Check]:
     arrays = dict(np.load(folder / "arrays.npz"))
     matcher: Any = load_official(folder / "model_best.pth.tar")
+    config = {**DEFAULTS, **about.get("config", {})}
     for module in matcher.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     for suffix, dtype, tolerance in (("", torch.float32, 5e-6), ("_f64", torch.float64, 1e-9)):
-        yield from _forward(copy.deepcopy(matcher).to(dtype), arrays, suffix, tolerance)
+        yield from _forward(copy.deepcopy(matcher).to(dtype), arrays, config["margin"], (suffix, tolerance))
         for mode in ("max", "sum"):
             if f"traj_{mode}_losses{suffix}" in arrays:
-                yield from _trajectory(copy.deepcopy(matcher).to(dtype), arrays, mode, suffix)
+                yield from _trajectory(copy.deepcopy(matcher).to(dtype), arrays, config, (mode, suffix))
     for mode in about.get("modes", []):
-        yield from _grid(matcher, arrays, mode)
+        yield from _grid(matcher, arrays, mode, config["margin"])
 
 
 def _inputs(arrays: dict[str, np.ndarray], prefix: str = "") -> tuple[Images, Captions]:
@@ -56,35 +58,37 @@ def _scores(matcher: Any, inputs: tuple[Images, Captions]) -> Tensor:
     return matcher.score(matcher.encode_images(inputs[0]), matcher.encode_captions(inputs[1]))
 
 
-def _forward(matcher: Any, arrays: dict[str, np.ndarray], suffix: str, tolerance: float) -> Iterator[Check]:
+def _forward(matcher: Any, arrays: dict[str, np.ndarray], margin: float, kind: tuple[str, float]) -> Iterator[Check]:
+    suffix, tolerance = kind
     inputs = _inputs(arrays)
     with torch.no_grad():
         images, captions = matcher.encode_images(inputs[0]), matcher.encode_captions(inputs[1])
         got: dict[str, Any] = {"img_emb": images.parts, "cap_emb": captions.parts, "sims": matcher.score(images, captions)}
         if "train_images" in arrays:
             scores = got["train_batch_eval_sims"] = _scores(matcher, _inputs(arrays, "train_"))
-            got["loss_eval_max"] = triplet_loss(scores, hardest=True, official=True)
-            got["loss_eval_sum"] = triplet_loss(scores, hardest=False, official=True)
+            got["loss_eval_max"] = triplet_loss(scores, margin=margin, hardest=True, official=True)
+            got["loss_eval_sum"] = triplet_loss(scores, margin=margin, hardest=False, official=True)
     for name, value in got.items():
         if name + suffix in arrays:
             yield Check(name + suffix, value.numpy(), arrays[name + suffix], atol=tolerance, rtol=tolerance)
 
 
-def _trajectory(matcher: Any, arrays: dict[str, np.ndarray], mode: str, suffix: str) -> Iterator[Check]:
-    """Training steps on one batch: Adam 2e-4, clip 2.0, batch statistics. float32: see the README's float32_note."""
+def _trajectory(matcher: Any, arrays: dict[str, np.ndarray], config: dict[str, Any], kind: tuple[str, str]) -> Iterator[Check]:
+    """Training steps on one batch: fresh Adam, clipping, batch statistics. float32: see the README's float32_note."""
+    mode, suffix = kind
     exact = bool(suffix)
     inputs, prefix = _inputs(arrays, "train_"), f"traj_{mode}_"
     matcher.train()
-    optimiser = torch.optim.Adam(matcher.parameters(), lr=2e-4)
+    optimiser = torch.optim.Adam(matcher.parameters(), lr=config["learning_rate"])
     losses, norms, sims = [], [], []
     for step in range(len(arrays[f"{prefix}losses{suffix}"])):
         scores = _scores(matcher, inputs)
-        loss = triplet_loss(scores, hardest=mode == "max", official=True)
+        loss = triplet_loss(scores, margin=config["margin"], hardest=mode == "max", official=True)
         optimiser.zero_grad()
         loss.backward()
         if exact and step == 0:
             yield from _gradients(matcher, arrays, mode)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(matcher.parameters(), 2.0)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(matcher.parameters(), config["grad_clip"])))
         optimiser.step()
         losses.append(loss.item())
         sims.append(scores.detach().numpy())
@@ -118,7 +122,7 @@ def _after(matcher: nn.Module, arrays: dict[str, np.ndarray], mode: str) -> Iter
             yield Check(name, state[own_name(int(part), key)].numpy(), arrays[name], atol=1e-9, rtol=1e-9)
 
 
-def _grid(matcher: Any, arrays: dict[str, np.ndarray], mode: dict[str, Any]) -> Iterator[Check]:
+def _grid(matcher: Any, arrays: dict[str, np.ndarray], mode: dict[str, Any], margin: float) -> Iterator[Check]:
     """Every direction, aggregation and raw norm on one set of embeddings."""
     key = mode["key"]
     matcher.cross_attn, matcher.agg_func, matcher.raw_feature_norm = key.split("|")
@@ -133,5 +137,5 @@ def _grid(matcher: Any, arrays: dict[str, np.ndarray], mode: dict[str, Any]) -> 
             yield Check(f"{name}|{key}", scores.numpy(), arrays[f"{name}|{key}"], atol=tolerance, rtol=tolerance)
     square = scores[:, : len(scores)] if scores.shape[0] <= scores.shape[1] else scores[: scores.shape[1]]
     for hardest, name in ((True, "loss_max"), (False, "loss_sum")):
-        loss = triplet_loss(square, hardest=hardest, official=True)
+        loss = triplet_loss(square, margin=margin, hardest=hardest, official=True)
         yield Check(f"{name}|{key}", loss.numpy(), arrays[f"{name}|{key}"], atol=1e-9, rtol=1e-9)
