@@ -11,7 +11,7 @@ import argparse
 from itm.config import Recipe, load_recipe
 from pipelines.cli import RECIPES
 
-COLUMNS = ("recipe", "what", "published", "verified here")
+COLUMNS = ("paper", "recipe", "published figures (R@1 R@5 R@10)", "verified here")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,13 @@ def shipped() -> dict[str, Recipe]:
     return {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def row_of(name: str, recipe: Recipe) -> tuple[str, str, str, str]:
-    return name, recipe.about, str(recipe.paper.get("published", "-")), str(recipe.paper.get("verified", "-"))
+def row_of(name: str, recipe: Recipe) -> tuple[str, ...]:
+    return str(recipe.paper["source"]), f"`{name}`", str(recipe.paper["published"]), str(recipe.paper["verified"])
 
 
 def markdown() -> str:
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(row_of(name, recipe) for name, recipe in shipped().items())]
+    published = sorted(row_of(name, recipe) for name, recipe in shipped().items() if recipe.paper)
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *published]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
 

@@ -12,6 +12,7 @@ import pytest
 from itm.config import load_recipe
 from pipelines.cli import RECIPES
 from pipelines.debug import debug_twin
+from pipelines.list_recipes import markdown
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PARTS: Any = {"data": {"image"}, "teachers": True, "model": True, "method": True}
@@ -28,7 +29,11 @@ def test_a_shipped_recipe_is_named_as_its_file_and_says_what_it_is(name: str):
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     assert recipe.name == name
     assert recipe.about
-    assert name.startswith("demo") or {"published", "verified", "decisions"} <= set(recipe.paper)
+    assert name.startswith("demo") or {"source", "published", "verified", "decisions"} <= set(recipe.paper)
+
+
+def test_the_table_of_the_readme_is_made_from_the_recipes():
+    assert markdown() in (RECIPES.parents[1] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,159 @@
+"""`python -m tests.learning`: does every method learn, and is it the teacher's meaning that helps?
+
+Every model is trained from scratch on scenes (equivalence world) by a step budget, through the real stages (pack, teach, train,
+evaluate), with several seeds: its base, the base + CUSA, and the base + CUSA with the teacher's vectors shuffled over rows (control).
+UNITER is trained with and without IAIS. SGRAF is the mean score of the SGR and SAF of the same seed. Finished runs are not
+repeated; the table goes to tests/LEARNING.md when --write is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from itm.config import Recipe, parse_recipe
+
+REGIONS: dict[str, Any] = {"kind": "regions", "in_width": 358, "width": 128}
+GRU: dict[str, Any] = {"kind": "gru", "word_dim": 64, "width": 128, "bidirectional": True}
+LATE: dict[str, Any] = {"image": REGIONS, "text": GRU}
+MODELS: dict[str, dict[str, Any]] = {
+    "dual": {"image": {"kind": "conv", "image_size": 64}, "text": {"kind": "pooled_gru"}, "width": 128},
+    "scan": LATE | {"agg_func": "Mean", "lambda_softmax": 9.0},
+    "sgr": LATE | {"sim_dim": 64, "regions": 6, "steps": 2},
+    "saf": LATE | {"sim_dim": 64, "regions": 6},
+    "uarda": LATE | {"direction": "t2i"},
+    "uniter": {"hidden": 96, "layers": 2, "heads": 4, "region_dim": 358, "init_std": 0.12},
+}
+BASE: dict[str, Any] = {"kind": "matching", "options": {"loss": "contrastive", "tau": 0.07}}
+SOFT: dict[str, Any] = {"weight": 1.0, "student": "itc", "teacher": 0.05}
+CUSA: dict[str, Any] = {"kind": "cusa", "options": {"itc": {"tau": 0.07, "reduction": "sum"}, "csa": SOFT, "usa": SOFT}}
+TRUE: dict[str, Any] = {side: {"kind": f"scenes_{side}"} for side in ("image", "text")}
+SHUFFLED: dict[str, Any] = {side: {"kind": "shuffled", "options": {"of": TRUE[side], "seed": 7}} for side in ("image", "text")}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"base": (BASE, {}), "cusa": (CUSA, TRUE), "shuffled": (CUSA, SHUFFLED)}
+STEPS = {"dual": 400, "scan": 300, "sgr": 400, "saf": 400, "uarda": 300, "uniter": 500}
+BATCH = {"dual": 128, "scan": 64, "sgr": 32, "saf": 32, "uarda": 64, "uniter": 32}
+SHOWN = {
+    "t2i_r1": "t2i R@1",
+    "i2t_r1": "i2t R@1",
+    "t2i_r10": "t2i R@10",
+    "t2i_semantic_r1": "semantic R@1 t2i",
+    "t2i_map_at_r": "mAP@R t2i",
+    "i2t_map_at_r": "mAP@R i2t",
+}
+
+
+def iais(weight: float) -> dict[str, Any]:
+    ranking = {"loss": "softmax", "hard_negatives": 7, "random_steps": 150}
+    return {"kind": "iais", "options": {"alignment": "singular", "weight": weight, "steps": STEPS["uniter"], "ranking": ranking}}
+
+
+def variants_of(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    return {"base": (iais(0.0), {}), "iais": (iais(8.0), {})} if model == "uniter" else VARIANTS
+
+
+def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
+    method, teachers = variants_of(model)[variant]
+    # Every pair of a single-stream matcher is a forward pass: a smaller test set.
+    sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {}
+    world = {"kind": "scenes", "options": {"world": "equiv", "regions": True, **sizes}}
+    choices = {
+        "name": f"{model}-{variant}-{seed}",
+        "seed": seed,
+        "output": output,
+        "data": {
+            "source": world,
+            "root": f"{output}/shards{'-small' if sizes else ''}",
+            "image_size": 64,
+            "crop": "squash",
+            "max_regions": 6,
+        },
+        "text": {"kind": "words", "max_length": 24},
+        "teachers": teachers,
+        "model": {"kind": model, "options": MODELS[model]},
+        "method": method,
+        "train": {
+            "batch_size": BATCH[model],
+            "steps": STEPS[model],
+            "workers": 0,
+            "lr": 1.5e-3 if model == "uniter" else 2.0e-3,
+            "min_lr": 1.0e-4,
+            "warmup_steps": 50,
+            "clip_norm": 2.0,
+            "validate_every": STEPS[model],
+        },
+        "registry": {"experiment": "learning"},
+    }
+    choices["data"]["image"] = "pixels" if model == "dual" else "regions"
+    return parse_recipe(choices)
+
+
+def learn(recipe: Recipe) -> dict[str, float]:
+    """Pack, teach, train and evaluate what is not there yet; the metrics on the test split."""
+    from pipelines import evaluate, pack, teach, train
+
+    pack.pack(recipe)
+    if recipe.teachers.image:
+        teach.teach(recipe)
+    train.train(recipe)
+    metrics: dict[str, float] = evaluate.evaluate(recipe)["metrics"]
+    return metrics
+
+
+def ensemble(first: Recipe, second: Recipe) -> dict[str, float]:
+    """Metrics of the mean score of two trained recipes."""
+    import itm
+    from itm.data import files
+    from itm.data.shards import read_manifest
+    from itm.evaluation.metrics import retrieval_metrics
+    from itm.evaluation.scoring import score_matrix
+    from pipelines.evaluate import encode, exact_relevance
+
+    split = files.join(first.data.root, first.data.test_split)
+    manifest = read_manifest(split)
+    members = [itm.load_matcher(files.join(recipe.folder, "matcher")) for recipe in (first, second)]
+    encoded = [encode(member, split, manifest, first) for member in members]
+    scores = score_matrix(members, [e.images for e in encoded], [e.captions for e in encoded])
+    names = encoded[0].names
+    return retrieval_metrics(scores, names.positives, exact_relevance(manifest.source, names))
+
+
+def rows(output: str, models: list[str], seeds: list[int]) -> Iterator[tuple[str, str, list[dict[str, float]]]]:
+    """(model, variant, metrics of each seed)."""
+    for model in models:
+        if model == "sgraf":
+            for variant in VARIANTS:
+                pairs = [(recipe_of(output, "sgr", variant, seed), recipe_of(output, "saf", variant, seed)) for seed in seeds]
+                yield model, variant, [ensemble(*pair) for pair in pairs]
+            continue
+        for variant in variants_of(model):
+            yield model, variant, [learn(recipe_of(output, model, variant, seed)) for seed in seeds]
+
+
+def cell(values: list[float]) -> str:
+    """mean ± half the range."""
+    digits = 3 if max(values) <= 1 else 1
+    spread = (max(values) - min(values)) / 2
+    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["dual", "scan", "sgr", "saf", "sgraf", "uarda", "uniter"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", default="runs/learning")
+    parser.add_argument("--write", metavar="FILE", help="write the table there too")
+    args = parser.parse_args()
+    lines = ["| model | variant | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
+    print("\n".join(lines), flush=True)
+    for model, variant, found in rows(str(Path(args.output).absolute()), args.models, args.seeds):
+        lines.append(f"| {model} | {variant} | " + " | ".join(cell([m[key] for m in found]) for key in SHOWN) + " |")
+        print(lines[-1], flush=True)
+    if args.write:
+        Path(args.write).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
