@@ -17,6 +17,7 @@ from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
+TILE_VECTORS = 1024
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -102,10 +103,10 @@ def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: in
 
 def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device) -> Tensor:
     scores = torch.empty(len(images), len(captions))
-    order = _by_length(captions)
+    order = by_length(captions)
     columns = _columns(images, captions)
     for start in range(0, len(order), columns):
-        chosen = order[start : start + columns]
+        chosen = slice(start, start + columns) if captions.mask is None else order[start : start + columns]
         tile = trim(captions[chosen])
         rows = block or _rows(images, tile)
         moved = tile.to(device)
@@ -115,7 +116,8 @@ def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | No
     return scores
 
 
-def _by_length(captions: Encoded) -> Tensor:
+def by_length(captions: Encoded) -> Tensor:
+    """Rows of the captions, shortest first: (T,) int64."""
     if captions.mask is None:
         return torch.arange(len(captions))
     return captions.mask.sum(1).argsort(stable=True)
@@ -132,14 +134,14 @@ def trim(rows: Encoded) -> Encoded:
 def _pair_bytes(images: Encoded, captions: Encoded) -> int:
     """Bytes a late-interaction score of one pair may hold at once: attention in both directions and one context per word."""
     if images.parts is None or captions.parts is None:
-        return 8
+        return 64
     regions, words, width = images.parts.shape[1], captions.parts.shape[1], captions.parts.shape[2]
     return 4 * (4 * regions * words + 2 * words * width)
 
 
 def _columns(images: Encoded, captions: Encoded) -> int:
-    """Captions per tile: a few hundred for late interaction, so that tiles are of one length; all for one matmul."""
-    return len(captions) if captions.parts is None or images.parts is None else TILE_CAPTIONS
+    """Captions per tile: a few hundred for late interaction, so that tiles are of one length; a block of one matmul for vectors."""
+    return TILE_VECTORS if captions.parts is None or images.parts is None else TILE_CAPTIONS
 
 
 def _rows(images: Encoded, captions: Encoded) -> int:

@@ -1,0 +1,207 @@
+"""A store of scores on disk: all images x all captions in tiles, one .npy a tile, so that scoring can be spread, stopped and resumed.
+
+    <root>/scores-<12 hex digits of the identity>/tile-00003-00001.npy      float32 (images, captions) of one tile
+                                                  captions.npy              which caption each column is, in tile order (by length)
+                                                  store.json                identity and grid, written last
+
+A tile is computed by `score_tile` alone and appears under its name only when it is whole: after a kill the missing tiles are computed,
+nothing else. Who runs the tiles is the caller's choice (`spread`): one after the other here, or tasks of a cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itm.data import files
+from itm.evaluation.scoring import by_length, score_matrix, trim
+from itm.types import Encoded
+
+FORMAT = 1
+# Pairs a tile, so that a lost one costs seconds to minutes: one product a pair, attention a pair, a joint forward a pair.
+PRODUCT_PAIRS, ATTENTION_PAIRS, FORWARD_PAIRS = 1 << 24, 1 << 18, 1 << 14
+
+Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+Tile = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """images x captions cut into tiles of rows x columns; the last ones are smaller."""
+
+    images: int
+    captions: int
+    rows: int
+    columns: int
+
+    @classmethod
+    def of(cls, members: Sequence[Any], images: Encoded, captions: Encoded, rows: int | None = None) -> Grid:
+        """Square tiles of the size that the costliest member asks for, or of `rows` images."""
+        joint = any(hasattr(member, "pairs") for member in members)
+        pairs = FORWARD_PAIRS if joint else PRODUCT_PAIRS if images.parts is None or captions.parts is None else ATTENTION_PAIRS
+        side = int(pairs**0.5)
+        return cls(len(images), len(captions), min(rows or side, len(images)), min(side, len(captions)))
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return list(itertools.product(range(-(-self.images // self.rows)), range(-(-self.captions // self.columns))))
+
+    def span(self, tile: Tile) -> tuple[slice, slice]:
+        """Image rows and places in the caption order that a tile covers."""
+        (i, j), r, c = tile, self.rows, self.columns
+        return slice(i * r, min((i + 1) * r, self.images)), slice(j * c, min((j + 1) * c, self.captions))
+
+    def shape(self, tile: Tile) -> tuple[int, int]:
+        rows, columns = self.span(tile)
+        return rows.stop - rows.start, columns.stop - columns.start
+
+
+@dataclass(frozen=True)
+class TileStore:
+    """A folder of tiles. order (T,) int64: the caption of each column place."""
+
+    uri: str
+    grid: Grid
+    order: Tensor
+    identity: dict[str, Any]
+
+    @classmethod
+    def create(cls, root: str, identity: dict[str, Any], grid: Grid, captions: Encoded) -> TileStore:
+        """The store of this identity and grid below `root`, new or as it was left.
+
+        Raises ValueError when nothing can be written there, or when the folder holds scores of another identity.
+        """
+        digest = hashlib.sha256(json.dumps([FORMAT, identity, asdict(grid)], sort_keys=True).encode()).hexdigest()[:12]
+        store = cls(files.join(root, f"scores-{digest}"), grid, by_length(captions), identity)
+        files.check_writable(store.uri)
+        if files.exists(store._receipt):
+            cls.open(store.uri, identity)
+        held = files.join(store.uri, "captions.npy")
+        if files.exists(held) and not np.array_equal(_load(held), store.order.numpy()):
+            raise ValueError(f"{held} lists the captions in another order than this split and matcher do; delete {store.uri}")
+        _save(held, store.order.numpy())
+        return store
+
+    @classmethod
+    def open(cls, uri: str, identity: dict[str, Any] | None = None) -> TileStore:
+        """A finished store. Raises ValueError when it is unfinished, or its identity is not the expected one."""
+        receipt = files.join(uri, "store.json")
+        if not files.exists(receipt):
+            raise ValueError(f"{uri} has no store.json: scoring was not finished; run the same command again to complete it")
+        try:
+            held: dict[str, Any] = json.loads(files.read_bytes(receipt))
+            grid, found = Grid(**held["grid"]), dict(held["identity"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{receipt} is no receipt of a score store ({error!r}); delete the folder and score again") from None
+        differing = [key for key in {**found, **(identity or found)} if found.get(key) != (identity or found).get(key)]
+        if differing:
+            wanted = ", ".join(f"{key} {found.get(key)!r}, wanted {(identity or found).get(key)!r}" for key in sorted(differing))
+            raise ValueError(f"{receipt} belongs to other scores ({wanted}); delete the folder or choose another output")
+        return cls(uri, grid, torch.from_numpy(_load(files.join(uri, "captions.npy"))), found)
+
+    @property
+    def _receipt(self) -> str:
+        return files.join(self.uri, "store.json")
+
+    def tile_uri(self, tile: Tile) -> str:
+        return files.join(self.uri, f"tile-{tile[0]:05d}-{tile[1]:05d}.npy")
+
+    def missing(self) -> list[Tile]:
+        """Tiles that are not there, or not of their size."""
+        return [tile for tile in self.grid.tiles if not self._is_done(tile)]
+
+    def _is_done(self, tile: Tile) -> bool:
+        uri = self.tile_uri(tile)
+        return files.exists(uri) and files.size_of(uri) == _file_bytes(self.grid.shape(tile))
+
+    def finish(self) -> None:
+        receipt = {"format": FORMAT, "identity": self.identity, "grid": asdict(self.grid), "tiles": len(self.grid.tiles)}
+        files.write_atomic(self._receipt, json.dumps(receipt, indent=1).encode())
+
+
+def fill(
+    store: TileStore,
+    members: Sequence[Any],
+    encoded: Sequence[tuple[Encoded, Encoded]],
+    names: tuple[Sequence[str], Sequence[str]],
+    spread: Spread = itertools.starmap,
+    put: Callable[[Any], Any] = lambda value: value,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Compute the tiles that are missing, with a progress bar, and write the receipt.
+
+    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put makes a handle that `spread` hands to
+    the workers as its value. options: `precision`, `block` and `device` of `score_matrix`. Raises ValueError naming the first NaN.
+    """
+    from tqdm import tqdm
+
+    todo, pairs = store.missing(), store.grid.images * store.grid.captions
+    left = sum(math.prod(store.grid.shape(tile)) for tile in todo)
+    shared = put(list(members))
+    jobs = ((store.tile_uri(tile), shared, *blocks, options or {}) for tile, blocks in _blocks(store, todo, encoded, put))
+    with tqdm(total=pairs, initial=pairs - left, desc="score", unit="pair", unit_scale=True, mininterval=1, disable=not todo) as bar:
+        for tile, bad in zip(todo, spread(score_tile, jobs), strict=True):
+            if bad is not None:
+                rows, columns = store.grid.span(tile)
+                image, caption = names[0][rows.start + bad[1]], names[1][int(store.order[columns.start + bad[2]])]
+                raise ValueError(f"{bad[0]} scores of {store.tile_uri(tile)} are NaN, the first at image {image!r}, caption {caption!r}")
+            bar.update(math.prod(store.grid.shape(tile)))
+    store.finish()
+
+
+def score_tile(
+    uri: str, members: Sequence[Any], images: list[Encoded], captions: list[Encoded], options: dict[str, Any]
+) -> tuple[int, int, int] | None:
+    """Score one tile into the file `uri`; or write nothing and return (how many, row, column of the first) when scores are NaN."""
+    scores = score_matrix(list(members), images, captions, **options)
+    bad = scores.isnan()
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        return int(bad.sum()), row, column
+    _save(uri, scores.numpy())
+    return None
+
+
+def read_tile(uri: str) -> np.ndarray:
+    """(rows, columns) float32, mapped when the file is local."""
+    return _load(uri)
+
+
+def _blocks(store: TileStore, todo: Iterable[Tile], encoded: Sequence[tuple[Encoded, Encoded]], put: Any) -> Iterator[tuple[Tile, Any]]:
+    """Each tile with handles of the image block and its caption block; an image block lives as long as its row of tiles."""
+    held: dict[int, Any] = {}
+    row, block = -1, None
+    for i, j in todo:
+        rows, columns = store.grid.span((i, j))
+        if i != row:
+            row, block = i, put([images[rows] for images, _ in encoded])
+        if j not in held:
+            held[j] = put([trim(captions[store.order[columns]]) for _, captions in encoded])
+        yield (i, j), (block, held[j])
+
+
+def _save(uri: str, values: np.ndarray) -> None:
+    with files.atomic_stream(uri) as stream:
+        np.lib.format.write_array(stream, values, allow_pickle=False)
+
+
+def _load(uri: str) -> np.ndarray:
+    if "://" in uri:
+        return np.load(io.BytesIO(files.read_bytes(uri)), allow_pickle=False)
+    return np.load(uri, mmap_mode="c", allow_pickle=False)
+
+
+def _file_bytes(shape: tuple[int, int]) -> int:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.tell() + 4 * math.prod(shape)
