@@ -153,7 +153,7 @@ def test_an_empty_caption_is_dropped_and_named_and_a_sample_of_only_those_is_rej
     assert [c.text for c in sample.captions] == ["good"]
     assert [(p.key, p.what, p.reason) for p in problems] == [
         ("a", "caption", "caption a#1 is empty"),
-        ("b", "sample", "all captions are empty"),
+        ("b", "sample", "no usable caption: caption b#0 is empty"),
         ("c", "sample", "no caption"),
         ("d", "sample", "no caption"),
     ]

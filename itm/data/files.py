@@ -1,14 +1,23 @@
-"""Files by URI: a local path, or any filesystem that pyarrow (s3, gs, hdfs) or fsspec knows."""
+"""Files by URI: a local path, or any filesystem that pyarrow (s3, gs, hdfs) or fsspec knows.
+
+An S3 store other than Amazon's is named by AWS_ENDPOINT_URL, its keys by the usual AWS variables: URIs stay `s3://bucket/...`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import re
+import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from urllib.parse import urlparse
 
 import pyarrow as pa
 from pyarrow import fs
@@ -16,6 +25,10 @@ from pyarrow import fs
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
 _ATOMIC_STORES = {"s3", "gcs", "abfs"}
 _TEMPORARY = ".tmp-"
+_WRITER = re.compile(re.escape(_TEMPORARY) + r"(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}$")
+_ABANDONED = 3600.0  # seconds after which a half-written file of another machine is nobody's
+_SPOOL = 64 << 20  # bytes of an upload that are held in memory
+_S3_ATTEMPTS = 6  # with exponential pauses: about ten seconds of errors are sat out
 
 
 def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
@@ -23,6 +36,8 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
     uri = str(uri)
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(uri)
+    if uri.startswith("s3://") and "?" not in uri and "@" not in uri:
+        return _s3(uri.split("/")[2], os.environ.get("AWS_ENDPOINT_URL")), uri.removeprefix("s3://").rstrip("/")
     try:
         return fs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid:
@@ -33,6 +48,17 @@ def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise ValueError(f"cannot open {uri}: {error}") from None
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+@lru_cache(maxsize=16)
+def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
+    """One client a bucket: each holds its own connections, and finding a bucket's region costs a request."""
+    given: dict[str, Any] = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS), "connect_timeout": 10}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        place = urlparse(endpoint)
+        return fs.S3FileSystem(endpoint_override=place.netloc, scheme=place.scheme, region=region or "us-east-1", **given)
+    return fs.S3FileSystem(region=region or fs.resolve_s3_region(bucket), **given)
 
 
 def join(uri: str | Path, *names: str) -> str:
@@ -75,10 +101,15 @@ def read_span(uri: str | Path, start: int, end: int) -> bytes:
 
 def list_files(uri: str | Path, suffix: str = "") -> list[str]:
     """URIs of the files right inside a folder, sorted; half-written files are left out. A missing folder is empty."""
+    return [join(uri, name) for name in sorted(sizes(uri, suffix))]
+
+
+def sizes(uri: str | Path, suffix: str = "") -> dict[str, int]:
+    """Name -> bytes of the files right inside a folder, in one listing; half-written files are left out. A missing folder is empty."""
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    names = [i.base_name for i in infos if i.type == fs.FileType.File and _TEMPORARY not in i.base_name]
-    return [join(uri, name) for name in sorted(names) if name.endswith(suffix)]
+    files = {i.base_name: int(i.size) for i in infos if i.type == fs.FileType.File}
+    return {name: size for name, size in files.items() if name.endswith(suffix) and _TEMPORARY not in name}
 
 
 def list_folders(uri: str | Path) -> list[str]:
@@ -90,19 +121,116 @@ def list_folders(uri: str | Path) -> list[str]:
 
 @contextlib.contextmanager
 def atomic_stream(uri: str | Path) -> Iterator[Any]:
-    """A binary stream whose file appears under its name only when the block ends without an error."""
+    """A binary stream whose file appears under its name only when the block ends without an error.
+
+    Raises OSError naming the file when it cannot be written (a full disk, a store that refuses); what was there before stays whole.
+    """
     filesystem, path = resolve(uri)
-    make_parent(uri)
-    target = path if filesystem.type_name in _ATOMIC_STORES else f"{path}{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+    with _named(uri):
+        make_parent(uri)
+    if filesystem.type_name in _ATOMIC_STORES:
+        with tempfile.SpooledTemporaryFile(_SPOOL) as spool:  # closing an upload after an error would publish the half of it
+            yield _Writing(spool, uri)
+            with _named(uri):
+                _upload(spool, filesystem, path)
+        return
+    target = f"{path}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        with filesystem.open_output_stream(target) as stream:
-            yield stream
+        with _named(uri):
+            stream = filesystem.open_output_stream(target)
+        try:
+            yield _Writing(stream, uri)
+        finally:
+            with _named(uri):
+                stream.close()
+        with _named(uri):
+            filesystem.move(target, path)
     except BaseException:
         with contextlib.suppress(OSError):
             filesystem.delete_file(target)
         raise
-    if target != path:
-        filesystem.move(target, path)
+
+
+class _Writing(io.RawIOBase):
+    """The write end of a stream, whose errors name its file; those of what feeds it stay as they are."""
+
+    def __init__(self, stream: Any, uri: str | Path) -> None:
+        super().__init__()
+        self.stream, self.uri = stream, uri
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with _named(self.uri):
+            self.stream.write(data)
+        return len(data)
+
+
+def _upload(spool: IO[bytes], filesystem: fs.FileSystem, path: str) -> None:
+    spool.seek(0)
+    with filesystem.open_output_stream(path) as stream:
+        shutil.copyfileobj(spool, stream, 1 << 20)
+
+
+@contextlib.contextmanager
+def _named(uri: str | Path) -> Iterator[None]:
+    """An OSError of this block says which file it was about."""
+    try:
+        yield
+    except OSError as error:
+        if str(uri) in str(error):
+            raise
+        named = type(error)(f"cannot write {uri}: {error}")
+        named.errno = error.errno
+        raise named from None
+
+
+def remove_abandoned(folder: str | Path) -> list[str]:
+    """Delete the half-written files right inside a folder whose writer is dead; returns their URIs.
+
+    Dead: a process of this machine that is gone, or, of another machine, one that has not written for an hour by the clock of
+    the store itself. Stores whose uploads are atomic have none.
+    """
+    filesystem, path = resolve(folder)
+    if filesystem.type_name in _ATOMIC_STORES:
+        return []
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    halves = [(i, m) for i in found if i.type == fs.FileType.File and (m := _WRITER.search(i.base_name))]
+    if not halves:
+        return []
+    now = _clock_of(filesystem, path)
+    dead = [i for i, m in halves if not _alive(m["host"], int(m["pid"]), now - _time(i))]
+    for info in dead:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(info.path)
+    return [join(folder, info.base_name) for info in dead]
+
+
+def _alive(host: str, pid: int, silent: float) -> bool:
+    if host != socket.gethostname():
+        return silent <= _ABANDONED
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _clock_of(filesystem: fs.FileSystem, path: str) -> float:
+    """The time that a file written now is stamped with: machines that share a store may disagree on the time."""
+    probe = f"{path}/clock{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+    with filesystem.open_output_stream(probe):
+        pass
+    stamped = _time(filesystem.get_file_info(probe))
+    filesystem.delete_file(probe)
+    return stamped
+
+
+def _time(info: fs.FileInfo) -> float:
+    return float(info.mtime_ns or 0) / 1e9
 
 
 def write_atomic(uri: str | Path, data: bytes) -> None:

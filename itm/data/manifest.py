@@ -7,13 +7,16 @@ import json
 import re
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from itm.data import files
 from itm.data.records import Problem
 
 NAME = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+CHANGED = (
+    "the shard changed after the manifest was written: run `itm pack` again, or delete manifest.json and the indexes of foreign shards"
+)
 
 
 class ShardInfo(BaseModel):
@@ -21,10 +24,10 @@ class ShardInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
-    samples: int
-    captions: int
-    bytes: int
+    name: str = Field(pattern=r"^[^/\\]+$", description="a file right inside the split's folder")
+    samples: int = Field(ge=0)
+    captions: int = Field(ge=0)
+    bytes: int = Field(ge=0)
     sha256: str
 
 
@@ -46,8 +49,15 @@ class Manifest(BaseModel):
     split: str
     source: str
     shards: list[ShardInfo]
-    rejected: int = 0
+    rejected: int = Field(0, ge=0)
     format: str = "itm-1"
+
+    @field_validator("shards")
+    @classmethod
+    def _once_each(cls, shards: list[ShardInfo]) -> list[ShardInfo]:
+        if len({s.name for s in shards}) < len(shards):
+            raise ValueError("a shard is listed twice")
+        return shards
 
     def fingerprint(self) -> str:
         """12 hex digits of the sha256 over the names, counts and digests of the shards."""
@@ -89,11 +99,30 @@ def list_shards(split_uri: str) -> list[str]:
     """URIs of the tars of a split in natural order (2.tar before 10.tar). Raises ValueError as `read_manifest`."""
     tars = sorted(files.list_files(split_uri, ".tar"), key=lambda uri: _natural(files.name_of(uri)))
     promised = files.join(split_uri, "nshards.txt")
-    if files.exists(promised) and len(tars) != (count := int(files.read_bytes(promised))):
+    if files.exists(promised) and len(tars) != (count := _count(promised)):
         raise ValueError(f"{split_uri} holds {len(tars)} tars but its nshards.txt says {count}; copy the missing ones")
     if not tars:
         raise ValueError(f"no {NAME} and no .tar in {split_uri}; run `itm pack`, or point data.root at the folder above the splits")
     return tars
+
+
+def _count(uri: str) -> int:
+    said = files.read_bytes(uri)
+    try:
+        return int(said)
+    except ValueError:
+        raise ValueError(f"{uri} must hold the number of tars, not {said[:40]!r}") from None
+
+
+def check_present(split_uri: str, manifest: Manifest) -> None:
+    """One listing: every shard is there with the bytes its manifest promises. Raises ValueError naming the first that is not."""
+    sizes = files.sizes(split_uri, ".tar")
+    for shard in manifest.shards:
+        if shard.name not in sizes:
+            raise ValueError(f"{files.join(split_uri, shard.name)} is in {NAME}, but not there: copy it, or run `itm pack` again")
+        if sizes[shard.name] != shard.bytes:
+            said = f"has {sizes[shard.name]:,} bytes, its manifest says {shard.bytes:,}"
+            raise ValueError(f"{files.join(split_uri, shard.name)} {said}: {CHANGED}")
 
 
 def receipt_uri(shard_uri: str) -> str:
@@ -105,10 +134,13 @@ def write_receipt(shard_uri: str, receipt: Receipt) -> None:
 
 
 def read_receipt(shard_uri: str) -> Receipt | None:
-    """The receipt of a shard that is there in full, else None."""
+    """The receipt of a shard that is there in full, else None (also when the receipt itself is damaged)."""
     if not files.exists(receipt_uri(shard_uri)) or not files.exists(shard_uri):
         return None
-    receipt = Receipt.model_validate_json(files.read_bytes(receipt_uri(shard_uri)))
+    try:
+        receipt = Receipt.model_validate_json(files.read_bytes(receipt_uri(shard_uri)))
+    except ValidationError:
+        return None
     return receipt if receipt.info.bytes == files.size_of(shard_uri) else None
 
 

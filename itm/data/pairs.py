@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from itm.data import files
 from itm.data.collate import to_table
-from itm.data.manifest import Manifest, SampleIndex
+from itm.data.manifest import CHANGED, Manifest, SampleIndex
 from itm.data.plan import Plan
 from itm.data.preprocess import Inputs, draw
 from itm.data.records import Caption, Problem
@@ -76,12 +76,12 @@ class Pairs:
         """The samples of a shard, and the first caption row of each."""
         info = self.manifest.shards[shard]
         uri = files.join(self.split, info.name)
-        index = index_shard(uri)
+        index = index_shard(uri, info.sha256)
         begins = np.concatenate([[0], np.cumsum([s.captions for s in index], dtype=np.int64)])
         if (len(index), begins[-1]) != (info.samples, info.captions):
             raise ValueError(
-                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}; "
-                "the shard changed after the manifest was written: run `itm pack` again, or delete manifest.json of foreign shards"
+                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}: "
+                f"{CHANGED}"
             )
         return index, begins
 

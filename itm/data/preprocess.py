@@ -7,7 +7,6 @@ may augment; the random numbers are then a function of (seed, epoch, key), so no
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from itm.config import Data
-from itm.data.records import MAX_PIXELS, Regions
+from itm.data.records import MAX_PIXELS, Regions, open_image
 from itm.data.text import load_tokenizer
 from itm.types import Captions, Images
 
@@ -65,12 +64,8 @@ def draw(seed: int, epoch: int, key: str) -> Draw:
 def decode(data: bytes) -> Image.Image:
     """RGB image. Raises ValueError when the bytes are no whole image or promise more than MAX_PIXELS."""
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
-        return image.convert("RGB")
-    except UnidentifiedImageError:  # its own text names a memory address, another one each time
-        raise ValueError("cannot decode image: of no known image format") from None
+        image: Image.Image = open_image(data).convert("RGB")
+        return image
     except Exception as error:  # hostile bytes make decoders raise almost anything
         raise ValueError(f"cannot decode image: {error}") from None
 
@@ -126,7 +121,8 @@ def read_regions(data: bytes, limit: int) -> dict[str, np.ndarray]:
     Raises ValueError naming what is wrong.
     """
     held = Regions.from_npz(data)
-    features, rows = held.features.astype(np.float32), min(limit, len(held.features))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        features, rows = held.features.astype(np.float32), min(limit, len(held.features))
     regions = np.zeros((limit, features.shape[1]), np.float32)
     boxes = np.zeros((limit, 7), np.float32)
     regions[:rows] = features[:rows]

@@ -13,6 +13,12 @@ import numpy as np
 IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
 # A crafted file of a few KB can claim gigapixels; 64 M pixels is above any camera still in use.
 MAX_PIXELS = 64_000_000
+# PIL would also try formats that start other programs (EPS) or that no photograph comes in.
+_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_CAPTION = 20_000
+"""Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
+MAX_REGION_BYTES = 64 << 20
+"""Unpacked: 100 regions of 2048 float32 are 0.8 MB; a compressed npz of a few KB can claim gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class Problem:
     what: Literal["caption", "sample", "shard"] = "sample"
 
     def row(self) -> str:
-        """One line of quarantine.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """One line of quarantine.jsonl. What is no Unicode is written as its JSON escape."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,18 @@ class Caption:
     id: str
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def fault(self) -> str | None:
+        """Why this caption cannot be used, or None."""
+        if not self.text.strip():
+            return f"caption {self.id} is empty"
+        if len(self.text) > MAX_CAPTION:
+            return f"caption {self.id} has {len(self.text):,} characters, the limit is {MAX_CAPTION:,}"
+        try:
+            (self.id + self.text).encode()
+        except UnicodeEncodeError as error:
+            return f"caption {self.id!r} is not Unicode text: {error.reason}"
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +86,21 @@ class Regions:
 
     @classmethod
     def from_npz(cls, data: bytes) -> Regions:
-        """Raises ValueError when the bytes are no region file."""
+        """Raises ValueError when the bytes are no region file. Nothing in them is unpickled."""
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as held:
+                if (size := sum(info.file_size for info in held.infolist())) > MAX_REGION_BYTES:
+                    raise ValueError(f"it unpacks to {size:,} bytes, the limit is {MAX_REGION_BYTES:,}")
             with np.load(io.BytesIO(data), allow_pickle=False) as npz:
-                arrays = dict(npz.items())
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                arrays = {name: npz[name] for name in ("features", "boxes", "conf", "width", "height") if name in npz.files}
+        except Exception as error:  # crafted archives make zipfile and numpy raise almost anything
             raise ValueError(f"not a region file: {error}") from None
         if "features" not in arrays:
-            raise ValueError(f"a region file needs the array 'features'; this one has {', '.join(arrays) or 'none'}")
-        width, height = (int(arrays.get(name, 0)) for name in ("width", "height"))
+            raise ValueError("a region file needs the array 'features'")
+        for name, array in arrays.items():
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"region array {name!r} must hold numbers, not {array.dtype}")
+        width, height = (_whole_number(name, arrays.get(name)) for name in ("width", "height"))
         return cls(arrays["features"], arrays.get("boxes"), width, height, arrays.get("conf"))
 
 
@@ -93,18 +117,34 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+def _whole_number(name: str, array: np.ndarray | None) -> int:
+    if array is None:
+        return 0
+    if array.size != 1 or not np.isfinite(array).all():
+        raise ValueError(f"region array {name!r} must be one number, not of shape {array.shape}")
+    return int(array.item())
+
+
+def open_image(data: bytes) -> Any:
+    """A PIL image whose pixels are not decoded yet. Raises ValueError when it promises more than MAX_PIXELS; PIL raises what it likes."""
+    from PIL import Image, UnidentifiedImageError, WebPImagePlugin
+
+    assert WebPImagePlugin.SUPPORTED, "this Pillow was built without WebP"
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
+    except UnidentifiedImageError:  # its own text names a memory address, another one each time
+        raise ValueError("of no known image format") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
+    return image
+
+
 def check_image(data: bytes) -> tuple[int, int]:
     """Decode an image whole; returns (width, height). Raises ValueError when it is corrupt, truncated or implausibly large."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width}x{height} pixels are more than {MAX_PIXELS:,}")
+        with open_image(data) as image:
             image.load()
-    except ValueError:
-        raise
+            width, height = image.size
     except Exception as error:  # PIL plugins raise almost anything on corrupt input
         raise ValueError(f"image cannot be decoded: {error}") from None
     return width, height

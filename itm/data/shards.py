@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 from pydantic import ValidationError
 
 from itm.data import files
-from itm.data.manifest import NAME, Manifest, SampleIndex, ShardInfo, list_shards, read_receipt, write_manifest
+from itm.data.manifest import CHANGED, NAME, Manifest, SampleIndex, ShardInfo, list_shards, read_receipt, write_manifest
 from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
 
@@ -87,10 +87,19 @@ def read_range(uri: str, start: int, end: int) -> Sample:
     raise ValueError(f"{uri}: no usable sample in bytes {start}-{end}; the shard changed after it was indexed, read its manifest again")
 
 
-def index_shard(uri: str) -> list[SampleIndex]:
-    """Where each usable sample lies, in tar order: exactly the samples of `read_samples`. A packed shard is not read for it."""
+def index_shard(uri: str, sha256: str | None = None) -> list[SampleIndex]:
+    """Where each usable sample lies, in tar order: exactly the samples of `read_samples`. A packed shard is not read for it.
+
+    Raises ValueError when the shard is known to have another sha256 than the one given (that of its manifest).
+    """
     receipt = read_receipt(uri)
-    return scan_shard(uri)[0] if receipt is None else [SampleIndex(*row) for row in receipt.rows]
+    if receipt is None:
+        index, _, found = scan_shard(uri)
+    else:
+        index, found = [SampleIndex(*row) for row in receipt.rows], receipt.info.sha256
+    if sha256 is not None and found != sha256:
+        raise ValueError(f"{uri} has sha256 {found[:12]}, its manifest says {sha256[:12]}: {CHANGED}")
+    return index
 
 
 def scan_shard(uri: str) -> tuple[list[SampleIndex], list[Problem], str]:
@@ -120,7 +129,11 @@ def read_manifest(split_uri: str) -> Manifest:
         try:
             return Manifest.model_validate_json(files.read_bytes(uri))
         except ValidationError as error:
-            raise ValueError(f"{uri} is no shard manifest: {error.errors()[0]['msg']}") from None
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{uri} is no shard manifest: {where} {first['msg']}; run `itm pack`, or delete it for foreign shards"
+            ) from None
     tars = list_shards(split_uri)
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         scanned = list(pool.map(scan_info, tars))
@@ -224,17 +237,18 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> 
     content = {extension: bytes(tar[m.start : m.start + m.size]) for extension, m in parts.items()}
     try:
         meta, captions = _captions(key, content)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         yield Problem(key, shard, "read", f"captions cannot be read: {error}")
         return
-    kept = [c for c in captions if c.text.strip()]
+    faults = [c.fault() for c in captions]
+    kept = [c for c, fault in zip(captions, faults, strict=True) if not fault]
     image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
     if not kept or (not image and REGIONS not in content):
-        yield Problem(key, shard, "read", "no image and no regions" if kept else "no caption" if not captions else "all captions are empty")
+        reason = "no image and no regions" if kept else "no caption" if not captions else f"no usable caption: {faults[0]}"
+        yield Problem(key, shard, "read", reason)
         return
-    for caption in captions:
-        if not caption.text.strip():
-            yield Problem(key, shard, "read", f"caption {caption.id} is empty", "caption")
+    for fault in filter(None, faults):
+        yield Problem(key, shard, "read", fault, "caption")
     yield Sample(key, image or None, content.get(REGIONS), kept, meta)
 
 
@@ -256,6 +270,6 @@ def _caption(default_id: str, raw: Any) -> Caption:
     if isinstance(raw, str):
         return Caption(default_id, raw)
     if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
-        raise ValueError(f"a caption must be a string or an object with a string `text`, not {raw!r}")
+        raise ValueError(f"a caption must be a string or an object with a string `text`, not {repr(raw)[:80]}")
     meta = {name: value for name, value in raw.items() if name not in ("id", "text")}
     return Caption(str(raw.get("id", default_id)), raw["text"], meta)

@@ -28,6 +28,7 @@ from itm.data import files
 
 FORMAT = 1
 REMEDY = "run `itm teach` with this recipe (finished shards are kept)"
+_NOT_UNIT = 0.05  # int8 of the widest vectors is off by less
 _ARROW = {"fp16": pa.float16(), "fp32": pa.float32(), "int8": pa.int8()}
 _NUMPY: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 
@@ -176,7 +177,14 @@ def read_sidecar(uri: str, shard_sha256: str | None = None, teacher: str | None 
         raise ValueError(f"{uri} was scored by {teacher_id(header.identity)}, expected {teacher}: {REMEDY}")
     if len(sidecar.table) != header.rows:
         raise ValueError(f"{uri} holds {len(sidecar.table)} rows, its header says {header.rows}: delete it and {REMEDY}")
-    _check(uri, sidecar.keys, sidecar.vectors, sidecar.ok, f"delete the file and {REMEDY}")
+    squares = _check(uri, sidecar.keys, sidecar.vectors, sidecar.ok, f"delete the file and {REMEDY}")
+    off = ~(np.abs(squares - sidecar.ok) < _NOT_UNIT)  # rows without a vector hold zeros
+    if off.any():
+        row = int(np.flatnonzero(off)[0])
+        raise ValueError(
+            f"{uri}: row {row}, sample {sidecar.keys[row]!r}: the stored vector has the squared length {squares[row]:.3g}, "
+            f"expected {int(sidecar.ok[row])} ({int(off.sum())} such rows): delete the file and {REMEDY}"
+        )
     return sidecar
 
 
@@ -197,12 +205,37 @@ def _open(uri: str) -> Sidecar:
     try:
         table = ipc.open_file(source).read_all()
         header = Header(**json.loads(table.schema.metadata[b"itm"]))
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+        _check_layout(header, table)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{uri} is not a sidecar of format {FORMAT} ({error}): delete it and {REMEDY}") from None
     return Sidecar(uri, header, table)
 
 
-def _check(uri: str, keys: Sequence[str], vectors: np.ndarray, ok: np.ndarray, remedy: str) -> None:
+def _check_layout(header: Header, table: pa.Table) -> None:
+    """Raises ValueError for a header or columns that no writer of this format makes: Arrow would follow false offsets out of the file."""
+    kinds = {"identity": dict, "unreadable": list, "rows": int, "width": int, "rejected": int, "shard": str, "shard_sha256": str}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(header, name), kind):
+            raise ValueError(f"{name} of the header is no {kind.__name__}")
+    if header.modality not in ("image", "text") or header.dtype not in _ARROW or "kind" not in header.identity or header.width < 0:
+        raise ValueError("the header names no known modality, dtype, teacher or width")
+    if not table.schema.equals(_schema(header)):
+        raise ValueError(f"columns {table.schema.names} of other types or another width than its header says")
+    table.validate(full=True)
+    for name in table.column_names:
+        if name != "problem" and (table[name].null_count or (name == "vector" and any(c.values.null_count for c in table[name].chunks))):
+            raise ValueError(f"column {name} has empty cells")
+
+
+def _schema(header: Header) -> pa.Schema:
+    """The columns of a sidecar with this header."""
+    text = {"caption": pa.string()} if header.modality == "text" else {}
+    scale = {"scale": pa.float16()} if header.dtype == "int8" else {}
+    return pa.schema({"key": pa.string(), **text, "problem": pa.string(), "vector": pa.list_(_ARROW[header.dtype], header.width), **scale})
+
+
+def _check(uri: str, keys: Sequence[str], vectors: np.ndarray, ok: np.ndarray, remedy: str) -> np.ndarray:
+    """The squared length of each row (N,)."""
     if vectors.ndim != 2 or len(vectors) != len(keys) or (len(keys) and vectors.shape[1] < 2):
         raise ValueError(f"{uri}: teacher vectors of shape {vectors.shape} for {len(keys)} rows; expected (rows, width > 1): {remedy}")
     # One pass: a NaN or an infinity anywhere in a row makes its sum of squares non-finite.
@@ -211,6 +244,7 @@ def _check(uri: str, keys: Sequence[str], vectors: np.ndarray, ok: np.ndarray, r
         rows = np.flatnonzero(wrong & ok)
         if len(rows):
             raise ValueError(f"{uri}: row {rows[0]}, sample {keys[rows[0]]!r}: the teacher vector {what} ({len(rows)} such rows): {remedy}")
+    return np.asarray(squares)
 
 
 def _encode(unit: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -263,9 +297,10 @@ class Store:
 
     def check(self, shards: Iterable[tuple[str, str]]) -> None:
         """Refuse before work starts: every (shard name, sha256) must have been scored. Raises ValueError naming the first."""
+        there = files.sizes(self.uri, ".arrow")
         for name, sha256 in shards:
             known = self.shards.get(name)
-            if known is None or not files.exists(sidecar_uri(self.uri, name)):
+            if known is None or files.name_of(sidecar_uri(self.uri, name)) not in there:
                 raise ValueError(f"no sidecar at {sidecar_uri(self.uri, name)}: {REMEDY}")
             if known["sha256"] != sha256:
                 raise ValueError(f"{sidecar_uri(self.uri, name)} was scored from another version of {name}: {REMEDY}")
@@ -295,7 +330,7 @@ def open_store(root: str, teacher: str | None = None) -> Store:
     receipt = files.join(uri, "store.json")
     if not files.exists(receipt):
         raise ValueError(f"no finished soft-label store at {uri} (store.json is missing): {REMEDY}")
-    said = json.loads(files.read_bytes(receipt))
+    said = _read_json(receipt, {"modality": str, "dtype": str, "width": int, "identity": dict, "shards": dict})
     return Store(uri, said["modality"], said["dtype"], said["width"], said["identity"], said["shards"])
 
 
@@ -307,11 +342,23 @@ def find_store(root: str, choice: Mapping[str, Any]) -> Store:
     pointer = _pointer(root, choice)
     if not files.exists(pointer):
         raise ValueError(f"no soft-label store of the {choice['modality']} teacher {choice['kind']!r} below {root}: {REMEDY}")
-    return open_store(root, json.loads(files.read_bytes(pointer))["teacher"])
+    return open_store(root, _read_json(pointer, {"teacher": str})["teacher"])
 
 
 def _pointer(root: str, choice: Mapping[str, Any]) -> str:
     return files.join(root, f"{choice['modality']}-{choice['kind']}-{_digest(dict(choice))}.json")
+
+
+def _read_json(uri: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A JSON object with these keys. Raises ValueError naming the file."""
+    try:
+        said = json.loads(files.read_bytes(uri))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{uri} is no JSON ({error}): delete it and {REMEDY}") from None
+    wrong = [key for key, kind in keys.items() if not isinstance(said, dict) or not isinstance(said.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{uri} has no usable {', '.join(wrong)}: delete it and {REMEDY}")
+    return dict(said)
 
 
 def _write_json(uri: str, value: Any) -> None:
