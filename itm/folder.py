@@ -66,7 +66,7 @@ def load_matcher_folder(folder: str | Path) -> nn.Module:
     path = files.local_copy(str(folder)) if "://" in str(folder) else Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).exists():
-            raise ValueError(f"{folder} is no matcher folder: {name} is missing")
+            raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
     config = json.loads((path / "config.json").read_text())
     if config["format"] > FORMAT:
         raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")

@@ -26,6 +26,7 @@ from itm.lineage import git_commit, tracking_uri
 from pipelines.cli import RECIPES, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN = {"--address", "--env", "--no-wait"}
 EXCLUDES = ["/.git/", "/.venv/", "/data/", "/runs/", "/mlruns/", "/mlflow.db*", "/tests/", "__pycache__/", "*.egg-info/"]
 # Settings that travel. Secrets do not: a job's environment is on the dashboard, so they belong into the cluster's own.
 PASSED = (
@@ -66,6 +67,8 @@ def submit(
 
     Raises ValueError, before anything is uploaded, without an address and for paths that the job could not see or would lose.
     """
+    if own := sorted(OWN & set(arguments)):
+        raise ValueError(f"{own[0]} belongs to submit, not to the stage: itm submit {own[0]} ... {stage} ...")
     address = address or os.environ.get("RAY_ADDRESS") or ""
     if not address.startswith(("http://", "https://")):
         raise ValueError(

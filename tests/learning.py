@@ -33,7 +33,7 @@ CUSA: dict[str, Any] = {"kind": "cusa", "options": {"itc": {"tau": 0.07, "reduct
 TRUE: dict[str, Any] = {side: {"kind": f"scenes_{side}"} for side in ("image", "text")}
 SHUFFLED: dict[str, Any] = {side: {"kind": "shuffled", "options": {"of": TRUE[side], "seed": 7}} for side in ("image", "text")}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"base": (BASE, {}), "cusa": (CUSA, TRUE), "shuffled": (CUSA, SHUFFLED)}
-STEPS = {"dual": 400, "scan": 300, "sgr": 400, "saf": 400, "uarda": 300, "uniter": 500}
+STEPS = {"dual": 400, "scan": 300, "sgr": 300, "saf": 300, "uarda": 300, "uniter": 500}
 BATCH = {"dual": 128, "scan": 64, "sgr": 32, "saf": 32, "uarda": 64, "uniter": 32}
 SHOWN = {
     "t2i_r1": "t2i R@1",
@@ -57,7 +57,7 @@ def variants_of(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
     method, teachers = variants_of(model)[variant]
     # Every pair of a single-stream matcher is a forward pass: a smaller test set.
-    sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {}
+    sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {"n_val": 60, "n_test": 300}
     world = {"kind": "scenes", "options": {"world": "equiv", "regions": True, **sizes}}
     choices = {
         "name": f"{model}-{variant}-{seed}",
@@ -65,7 +65,7 @@ def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
         "output": output,
         "data": {
             "source": world,
-            "root": f"{output}/shards{'-small' if sizes else ''}",
+            "root": f"{output}/shards-{sizes['n_test']}",
             "image_size": 64,
             "crop": "squash",
             "max_regions": 6,

@@ -52,3 +52,5 @@ def test_an_address_that_is_missing_or_answers_nothing_is_told(monkeypatch: pyte
     with pytest.raises(SystemExit):
         stage_main("submit", ["trane"])
     assert stage_main("submit", ["--env", "X", "train"]) == 2
+    assert stage_main("submit", ["train", "-c", "demo", *SHARED, "--address", "http://127.0.0.1:9"]) == 2
+    assert "--address belongs to submit, not to the stage: itm submit --address ... train" in capsys.readouterr().err
