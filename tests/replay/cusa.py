@@ -40,7 +40,8 @@ SIDES = ("image", "text")
 def find(root: Path) -> Iterator[Case]:
     for readme in sorted(root.rglob("README.json")):
         folder = readme.parent
-        cases = json.loads(readme.read_text()).get("cases")
+        about = json.loads(readme.read_text())
+        cases = about.get("cases") if isinstance(about, dict) else None
         cases = cases if isinstance(cases, dict) else {}
         for name, case in cases.items():
             if "loss_config" in case or "loss_config_note" in case:
@@ -69,8 +70,9 @@ class Given(nn.Module):
         weights = {k[6:]: torch.tensor(v, dtype=dtype) for k, v in arrays.items() if k.startswith("param_")}
         if weights:
             for side in SIDES:
-                heads = Heads(len(weights[f"cross_{side}_projection_bias"]), cross=True, uni=True)
-                heads.load_state_dict({key: weights[name] for key, name in head_names(side).items()})
+                present = {head: f"{head}_{side}_projection_bias" in weights for head in ("cross", "uni")}
+                heads = Heads(arrays[f"in_clip_{side}"].shape[1], **present)
+                heads.load_state_dict({key: weights[name] for key, name in head_names(side).items() if name in weights})
                 self.heads[side] = heads
         self.uni_width = 1
 
@@ -214,8 +216,7 @@ def measure(method: CUSA, matcher: Given, losses: dict[str, Tensor], arrays: dic
         got[f"grad_{name}"] = torch.zeros_like(value) if value.grad is None else value.grad
     for side, heads in matcher.heads.items():
         weights = dict(heads.named_parameters())
-        for ours, theirs in head_names(side).items():
-            got[f"grad_param_{theirs}"] = weights[ours].grad
+        got |= {f"grad_param_{theirs}": weights[ours].grad for ours, theirs in head_names(side).items() if ours in weights}
     if method.itc is not None:
         got |= {"used_tau": method.itc.tau, "grad_tau": method.itc.tau.grad}
     for name, pair in method.temperatures.items():

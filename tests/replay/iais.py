@@ -99,7 +99,7 @@ def _block_checks(arrays: dict[str, np.ndarray]) -> Iterator[Check]:
                 got = torch.zeros_like(tensor) if gradient is None else gradient
                 yield EXACT(f"gmap_{name}__{block}", got, arrays[f"gmap_{name}__{block}"])
         single = [b.detach().float() for b in relations.blocks]
-        yield Check(
+        yield SINGLE(
             f"loss_{name} float32",
             relation_alignment_loss(tuple(single), *masks, anchor=anchor, kind=kind),  # type: ignore[arg-type]
             arrays[f"loss_{name}"],

@@ -125,7 +125,7 @@ def _hash(x: np.ndarray) -> np.ndarray:
 
 def _hash_scores(kind: str, seed: int, own: np.ndarray, images: int) -> np.ndarray:
     """(images, captions) integers of the golden file's `method`; the 53-bit ones are kept exact as float64."""
-    base = np.uint64(seed << 40)
+    base = np.uint64((seed << 40) % (1 << 64))
     rows, columns = np.arange(images, dtype=np.uint64), np.arange(len(own), dtype=np.uint64)
     if kind == "random":
         scores = np.empty((images, len(own)))
