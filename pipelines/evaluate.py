@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ import torch
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, checked, encode_shard, exact_relevance, names_of, shard_uris
 from itm.evaluation.gallery import examples, histogram
 from itm.evaluation.metrics import TIES
 from itm.evaluation.protocols import PROTOCOLS, Outcome, Scored, run_protocol
-from itm.evaluation.scoring import PRECISIONS, score_matrix
 from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.score import IN_MEMORY, How, score_split
+from pipelines.score import add_arguments as add_scoring_arguments
 
 FORMAT = 1
 # Below this many captions one process is done before workers have imported torch.
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="which split (default: data.test_split)")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: evaluation.protocol of the recipe")
     parser.add_argument("--tie", choices=TIES, default="pessimistic", help="how equal scores are ordered")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
+    add_scoring_arguments(parser)
     parser.add_argument("--save-scores", metavar="NPY", help="also write the (images, captions) scores, and <NPY>.ids.json")
     parser.add_argument("--scores", metavar="NPY", help="evaluate this score file instead of a matcher")
     parser.add_argument("--truth", metavar="JSON", help="the ids that belong to --scores")
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = recipe_from(args)
         if args.protocol:
             recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"protocol": args.protocol})})
-        options = {"tie": args.tie, "precision": args.precision, "save_scores": args.save_scores}
+        options = {"tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
         result = evaluate(recipe, args.matcher, args.split, **options)
     print(table(result))
     return 0
@@ -73,7 +76,7 @@ def evaluate(
     split: str | None = None,
     *,
     tie: str = "pessimistic",
-    precision: str = "fp32",
+    how: How = IN_MEMORY,
     save_scores: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
@@ -92,22 +95,26 @@ def evaluate(
         "matcher_hash": weights_hash(matcher),
         "protocol_name": recipe.evaluation.protocol,
         "tie": tie,
-        "precision": precision,
+        "precision": how.precision,
     }
     if not save_scores and (done := _stored(output, identity)):
         return done
     started = time.perf_counter()
+    check_present(split_uri, manifest)
+    files.remove_abandoned(recipe.folder)
     encoded = encode(matcher, split_uri, manifest, recipe)
-    scored = score(matcher, encoded, manifest, recipe, precision)
+    flow = flow_of(encoded, split_uri, manifest)
+    scored = score(matcher, encoded, manifest, recipe, how)
     outcome = run_protocol(recipe.evaluation.protocol, scored, tie)
     result = (
         identity
-        | _content(outcome, scored, f"{type(matcher).__name__} score, {precision}")
+        | _content(outcome, scored, f"{type(matcher).__name__} score, {how.precision}")
         | {
             "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
             "matcher": matcher_uri or files.join(recipe.folder, "matcher"),
             "split_uri": split_uri,
             "rejected": len(encoded.problems),
+            **flow,
             "seconds": round(time.perf_counter() - started, 2),
         }
     )
@@ -119,6 +126,14 @@ def evaluate(
     if matcher_uri is None:
         _track(recipe, result, output)
     return result
+
+
+def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
+    """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
+    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" for p in encoded.problems)
+    if out + rejected != manifest.samples:
+        raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
+    return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
 
 
 def evaluate_scores(
@@ -159,9 +174,10 @@ def _encode_by_tasks(matcher: Any, shards: list[str], batch_size: int) -> list[E
     return ray.get([task.remote(shared, uri, batch_size, None, "cuda" if gpu else "cpu") for uri in shards])
 
 
-def score(matcher: Any, encoded: EncodedSplit, manifest: Manifest, recipe: Recipe, precision: str = "fp32") -> Scored:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = score_matrix(matcher, encoded.images, encoded.captions, block=recipe.evaluation.block, device=device, precision=precision)
+def score(matcher: Any, encoded: EncodedSplit, manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY) -> Scored:
+    """All pairs, in memory or in a store of tiles below the recipe's folder (see `pipelines.score`)."""
+    identity = {"split_hash": manifest.fingerprint(), "matcher_hash": weights_hash(matcher)}
+    scores = score_split([matcher], [encoded], replace(how, block=recipe.evaluation.block), _absolute(recipe.folder), identity)
     return Scored(scores, encoded.names, exact_relevance(manifest.source, encoded.names), encoded.images, encoded.captions)
 
 
@@ -183,7 +199,10 @@ def write_scores(path: str, scored: Scored) -> None:
         "caption_image_ids": [names.image_keys[row] for row in names.caption_image.tolist()],
     }
     with files.atomic_stream(path) as stream:
-        np.lib.format.write_array(stream, np.asarray(scored.scores), allow_pickle=False)
+        shape = tuple(scored.scores.shape)
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in range(0, shape[0], 64):  # streamed scores never fit as a whole
+            stream.write(np.ascontiguousarray(scored.scores[start : start + 64], dtype="<f4").tobytes())
     files.write_atomic(f"{path}.ids.json", json.dumps(rows).encode())
 
 
@@ -285,7 +304,8 @@ def _track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
     from itm.registry import Tracker
 
     with Tracker.resume(json.loads(files.read_bytes(receipt))["run_id"]) as tracker:
-        tracker.metrics({f"{result['split']}_{name}": value for name, value in result["metrics"].items()})
+        flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected")}
+        tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
         if "://" not in output:
             tracker.artifact(output)

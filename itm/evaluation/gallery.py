@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itm.evaluation.metrics import Streamed
 from itm.evaluation.protocols import Scored
 
 HITS = 5
 BINS = 48
+SAMPLE = 256  # queries that stand for all when the scores are never held whole
 
 
 def examples(scored: Scored, each: int = 4) -> dict[str, list[dict[str, Any]]]:
@@ -19,19 +21,13 @@ def examples(scored: Scored, each: int = 4) -> dict[str, list[dict[str, Any]]]:
     A hit is right when the pair is annotated or, where the source knows, when it truly holds. Rows are JSON-able:
     query, right, rank (1 = top) of the annotated pair, hits [{row, score, annotated, holds}].
     """
-    scores = torch.as_tensor(scored.scores)
-    annotated = scored.names.positive_matrix()
-    truth = annotated if scored.relevance is None else scored.relevance
-    return {
-        "t2i": _one_way(scores.T, annotated.T, truth.T, each),
-        "i2t": _one_way(scores, annotated, truth, each),
-    }
+    return {way: _one_way(*_rows(scored, way), each) for way in ("t2i", "i2t")}
 
 
 def histogram(scored: Scored, bins: int = BINS) -> dict[str, list[float]]:
     """Share of positive and of negative pairs in each of `bins` equal score intervals; `edges` has bins + 1 values."""
-    scores = torch.as_tensor(scored.scores).double()
-    positives = scored.names.positive_matrix() if scored.relevance is None else scored.relevance
+    _, scores, _, positives = _rows(scored, "i2t")
+    scores = scores.double()
     finite = scores.isfinite()
     low, high = float(scores[finite].min()), float(scores[finite].max())
     high = high if high > low else low + 1.0
@@ -43,11 +39,25 @@ def histogram(scored: Scored, bins: int = BINS) -> dict[str, list[float]]:
     return {"edges": torch.linspace(low, high, bins + 1).tolist(), **share}
 
 
-def _one_way(scores: Tensor, annotated: Tensor, truth: Tensor, each: int) -> list[dict[str, Any]]:
+def _rows(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries (Q,) and their scores, annotated pairs and true pairs (Q,G): all of a matrix, evenly spread `SAMPLE` of streamed scores."""
+    turned = way == "t2i"
+    images, captions = torch.arange(len(scored.names.image_keys)), scored.names.caption_image
+    owners, gallery = (captions, images) if turned else (images, captions)
+    asked = torch.tensor(_spread(torch.arange(len(owners)), SAMPLE)) if isinstance(scored.scores, Streamed) else torch.arange(len(owners))
+    rows = asked if isinstance(scored.scores, Streamed) else slice(None)
+    scores = torch.as_tensor((scored.scores.T if turned else scored.scores)[rows])
+    annotated = owners[asked, None] == gallery
+    if scored.relevance is None:
+        return asked, scores, annotated, annotated
+    return asked, scores, annotated, (scored.relevance.T if turned else scored.relevance)[rows]
+
+
+def _one_way(queries: Tensor, scores: Tensor, annotated: Tensor, truth: Tensor, each: int) -> list[dict[str, Any]]:
     top = scores.argmax(1)
     right = truth[torch.arange(len(scores)), top]
     chosen = [*_spread(right.nonzero()[:, 0], each), *_spread((~right).nonzero()[:, 0], each)]
-    return [_row(query, scores[query], annotated[query], truth[query]) for query in chosen]
+    return [_row(int(queries[row]), scores[row], annotated[row], truth[row]) for row in chosen]
 
 
 def _spread(rows: Tensor, each: int) -> list[int]:

@@ -25,7 +25,6 @@ TIES = ("pessimistic", "optimistic", "official", "official_iais", "lower_index")
 KS = (1, 5, 10)
 BLOCK_SCORES = 4 << 20
 
-Scores = Tensor | np.ndarray
 Positives = Tensor | tuple[Tensor, Tensor]
 
 
@@ -55,6 +54,27 @@ class Ranking:
 
     def mean_rank(self) -> float:
         return float(self.best[self.asked].double().mean()) + 1.0
+
+
+class Streamed:
+    """Scores (I,T) without NaN that are never held whole: they rank their own rows, and `scores[rows]` gives the dense rows."""
+
+    shape: tuple[int, int]
+    dtype = "float32"
+
+    @property
+    def T(self) -> Streamed:
+        raise NotImplementedError
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def rank(self, positives: Positives, tie: str, absent: Tensor | None = None) -> Ranking:
+        """See `rank_queries`."""
+        raise NotImplementedError
+
+
+Scores = Tensor | np.ndarray | Streamed
 
 
 def retrieval_metrics(scores: Scores, positives: Positives, relevance: Tensor | None = None, tie: str = "pessimistic") -> dict[str, float]:
@@ -89,6 +109,8 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic",
     """
     if tie not in TIES:
         raise ValueError(f"unknown tie rule {tie!r}; known: {', '.join(TIES)}")
+    if isinstance(scores, Streamed):
+        return scores.rank(positives, tie, absent)
     rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
     absent = torch.zeros(scores.shape[0], dtype=torch.int64) if absent is None else absent
     blocks = (slice(q, q + rows) for q in range(0, scores.shape[0], rows))
@@ -149,6 +171,8 @@ def check_scores(scores: Scores, positives: Positives, names: tuple[Sequence[str
     expected = tuple(map(len, positives)) if isinstance(positives, tuple) else tuple(positives.shape)
     if tuple(scores.shape) != expected:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, but the truth has {expected[0]} images x {expected[1]} captions")
+    if isinstance(scores, Streamed):
+        return
     rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
     count, first = 0, (0, 0)
     for start in range(0, scores.shape[0], rows):
@@ -167,12 +191,12 @@ def _directions(scores: Scores, positives: Positives, relevance: Tensor | None) 
     return [("i2t", scores, positives, relevance), ("t2i", scores.T, turned, None if relevance is None else relevance.T)]
 
 
-def _block(scores: Scores, positives: Positives, rows: slice) -> tuple[Tensor, Tensor]:
+def _block(scores: Tensor | np.ndarray, positives: Positives, rows: slice) -> tuple[Tensor, Tensor]:
     truth = positives[0][rows, None] == positives[1][None, :] if isinstance(positives, tuple) else positives[rows].contiguous()
     return _rows(scores, rows), truth.cpu()
 
 
-def _rows(scores: Scores, rows: slice) -> Tensor:
+def _rows(scores: Tensor | np.ndarray, rows: slice) -> Tensor:
     """A block of rows in memory of its own order; a mapped file may be read-only, hence the copy."""
     return scores[rows].contiguous().cpu() if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores[rows], order="C"))
 

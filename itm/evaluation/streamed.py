@@ -1,0 +1,182 @@
+"""Ranks from a store of tiles, tile by tile: the (I,T) matrix is never held, and the result is that of the dense matrix, ties included.
+
+Two walks over the tiles: the first takes the score of every positive out of the tile where its rivals lie (a score computed again by
+another expression would differ by rounding and move ranks), the second counts in each tile how many scores go ahead of each positive of
+its rows. Counts of tiles add up, so tiles may be counted anywhere, in any order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itm.evaluation.metrics import Positives, Ranking, Streamed
+from itm.evaluation.tiles import Spread, Tile, TileStore, read_tile
+
+
+class TiledScores(Streamed):
+    """The scores of a store, images in rows; `.T` has captions in rows. `scores[rows]` reads dense rows, `rank` streams."""
+
+    def __init__(self, store: TileStore, spread: Spread = itertools.starmap, turned: bool = False) -> None:
+        self.store, self.spread, self.turned = store, spread, turned
+        orders = torch.arange(store.grid.images), store.order
+        self._gallery, self._places = orders[not turned], orders[turned].argsort()
+        self._gallery_places = orders[not turned].argsort()
+        grid = store.grid
+        self.shape = (grid.captions, grid.images) if turned else (grid.images, grid.captions)
+        self._steps = (grid.columns, grid.rows) if turned else (grid.rows, grid.columns)
+
+    @property
+    def T(self) -> TiledScores:
+        return TiledScores(self.store, self.spread, not self.turned)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Dense rows (n, gallery)."""
+        places = self._places[rows]
+        dense = torch.empty(len(places), self.shape[1])
+        for block in torch.unique(places // self._steps[0]).tolist():
+            chosen = (places // self._steps[0] == block).nonzero()[:, 0]
+            local = places[chosen] - block * self._steps[0]
+            for tile, columns in self._tiles(block):
+                dense[chosen[:, None], self._gallery[columns]] = torch.from_numpy(_oriented(self.store.tile_uri(tile), self.turned)[local])
+        return dense
+
+    def rank(self, positives: Positives, tie: str, absent: Tensor | None = None) -> Ranking:
+        """What `rank_queries` gives on the dense matrix."""
+        query, column = pairs_of(positives)
+        own = self._own(query, column)
+        order = _order(self._places[query], column, own, tie)
+        query, column, own = query[order], column[order], own[order]
+        ahead = self._ahead(query, column, own, tie)
+        return _ranking(query, own, ahead, self.shape, tie, torch.zeros(self.shape[0], dtype=torch.int64) if absent is None else absent)
+
+    def _tiles(self, block: int) -> Iterator[tuple[Tile, slice]]:
+        """Tiles of one block of rows, each with the gallery places that it covers."""
+        step = self._steps[1]
+        for other in range(-(-self.shape[1] // step)):
+            yield (other, block) if self.turned else (block, other), slice(other * step, min((other + 1) * step, self.shape[1]))
+
+    def _own(self, query: Tensor, column: Tensor) -> Tensor:
+        """(P,) float32 score of each pair, read from its tile."""
+        row, place = self._places[query], self._gallery_places[column]
+        across = -(-self.shape[1] // self._steps[1])
+        number = row // self._steps[0] * across + place // self._steps[1]
+        order = number.argsort(stable=True)
+        tiles, counts = torch.unique_consecutive(number[order], return_counts=True)
+        parts = order.split(counts.tolist())
+
+        def jobs() -> Iterator[tuple[Any, ...]]:
+            for tile, part in zip(tiles.tolist(), parts, strict=True):
+                i, j = divmod(tile, across)
+                local = (row[part] - i * self._steps[0]).numpy(), (place[part] - j * self._steps[1]).numpy()
+                yield self.store.tile_uri((j, i) if self.turned else (i, j)), self.turned, *local
+
+        own = torch.empty(len(query))
+        for part, values in zip(parts, self.spread(_pick, jobs()), strict=True):
+            own[part] = torch.from_numpy(values)
+        return own
+
+    def _ahead(self, query: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
+        """(P,) int64: scores of the gallery ahead of each positive, positives included. Pairs are in order of their query's place."""
+        row = self._places[query]
+        starts = torch.arange(0, self.shape[0] + self._steps[0], self._steps[0])
+        bounds = torch.searchsorted(row, starts).tolist()
+        work = [
+            (block, slice(a, b), *tile) for block, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b for tile in self._tiles(block)
+        ]
+
+        def jobs() -> Iterator[tuple[Any, ...]]:
+            for block, part, tile, columns in work:
+                asked = (row[part] - block * self._steps[0]).numpy(), column[part].numpy(), own[part].numpy()
+                yield self.store.tile_uri(tile), self.turned, asked, self._gallery[columns].numpy(), tie
+
+        ahead = torch.zeros(len(query), dtype=torch.int64)
+        for (_, part, _, _), counts in zip(work, self.spread(_count, jobs()), strict=True):
+            ahead[part] += torch.from_numpy(counts)
+        return ahead
+
+
+def pairs_of(positives: Positives) -> tuple[Tensor, Tensor]:
+    """(query, column) int64 of all positive pairs, by query, then column; the id form is joined without a matrix."""
+    if not isinstance(positives, tuple):
+        query, column = positives.nonzero(as_tuple=True)
+        return query, column
+    asked, gallery = positives
+    order = gallery.argsort(stable=True)
+    first, last = (torch.searchsorted(gallery[order], asked.contiguous(), right=right) for right in (False, True))
+    counts = last - first
+    query = torch.repeat_interleave(torch.arange(len(asked)), counts)
+    inside = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+    return query, order[first[query] + inside]
+
+
+def _oriented(uri: str, turned: bool) -> np.ndarray:
+    values = read_tile(uri)
+    return values.T if turned else values
+
+
+def _pick(uri: str, turned: bool, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return np.array(_oriented(uri, turned)[rows, columns])
+
+
+def _count(uri: str, turned: bool, asked: tuple[np.ndarray, np.ndarray, np.ndarray], gallery: np.ndarray, tie: str) -> np.ndarray:
+    """(P,) int64: scores of the tile ahead of each asked pair (local row ascending, column, own score); gallery = columns of the tile.
+
+    pessimistic counts s >= own, optimistic s > own, the others s > own and equal scores of the columns that the rule puts first.
+    """
+    tile = np.ascontiguousarray(_oriented(uri, turned))
+    rows, columns, own = asked
+    ranked = torch.from_numpy(np.sort(tile, axis=1))
+    counts = np.bincount(rows, minlength=len(tile))
+    inside = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
+    wanted = torch.zeros(len(tile), int(counts.max()))
+    wanted[rows, inside] = torch.from_numpy(own)
+
+    def above(equal_too: bool) -> np.ndarray:
+        return tile.shape[1] - torch.searchsorted(ranked, wanted, right=not equal_too).numpy()[rows, inside]
+
+    if tie in ("pessimistic", "optimistic"):
+        return above(tie == "pessimistic")
+    ahead = above(False)
+    tied = (above(True) > ahead).nonzero()[0]
+    for part in np.array_split(tied, max(1, len(tied) // 1024)):
+        first = gallery < columns[part, None] if tie == "lower_index" else gallery > columns[part, None]
+        ahead[part] += ((tile[rows[part]] == own[part, None]) & first).sum(1)
+    return ahead
+
+
+def _order(place: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
+    """Positives by place of their query, then score (best first), then the index that the tie rule puts first."""
+    order = column.argsort(descending=tie.startswith("official"), stable=True)
+    order = order[own[order].argsort(descending=True, stable=True)]
+    return order[place[order].argsort(stable=True)]
+
+
+def _ranking(query: Tensor, own: Tensor, ahead: Tensor, shape: tuple[int, int], tie: str, absent: Tensor) -> Ranking:
+    """The rank of the k-th positive is the number of negatives ahead of it + k; the rest as in `rank_queries`."""
+    counts = torch.bincount(query, minlength=shape[0])
+    new = torch.ones(len(query), dtype=torch.bool)
+    new[1:] = query[1:] != query[:-1]
+    start = new.nonzero()[:, 0][new.cumsum(0) - 1]
+    k = torch.arange(len(query)) - start + 1
+    if tie in ("pessimistic", "optimistic"):
+        _, run, sizes = torch.unique_consecutive(
+            torch.stack([query.double(), own.double()], 1), return_inverse=True, return_counts=True, dim=0
+        )
+        ends = sizes.cumsum(0)[run]
+        ahead = ahead - (ends - start if tie == "pessimistic" else ends - sizes[run] - start)
+    else:
+        ahead = ahead - (k - 1)
+    rank = ahead + k
+    wanted = counts + absent
+    hit = rank <= wanted[query]
+    best = torch.full((shape[0],), shape[1])
+    best[query[k == 1]] = rank[k == 1] - 1
+    gain = torch.where(hit, k.double() / rank, 0.0)
+    ap, hits = (torch.zeros(shape[0], dtype=torch.float64).index_add_(0, query, x) / wanted.clamp(min=1) for x in (gain, hit.double()))
+    return Ranking(best, wanted, ap, hits)
