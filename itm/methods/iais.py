@@ -18,7 +18,7 @@ from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
 from itm.losses.triplet import triplet_loss
 from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
 from itm.methods.iais_taps import find_tap
-from itm.methods.matching import read_options
+from itm.methods.matching import auxiliary_losses, read_options
 from itm.models.uniter_pairs import Relations
 from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
 
@@ -162,6 +162,7 @@ class IAIS(nn.Module):
         images, captions, relations = self.tap(batch.images, batch.captions)
         positives = positives_from_ids(batch.images.image_id, batch.captions.image_id)
         terms = {"triplet": triplet_loss(self.matcher.score(images, captions), positives, margin=self.ranking.margin)}
+        terms |= auxiliary_losses(self.matcher, positives)
         if self.weight:
             for anchor, side in (("V", "image"), ("L", "text")):
                 terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(relations, anchor)

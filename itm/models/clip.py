@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from itm.models.dual import Heads, cosines, read_heads
-from itm.models.towers import CLIP_PIXELS, Normalise, as_config, check_vocabulary, pool_tokens
+from itm.models.towers import CLIP_PIXELS, Normalise, as_config, check_tokens, check_vocabulary, pool_tokens
 from itm.types import Captions, Encoded, Images
 
 
@@ -56,7 +56,8 @@ class CLIP(nn.Module):
         return self.image_heads(self.backbone.visual_projection(pooled))
 
     def encode_captions(self, captions: Captions) -> Encoded:
-        """The state of the last real token (CLIP's end token), projected. Raises ValueError for captions longer than the model reads."""
+        """The state of the last real token (CLIP's end token), projected. Raises ValueError for long captions and as `check_tokens`."""
+        check_tokens(captions, self.backbone.config.text_config.vocab_size)
         longest = self.backbone.config.text_config.max_position_embeddings
         if captions.tokens.shape[1] > longest:
             raise ValueError(f"CLIP reads {longest} tokens, got {captions.tokens.shape[1]}: set text.max_length={longest}")

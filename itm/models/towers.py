@@ -88,6 +88,8 @@ class PooledGRU(nn.Module):
         self.width = self.vector_width = 2 * hidden
 
     def forward(self, captions: Captions) -> Encoded:
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.embed.num_embeddings)
         lengths = captions.mask.sum(1)
         packed = pack_padded_sequence(self.embed(captions.tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
         parts, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=captions.tokens.shape[1])
@@ -186,6 +188,8 @@ class HFText(nn.Module):
         return self
 
     def forward(self, captions: Captions) -> Encoded:
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.model.config.vocab_size)
         parts = self.model(input_ids=captions.tokens, attention_mask=captions.mask.long()).last_hidden_state
         return Encoded(vector=pool_tokens(parts, captions.mask, self.pool), parts=parts, mask=captions.mask)
 
@@ -231,6 +235,17 @@ def check_vocabulary(tokens: int, embeddings: int) -> None:
         raise ValueError(
             f"the tokenizer has {tokens} ids, the text model embeds {embeddings}: use the tokenizer that came with it (text.path)"
         )
+
+
+def check_tokens(captions: Captions, embeddings: int) -> None:
+    """Raises ValueError for a caption without a token, or a token id that the model has no embedding for."""
+    if torch.compiler.is_compiling():
+        return
+    empty = (~captions.mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"caption rows {empty[:8]} of the batch have no word at all: the tokenizer must add start and end")
+    if int(captions.tokens.max()) >= embeddings:
+        raise ValueError(f"token id {int(captions.tokens.max())} in a vocabulary of {embeddings}: use the model's own vocabulary")
 
 
 def _pixel_statistics(path: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -70,6 +70,7 @@ class UNITER(nn.Module):
             "init_std": init_std,
         }
         self.region_dim, self.positions, self.score_tokens, self.recompute = region_dim, positions, score_tokens, recompute
+        self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads
         config = BertConfig(
             vocab_size=vocab_size,
             hidden_size=hidden,

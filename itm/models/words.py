@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from itm.models.attention import l2, masked_mean
+from itm.models.towers import check_tokens
 from itm.types import Captions, Encoded
 
 
@@ -41,14 +41,9 @@ class WordGRU(nn.Module):
         self.width = self.vector_width = width
 
     def forward(self, captions: Captions) -> Encoded:
-        """Raises ValueError for a caption without words or a token id outside the vocabulary."""
-        lengths = captions.mask.sum(1).cpu()
-        if not bool((lengths > 0).all()):
-            empty = (lengths == 0).nonzero().flatten().tolist()
-            raise ValueError(f"caption rows {empty[:8]} of the batch have no word at all: the tokenizer must add start and end")
-        words, size = captions.tokens.shape[1], self.embed.num_embeddings
-        if not torch.compiler.is_compiling() and int(captions.tokens.max()) >= size:
-            raise ValueError(f"token id {int(captions.tokens.max())} in a vocabulary of {size}: use the model's own vocabulary")
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.embed.num_embeddings)
+        lengths, words = captions.mask.sum(1).cpu(), captions.tokens.shape[1]
         packed = pack_padded_sequence(self.dropout(self.embed(captions.tokens)), lengths, batch_first=True, enforce_sorted=False)
         parts, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=words)
         if self.rnn.bidirectional:
