@@ -10,9 +10,8 @@ Recalls are percent (0..100); mAP@R and R-precision are fractions (0..1); medR a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 TIES = ("pessimistic", "optimistic", "official", "official_iais", "lower_index")
 KS = (1, 5, 10)
 BLOCK_SCORES = 4 << 20
+SORT_FROM = 64  # positives of one query from which sorting its row costs less than comparing it with each
 
 Positives = Tensor | tuple[Tensor, Tensor]
 
@@ -40,6 +40,11 @@ class Ranking:
     positives: Tensor
     average_precision: Tensor
     r_precision: Tensor
+
+    @classmethod
+    def cat(cls, pieces: Sequence[Ranking]) -> Ranking:
+        """Blocks of queries, in order."""
+        return cls(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in cls.__dataclass_fields__))
 
     @property
     def asked(self) -> Tensor:
@@ -111,11 +116,14 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic",
         raise ValueError(f"unknown tie rule {tie!r}; known: {', '.join(TIES)}")
     if isinstance(scores, Streamed):
         return scores.rank(positives, tie, absent)
-    rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
-    absent = torch.zeros(scores.shape[0], dtype=torch.int64) if absent is None else absent
-    blocks = (slice(q, q + rows) for q in range(0, scores.shape[0], rows))
-    pieces = [_rank_block(*_block(scores, positives, block), absent[block], tie) for block in blocks]
-    return Ranking(*(torch.cat(column) for column in zip(*pieces, strict=True)))
+    query, column = _pairs(positives)
+    counts = torch.bincount(query, minlength=scores.shape[0])
+    ends = counts.cumsum(0).tolist()
+    pieces = [torch.zeros(0, dtype=torch.int64)]
+    for start, block in _blocks(scores):
+        first, last = ends[start - 1] if start else 0, ends[start + len(block) - 1]
+        pieces.append(_rank_block(block, query[first:last] - start, column[first:last], tie))
+    return _ranking(query, torch.cat(pieces), counts, 0 if absent is None else absent, scores.shape[1])
 
 
 def equivalence_metrics(ranking: Ranking) -> dict[str, float]:
@@ -143,19 +151,31 @@ def chance_metrics(positives: Positives, relevance: Tensor | None = None) -> dic
     With R positives among M: P(rank < K) = 1 - C(M-R,K)/C(M,K); E[R-precision] = R/M; E[meanR] = (M+1)/(R+1);
     E[AP@R] = (1/M) sum_{r<=R} (1 + (r-1)(R-1)/(M-1)) / r.
     """
-    image_counts, caption_counts = positive_counts(positives)
-    exact = (image_counts, caption_counts) if relevance is None else positive_counts(relevance)
+    annotated, wider = positive_counts(positives), positive_counts(positives if relevance is None else relevance)
     metrics: dict[str, float] = {}
-    pairs = (("i2t", image_counts, exact[0], len(caption_counts)), ("t2i", caption_counts, exact[1], len(image_counts)))
-    for way, counts, wider, gallery in pairs:
-        for k in KS:
-            metrics[f"{way}_r{k}"] = 100 * _mean_over(counts, lambda n, k=k, g=gallery: _chance_recall(n, g, k))
-        metrics[f"{way}_meanr"] = _mean_over(counts, lambda n, g=gallery: (g + 1) / (n + 1))
-        metrics[f"{way}_map_at_r"] = _mean_over(wider, lambda n, g=gallery: _chance_average_precision(n, g))
-        metrics[f"{way}_r_precision"] = _mean_over(wider, lambda n, g=gallery: n / g)
+    for way, counts, exact, gallery in zip(("i2t", "t2i"), annotated, wider, (len(annotated[1]), len(annotated[0])), strict=True):
+        found = chance_of(counts, gallery) | {k: v for k, v in chance_of(exact, gallery).items() if k in ("map_at_r", "r_precision")}
+        metrics |= {f"{way}_{name}": value for name, value in found.items()}
         if relevance is not None:
             metrics[f"{way}_semantic_r1"] = 100 * metrics[f"{way}_r_precision"]
     return with_sums(metrics)
+
+
+def chance_of(counts: Tensor, gallery: int, absent: Tensor | None = None) -> dict[str, float]:
+    """Chance of one direction, r1 r5 r10 meanr map_at_r r_precision, for counts (Q,) positives among `gallery` rows.
+
+    absent (Q,): positives outside the gallery, as in `rank_queries`; queries without any positive are left out.
+    """
+    wanted = counts if absent is None else counts + absent
+    kinds, times = torch.unique(torch.stack([counts, wanted])[:, wanted > 0], dim=1, return_counts=True)
+    shares = (times.double() / times.sum()).tolist()
+    sizes = list(zip(*kinds.tolist(), shares, strict=True))
+    found = {f"r{k}": 100 * sum(p * _chance_recall(n, gallery, k) for n, _, p in sizes) for k in KS}
+    return found | {
+        "meanr": sum(p * (gallery + 1) / (n + 1) for n, _, p in sizes),
+        "map_at_r": sum(p * _chance_average_precision(n, r, gallery) for n, r, p in sizes),
+        "r_precision": sum(p * n / gallery for n, _, p in sizes),
+    }
 
 
 def positive_counts(positives: Positives) -> tuple[Tensor, Tensor]:
@@ -173,14 +193,12 @@ def check_scores(scores: Scores, positives: Positives, names: tuple[Sequence[str
         raise ValueError(f"scores have shape {tuple(scores.shape)}, but the truth has {expected[0]} images x {expected[1]} captions")
     if isinstance(scores, Streamed):
         return
-    rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
     count, first = 0, (0, 0)
-    for start in range(0, scores.shape[0], rows):
-        bad = _rows(scores, slice(start, start + rows)).isnan()
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            first = first if count else (start + row, column)
-            count += int(bad.sum())
+    for start, block in _blocks(scores):
+        if np.isnan(block.max(initial=-np.inf)):  # a maximum of NaN costs less than a mask
+            bad = np.argwhere(np.isnan(block))
+            first = first if count else (start + int(bad[0, 0]), int(bad[0, 1]))
+            count += len(bad)
     if count:
         image, caption = first if names is None else (repr(names[0][first[0]]), repr(names[1][first[1]]))
         raise ValueError(f"{count} of {math.prod(expected)} scores are NaN, the first at image {image}, caption {caption}")
@@ -191,59 +209,86 @@ def _directions(scores: Scores, positives: Positives, relevance: Tensor | None) 
     return [("i2t", scores, positives, relevance), ("t2i", scores.T, turned, None if relevance is None else relevance.T)]
 
 
-def _block(scores: Tensor | np.ndarray, positives: Positives, rows: slice) -> tuple[Tensor, Tensor]:
-    truth = positives[0][rows, None] == positives[1][None, :] if isinstance(positives, tuple) else positives[rows].contiguous()
-    return _rows(scores, rows), truth.cpu()
+def _blocks(scores: Scores) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, block of rows in memory of its own order); a block of a row-major matrix is no copy."""
+    rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
+    for start in range(0, scores.shape[0], rows):
+        piece = scores[start : start + rows]
+        block = piece.detach().cpu() if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))  # a mapped file may be read-only
+        if block.dtype in (torch.float16, torch.bfloat16):
+            block = block.float()
+        if block.stride(0) < block.stride(1):  # a turned matrix: whole columns in a piece first, a plain transpose then
+            block = block.T.contiguous().T
+        yield start, block.contiguous().numpy()
 
 
-def _rows(scores: Tensor | np.ndarray, rows: slice) -> Tensor:
-    """A block of rows in memory of its own order; a mapped file may be read-only, hence the copy."""
-    return scores[rows].contiguous().cpu() if isinstance(scores, Tensor) else torch.from_numpy(np.array(scores[rows], order="C"))
+def _pairs(positives: Positives) -> tuple[Tensor, Tensor]:
+    """(query (P,), column (P,)) of every positive, by query, then column."""
+    if not isinstance(positives, tuple):
+        query, column = positives.cpu().nonzero(as_tuple=True)
+        return query, column
+    queries, gallery = (ids.cpu() for ids in positives)
+    gallery, order = gallery.sort(stable=True)
+    first, last = (torch.searchsorted(gallery, queries, right=right) for right in (False, True))
+    counts = last - first
+    query = torch.arange(len(queries)).repeat_interleave(counts)
+    place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+    return query, order[first[query] + place]
 
 
-def _rank_block(scores: Tensor, truth: Tensor, absent: Tensor, tie: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every positive of the block becomes one row (query, column), ordered by query, then score, then the tie rule's index."""
-    query, column = truth.nonzero(as_tuple=True)
-    if tie.startswith("official"):
-        query, column = query.flip(0), column.flip(0)
-    own = scores[query, column]
-    order = own.argsort(descending=True, stable=True)
+def _rank_block(scores: np.ndarray, query: Tensor, column: Tensor, tie: str) -> Tensor:
+    """(P,) int64: ranks (top = 1) of the positives of a block, in rising order within their query.
+
+    All scores ahead are counted, positives too; k, its number among the positives, then stands for the hits that the rule puts ahead.
+    """
+    own = torch.from_numpy(scores[query.numpy(), column.numpy()])
+    at_end = tie.startswith("official")
+    order = torch.arange(len(query)).flip(0) if at_end else torch.arange(len(query))
+    order = order[own[order].argsort(descending=True, stable=True)]
     order = order[query[order].argsort(stable=True)]
     query, column, own = query[order], column[order], own[order]
-    counts = truth.sum(1)
-    starts = counts.cumsum(0) - counts
-    k = torch.arange(len(query)) - starts[query] + 1
-    rank = _negatives_ahead(scores, truth, (query, column, own), tie) + k
+    k = torch.arange(len(query)) - torch.searchsorted(query, query) + 1
+    new = torch.ones(len(query), dtype=torch.bool)  # where a run of equal positives of one query begins
+    new[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
+    run = new.cumsum(0) - 1
+    if tie == "pessimistic":
+        return _count(scores, query, own, "left") - k[new.roll(-1)][run] + k
+    ahead = _count(scores, query, own, "right")
+    if tie == "optimistic":
+        return ahead - k[new][run] + 1 + k
+    for p in (_count(scores, query, own, "left") > ahead + 1).nonzero()[:, 0].tolist():
+        same = scores[int(query[p])] == float(own[p])
+        ahead[p] += np.count_nonzero(same[int(column[p]) + 1 :] if at_end else same[: int(column[p])])
+    return ahead + 1
+
+
+def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: str) -> Tensor:
+    """(P,) int64: scores in the query's row above the positive's own (side right), or not below it (left). `query` is sorted."""
+    counts = np.zeros(len(query), dtype=np.int64)
+    compare = np.greater if side == "right" else np.greater_equal
+    ends = torch.bincount(query, minlength=len(scores)).cumsum(0).tolist()
+    values, first = own.tolist(), 0
+    for row, last in zip(scores, ends, strict=True):
+        if last - first > SORT_FROM:
+            counts[first:last] = len(row) - np.searchsorted(np.sort(row), own[first:last].numpy(), side=side)
+        else:
+            counts[first:last] = [np.count_nonzero(compare(row, value)) for value in values[first:last]]
+        first = last
+    return torch.from_numpy(counts)
+
+
+def _ranking(query: Tensor, rank: Tensor, counts: Tensor, absent: Tensor | int, gallery: int) -> Ranking:
     wanted = counts + absent
+    k = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query] + 1
     inside = rank <= wanted[query]
-    gain = torch.where(inside, k.double() / rank, 0.0)
-    best = torch.full((len(scores),), scores.shape[1])
+    best = torch.full((len(counts),), gallery)
     best[counts > 0] = rank[k == 1] - 1
     total = wanted.clamp(min=1)
-    ap = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, query, gain) / total
-    hits = torch.zeros(len(scores), dtype=torch.float64).index_add_(0, query, inside.double()) / total
-    return best, wanted, ap, hits
-
-
-def _negatives_ahead(scores: Tensor, truth: Tensor, pairs: tuple[Tensor, Tensor, Tensor], tie: str) -> Tensor:
-    """(P,) int64: negatives that the tie rule puts ahead of each positive (query, column, own score)."""
-    negatives = scores.masked_fill(truth, -torch.inf)
-    index = torch.arange(scores.shape[1])
-    step = max(1, BLOCK_SCORES // scores.shape[1])
-    counts = [torch.zeros(0, dtype=torch.int64)]
-    for p in range(0, len(pairs[0]), step):
-        query, column, own = (x[p : p + step, None] for x in pairs)
-        rivals = negatives[query[:, 0]]
-        if tie == "pessimistic":
-            # A positive at -inf ties with the masked positives: only true negatives may count.
-            ahead = rivals >= own if torch.isfinite(own).all() else (rivals >= own) & ~truth[query[:, 0]]
-        elif tie == "optimistic":
-            ahead = rivals > own
-        else:
-            earlier = index < column if tie == "lower_index" else index > column
-            ahead = (rivals > own) | ((rivals == own) & earlier & ~truth[query[:, 0]])
-        counts.append(ahead.sum(1))
-    return torch.cat(counts)
+    ap, hits = (
+        torch.zeros(len(counts), dtype=torch.float64).index_add_(0, query, gain) / total
+        for gain in (torch.where(inside, k.double() / rank, 0.0), inside.double())
+    )
+    return Ranking(best, wanted, ap, hits)
 
 
 def _recalls(ranking: Ranking, scores: Scores, truth: Positives, way: str, tie: str) -> dict[str, float]:
@@ -266,19 +311,11 @@ def _matches(queries: Tensor, gallery: Tensor) -> Tensor:
     return torch.bincount(inverse[len(queries) :], minlength=len(ids))[inverse[: len(queries)]]
 
 
-def _mean_over(counts: Tensor, value: Any) -> float:
-    """Mean of value(R) over the queries with R > 0, each distinct R computed once."""
-    sizes, times = torch.unique(counts[counts > 0], return_counts=True)
-    if not len(sizes):
-        return math.nan
-    return sum(value(n) * t for n, t in zip(sizes.tolist(), times.tolist(), strict=True)) / int(times.sum())
-
-
 def _chance_recall(positives: int, gallery: int, k: int) -> float:
     miss = math.prod((gallery - positives - i) / (gallery - i) for i in range(min(k, gallery)))
     return 1.0 - max(miss, 0.0)
 
 
-def _chance_average_precision(positives: int, gallery: int) -> float:
+def _chance_average_precision(positives: int, wanted: int, gallery: int) -> float:
     others = (positives - 1) / (gallery - 1) if gallery > 1 else 0.0
-    return sum((1 + (r - 1) * others) / r for r in range(1, positives + 1)) / gallery
+    return positives / gallery * sum((1 + (r - 1) * others) / r for r in range(1, min(wanted, gallery) + 1)) / wanted

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from itm.evaluation import coco_truth
 from itm.evaluation.dataset import Names
-from itm.evaluation.metrics import Scores, chance_metrics, check_scores, equivalence_metrics, rank_queries, retrieval_metrics
+from itm.evaluation.metrics import (
+    BLOCK_SCORES,
+    KS,
+    Ranking,
+    Scores,
+    chance_metrics,
+    chance_of,
+    check_scores,
+    equivalence_metrics,
+    rank_queries,
+    retrieval_metrics,
+)
 from itm.types import Encoded
 
 
@@ -128,51 +139,56 @@ PROTOCOLS: dict[str, Callable[[Scored, str], Outcome]] = {
 def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Any:
     """Cosine retrieval by label: one set against itself without the query, or against a gallery (vectors (G,D), labels (G,)).
 
-    vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, and
-    `queries`, their number. Raises ValueError when no query has one.
+    vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, `queries`,
+    their number, and `chance` of the three. Raises ValueError when no query has one.
     """
     others, other_labels = gallery or (vectors, labels)
     query, others = (torch.nn.functional.normalize(v, dim=1) for v in (vectors, others))
-    positives = labels[:, None] == other_labels[None, :]
-    scores = query @ others.T
-    if gallery is None:
-        positives.fill_diagonal_(False)
-        scores.fill_diagonal_(-torch.inf)
-    ranking = rank_queries(scores, positives, tie)
+    rows = max(1, BLOCK_SCORES // len(others))
+    pieces = []
+    for start in range(0, len(query), rows):
+        positives = labels[start : start + rows, None] == other_labels[None, :]
+        scores = query[start : start + rows] @ others.T
+        if gallery is None:
+            positives.diagonal(start).fill_(False)
+            scores.diagonal(start).fill_(-torch.inf)
+        pieces.append(rank_queries(scores, positives, tie))
+    ranking = Ranking.cat(pieces)
     if not ranking.asked.any():
         raise ValueError(f"no row of {len(labels)} shares its label with another one: nothing to retrieve")
     values = equivalence_metrics(ranking)
+    chance = chance_of(ranking.positives, len(others) - (gallery is None))
     return {
         "r1": values["semantic_r1"],
         "map_at_r": values["map_at_r"],
         "r_precision": values["r_precision"],
         "queries": int(ranking.asked.sum()),
+        "chance": {name: chance[name] for name in ("r1", "map_at_r", "r_precision")},
     }
 
 
 def _one_modality(way: str, vectors: Tensor, labels: Tensor, tie: str, title: str) -> Outcome:
     values = same_label_metrics(vectors, labels, tie=tie)
-    queries = values.pop("queries")
-    sizes = torch.unique(labels, return_inverse=True, return_counts=True)
-    others = (sizes[2][sizes[1]] - 1).double()
-    share = float((others[others > 0] / (len(labels) - 1)).mean())
-    metrics = {f"{way}_{name}": value for name, value in values.items()}
-    chance = {f"{way}_r1": 100 * share, f"{way}_r_precision": share}
-    return Outcome(f"{title}; ties {tie}", metrics, chance, {"rows": len(labels), "queries": queries})
+    queries, chance = values.pop("queries"), values.pop("chance")
+    metrics, by_chance = ({f"{way}_{name}": value for name, value in found.items()} for found in (values, chance))
+    return Outcome(f"{title}; ties {tie}", metrics, by_chance, {"rows": len(labels), "queries": queries})
 
 
 def _coco_wide(scored: Scored, tie: str, truth: str, title: str) -> Outcome:
     relevance = coco_truth.relevance(truth, scored.names.image_keys, scored.names.caption_ids, scored.names.image_metas)
     metrics: dict[str, float] = {}
+    chance: dict[str, float] = {}
     counts: dict[str, int] = {}
     asked = (("i2t", scored.scores, relevance.i2t, relevance.i2t_absent), ("t2i", scored.scores.T, relevance.t2i, relevance.t2i_absent))
     for way, scores, positives, absent in asked:
         ranking = rank_queries(scores, positives, tie, absent)
-        metrics |= {f"{way}_{truth}_r{k}": ranking.recall(k) for k in (1, 5, 10)}
-        values = equivalence_metrics(ranking)
-        metrics |= {f"{way}_{truth}_{name}": values[name] for name in ("map_at_r", "r_precision")}
+        recalls, values = {f"r{k}": ranking.recall(k) for k in KS}, equivalence_metrics(ranking)
+        found = recalls | {name: values[name] for name in ("map_at_r", "r_precision")}
+        by_chance = chance_of(positives.sum(1), positives.shape[1], absent)
+        metrics |= {f"{way}_{truth}_{name}": value for name, value in found.items()}
+        chance |= {f"{way}_{truth}_{name}": by_chance[name] for name in found}
         counts |= {f"{way}_queries": int(ranking.asked.sum()), f"{way}_pairs": int(positives.sum() + absent.sum())}
-    return Outcome(f"{title}; ties {tie}", metrics, {}, counts)
+    return Outcome(f"{title}; ties {tie}", metrics, chance, counts)
 
 
 def _require_size(names: Names, protocol: str, images: int, captions: tuple[int, ...]) -> None:
