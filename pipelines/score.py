@@ -65,7 +65,7 @@ def score_split(members: Sequence[Any], encoded: Sequence[EncodedSplit], how: Ho
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
     identity = {**identity, **options, "torch": torch.__version__}
-    store = TileStore.create(root, identity, Grid.of(members, images, captions), captions)
+    store = TileStore.create(root, identity, Grid.of(members, images, captions, how.block), captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)

@@ -1,6 +1,10 @@
 """The tile store: ranks streamed from tiles equal the dense matrix, a killed run computes only what is missing, damage is named."""
 
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,7 +18,10 @@ from itm.evaluation.scoring import score_matrix
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, TileStore, fill
 from itm.types import Encoded
+from pipelines import evaluate
+from pipelines.score import How
 from tests import oracles
+from tests.small_split import small_run
 from tests.test_scoring import Words, world
 
 
@@ -168,3 +175,34 @@ def test_tiles_are_smaller_the_more_a_pair_costs():
     joint = type("Joint", (), {"pairs": None})()
     sizes = [Grid.of([m], e, e) for m, e in ((object(), vectors), (object(), parts), (joint, parts))]
     assert [(g.rows, g.columns) for g in sizes] == [(4096, 4096), (512, 512), (128, 128)]
+
+
+@pytest.mark.e2e
+def test_scoring_killed_in_the_middle_goes_on_with_the_missing_tiles_and_ends_with_the_metrics_of_an_undisturbed_run(tmp_path, ray_local):
+    recipe = small_run(tmp_path, count=60, evaluation={"block": 1})
+    folder = Path(recipe.folder)
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(recipe.model_dump_json())
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.evaluate", "-c", recipe_file, "--distributed"], stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("scores-*/tile-*.npy"))) < 5:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    store = next(folder.glob("scores-*"))
+    assert not (store / "store.json").exists()
+    time.sleep(1)  # tasks on their way end with their driver
+    finished = {tile: tile.stat().st_mtime_ns for tile in store.glob("tile-?????-?????.npy")}
+    assert 5 <= len(finished) < 60
+    result = evaluate.evaluate(recipe, how=How(distributed=True), save_scores=str(tmp_path / "scores.npy"))
+    assert {tile: tile.stat().st_mtime_ns for tile in finished} == finished
+    assert len(list(store.glob("*.npy"))) == 61
+    shutil.rmtree(store)
+    undisturbed = evaluate.evaluate(recipe, how=How(distributed=True), save_scores=str(tmp_path / "again.npy"))
+    assert {k: v for k, v in undisturbed.items() if k != "seconds"} == {k: v for k, v in result.items() if k != "seconds"}
+    assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "scores.npy").read_bytes()
+    dense = evaluate.evaluate(recipe, save_scores=str(tmp_path / "dense.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "again.npy"), np.load(tmp_path / "dense.npy"), atol=1e-6)
+    assert dense["metrics"] == pytest.approx(result["metrics"], abs=1.0)

@@ -78,7 +78,7 @@ class TiledScores(Streamed):
 
         own = torch.empty(len(query))
         for part, values in zip(parts, self.spread(_pick, jobs()), strict=True):
-            own[part] = torch.from_numpy(values)
+            own[part] = torch.tensor(values)
         return own
 
     def _ahead(self, query: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
@@ -97,7 +97,7 @@ class TiledScores(Streamed):
 
         ahead = torch.zeros(len(query), dtype=torch.int64)
         for (_, part, _, _), counts in zip(work, self.spread(_count, jobs()), strict=True):
-            ahead[part] += torch.from_numpy(counts)
+            ahead[part] += torch.tensor(counts)
         return ahead
 
 
@@ -135,7 +135,7 @@ def _count(uri: str, turned: bool, asked: tuple[np.ndarray, np.ndarray, np.ndarr
     counts = np.bincount(rows, minlength=len(tile))
     inside = np.arange(len(rows)) - (counts.cumsum() - counts)[rows]
     wanted = torch.zeros(len(tile), int(counts.max()))
-    wanted[rows, inside] = torch.from_numpy(own)
+    wanted[rows, inside] = torch.tensor(own)
 
     def above(equal_too: bool) -> np.ndarray:
         return tile.shape[1] - torch.searchsorted(ranked, wanted, right=not equal_too).numpy()[rows, inside]
