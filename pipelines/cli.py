@@ -55,7 +55,7 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     try:
         return int(module.run(args) or 0)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ITM_TRACEBACK"):
             raise
         print(f"itm {stage}: {error}", file=sys.stderr)

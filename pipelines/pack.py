@@ -92,7 +92,25 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     if finished and len(receipts) == len(jobs):
         return read_manifest(folder)
     receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
-    return _close(folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate)
+    files.remove_abandoned(folder)
+    manifest = _close(folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate)
+    if manifest.samples + manifest.rejected != count:
+        raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
+    _track(recipe, folder, manifest)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
+    """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
+    from itm.lineage import DatasetRef
+    from itm.registry import Tracker
+
+    params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
+    data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]
+    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, {"stage": "pack"}, data) as tracker:
+        flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
+        tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
 
 
 def _usable(job: Job, finished: bool) -> Receipt | None:
@@ -161,8 +179,9 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
         if isinstance(item, Record):
             captions = [Caption(c.id, " ".join(c.text.split()), c.meta) for c in item.captions]
-            problems += [Problem(item.key, "", "pack", f"caption {c.id} is empty", "caption") for c in captions if not c.text]
-            item = replace(item, captions=[c for c in captions if c.text])
+            faults = [c.fault() for c in captions]
+            problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
+            item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
             reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image)
             if not reason:
                 keys.add(item.key)
@@ -174,6 +193,10 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
 
 def _fault(record: Record, image: str) -> str | None:
     """Why a record cannot be packed, or None."""
+    try:
+        json.dumps([record.key, record.meta, [c.meta for c in record.captions]], ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        return f"its names or metadata cannot be written as JSON: {error}"
     if not record.captions:
         return "no caption"
     if image == "regions" and record.regions is None:
@@ -189,7 +212,7 @@ def _fault(record: Record, image: str) -> str | None:
 
 
 def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float) -> Manifest:
-    """Quarantine table, checks over all shards, and the manifest last."""
+    """Quarantine table and checks over all shards; the manifest, which is not written yet."""
     problems = [p for receipt in receipts for p in receipt.problems]
     quarantine = files.join(folder, QUARANTINE)
     if problems or files.exists(quarantine):
@@ -208,9 +231,7 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
             if key in owner:
                 raise ValueError(f"{folder}: key {key!r} is in {owner[key]} and in {receipt.info.name}; keys must be unique in a split")
             owner[key] = receipt.info.name
-    manifest = Manifest(split=files.name_of(folder), source=made_from, shards=shards, rejected=rejected)
-    write_manifest(folder, manifest)
-    return manifest
+    return Manifest(split=files.name_of(folder), source=made_from, shards=shards, rejected=rejected)
 
 
 @lru_cache(maxsize=2)

@@ -36,7 +36,7 @@ class Prepare:
         (item,) = items.to_pylist()
         try:
             return self.pairs(Work(**item))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             return pa.table({"error": [str(error)] * self.pairs.plan.batch})
 
 

@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ import pyarrow as pa
 
 from itm.config import Part, Recipe
 from itm.data import files, sidecar
+from itm.data.manifest import check_present
 from itm.data.records import Problem
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest, read_samples
 from itm.teachers.identity import Modality, Teacher, build_teacher, choice_of, embed_in_batches
@@ -92,7 +94,9 @@ class Job:
         folder = folder if "://" in folder else os.path.abspath(folder)
         root = stores_root(recipe, split)
         files.check_writable(root)
-        return cls(recipe, split, modality, part, folder, root, read_manifest(folder))
+        manifest = read_manifest(folder)
+        check_present(folder, manifest)
+        return cls(recipe, split, modality, part, folder, root, manifest)
 
     @property
     def choice(self) -> dict[str, Any]:
@@ -115,7 +119,9 @@ def _make_store(job: Job) -> str:
         work = partial(_score, prepare=teacher.prepare)
         del teacher  # its weights would lie beside those of the actors
     uri = files.join(job.root, sidecar.teacher_id(identity))
-    todo = [s for s in job.manifest.shards if not _is_done(uri, s, identity)]
+    with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
+        done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
+    todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
     started = time.perf_counter()
     scored = sum(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
     return _finish(job, uri, identity, {"shards_scored": len(todo), "rows_scored": scored, "seconds": time.perf_counter() - started})
@@ -141,6 +147,7 @@ def _progress(rows: Iterator[int], total: int, title: str) -> Iterator[int]:
 
 def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> str:
     """Check the whole store, list what was rejected, log the run, and write store.json last."""
+    files.remove_abandoned(uri)
     sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
     problems = [problem for s in sidecars for problem in _problems(s)]
     rows = sum(s.header.rows for s in sidecars)
@@ -153,6 +160,8 @@ def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, floa
     if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     seen = rows + sum(len(s.header.unreadable) for s in sidecars)
+    whole = sum(int(s.ok.sum()) for s in sidecars)
+    assert seen == whole + len(problems), (seen, whole, len(problems))
     if len(problems) > job.recipe.data.max_reject_rate * seen:
         raise ValueError(
             f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "
@@ -160,7 +169,8 @@ def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, floa
         )
     headers = {s.header.shard: s.header for s in sidecars}
     if counts["shards_scored"] or not files.exists(files.join(uri, "store.json")):
-        _track(job, uri, identity, counts | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
+        flow = {"rows_in": seen, "rows_out": whole, "rows_rejected": len(problems)}
+        _track(job, uri, identity, counts | flow | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
     return sidecar.write_store(job.root, job.choice, headers, identity)
 
 
@@ -263,7 +273,7 @@ class Prepare:
 
     def _rows(self, shard: str, header: str) -> dict[str, Any]:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
-        for sample in read_samples(shard):
+        for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
                 unreadable += [[sample.key, sample.reason]] if sample.what != "caption" else []
                 continue

@@ -19,7 +19,8 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from tqdm import tqdm
 
 from itm.config import Recipe
 from itm.data import files
-from itm.data.manifest import Manifest
+from itm.data.manifest import Manifest, check_present
 from itm.data.plan import Plan
 from itm.data.preprocess import ImageInput, Inputs
+from itm.data.records import Regions
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store, find_store
 from itm.data.text import build_tokenizer
@@ -63,6 +65,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     files.check_writable(recipe.folder)
     if overwrite:
         forget(recipe.folder)
+    for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
+        files.remove_abandoned(folder)
     manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
     for earlier in (finished, started):
@@ -78,7 +82,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         summary = execute(job)
         done = {"run_id": tracker.run_id, "name": recipe.name, **about, **summary, "matcher": files.join(recipe.folder, "matcher")}
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
-        tracker.metrics({"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}, step=job.steps)
+        flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
+        tracker.metrics({"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"], **flow}, step=job.steps)
     return done
 
 
@@ -105,8 +110,12 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     steps = min(s for s in (train.steps, train.epochs and train.epochs * plan.steps_per_epoch, 10**12) if s)
     if steps == 10**12:
         raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
+    check_present(split, manifest)
     captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path else None
-    inputs = Inputs(ImageInput.of(data), build_tokenizer(recipe.text, captions))
+    image = ImageInput.of(data)
+    if image.kind == "regions":
+        image = replace(image, region_width=region_width_of(split, manifest))
+    inputs = Inputs(image, build_tokenizer(recipe.text, captions))
     method = build_method(recipe, inputs)
     stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
     return Job(recipe, manifest, plan, inputs, stores, steps, run_id="", tracking_uri="")
@@ -117,6 +126,16 @@ def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
         for item in read_samples(files.join(split, shard.name)):
             if isinstance(item, Sample):
                 yield from (caption.text for caption in item.captions)
+
+
+def region_width_of(split: str, manifest: Manifest) -> int | None:
+    """The width of the first region features of a split that can be read."""
+    for shard in manifest.shards:
+        for item in read_samples(files.join(split, shard.name)):
+            if isinstance(item, Sample) and item.regions is not None:
+                with suppress(ValueError):
+                    return int(Regions.from_npz(item.regions).features.shape[1])
+    return None
 
 
 def store_of(recipe: Recipe, manifest: Manifest, modality: str) -> Store:

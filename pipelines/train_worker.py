@@ -105,6 +105,7 @@ class Worker:
         self.clock = Clock(self.state.seconds)
         self.problems = Problems(job, rank())
         self.rejected = 0
+        self.seen = torch.zeros(2, dtype=torch.float64)  # pairs (used, rejected) of this rank since the last checkpoint
 
     def _rate(self, step: int) -> float:
         return learning_rate(self.job.recipe.train, step, self.plan.steps_per_epoch, self.job.steps)
@@ -138,7 +139,9 @@ class Worker:
             expected = self.plan.start.step + n // accumulate
             if (found := table["step"][0].as_py()) != expected or len(table) != self.plan.batch:
                 raise RuntimeError(f"the stream gave {len(table)} rows of step {found} where {self.plan.batch} of step {expected} were due")
-            self.problems.add(table["problem"].drop_null().to_pylist())
+            left_out = table["problem"].drop_null().to_pylist()
+            self.problems.add(left_out)
+            self.seen += torch.tensor([len(table) - len(left_out), len(left_out)])
             yield to_batch(table)
 
     def _ends_epoch(self, done: int) -> bool:
@@ -189,12 +192,19 @@ class Worker:
 
     def _checkpoint(self, done: int) -> None:
         self.problems.write()
+        used, rejected = map(int, all_reduce_sum(self.seen.to(self.step.device)).tolist())
+        self.seen.zero_()
         if rank():
             return
         with self.clock.stopped():
             position = self.plan.locate(done)
             pairs = self.state.pairs + (done - self.state.position.step) * self.plan.global_batch
             self.state = replace(self.state, position=position, digest=self.plan.digest(position), seconds=self.clock.total, pairs=pairs)
+            self.state = replace(self.state, used=self.state.used + used, rejected=self.state.rejected + rejected)
+            if self.state.used + self.state.rejected != pairs:
+                raise RuntimeError(
+                    f"{pairs} pairs were planned, {self.state.used} used and {self.state.rejected} rejected up to step {done}"
+                )
             rows = "".join(json.dumps(row) + "\n" for row in self.state.losses)
             files.write_atomic(files.join(self.job.folder, "losses.jsonl"), rows.encode())
             save_checkpoint(self.job.checkpoints, self.state, self.step)
@@ -217,6 +227,9 @@ class Worker:
             "samples_per_s": round(speed, 2),
             "best": best,
             "rejected": self.rejected,
+            "rows_in": self.state.pairs,
+            "rows_out": self.state.used,
+            "rows_rejected": self.state.rejected,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,17 @@ from itm.config import Part, Recipe, parse_recipe
 from itm.data import files
 from itm.data.shards import index_shard, read_manifest, read_samples
 from itm.data.sources.scenes import Scenes
+from itm.registry import client
 from pipelines import inspect
 from pipelines.pack import Job, pack, pack_shard
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One database for the module: making its tables takes longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
 
 
 def recipe(root: Path, kind: str = "scenes", options: dict | None = None, **data) -> Recipe:
@@ -86,6 +96,10 @@ def test_an_unwritable_output_or_an_unknown_choice_is_an_error_before_the_work(t
 @pytest.mark.e2e
 def test_packing_twice_does_nothing_and_after_a_crash_ends_in_the_same_bytes(tmp_path, ray_local):
     manifests = pack(recipe(tmp_path / "a"))
+    door = client()
+    runs = door.search_runs([door.get_experiment_by_name("itm").experiment_id])
+    flow = {r.data.params["split"]: [r.data.metrics[f"rows_{way}"] for way in ("in", "out", "rejected")] for r in runs}
+    assert flow == {"train": [12, 12, 0], "val": [4, 4, 0], "test": [4, 4, 0]}
     assert {s: (m.samples, m.captions, len(m.shards)) for s, m in manifests.items()} == {
         "train": (12, 60, 3),
         "val": (4, 20, 1),

@@ -30,7 +30,7 @@ class ImageInput:
 
     kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
     the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
-    kind `regions`: the first `max_regions` rows of the region file, zero-padded.
+    kind `regions`: the first `max_regions` rows of the region file, zero-padded; features not `region_width` wide (where set) are refused.
     """
 
     kind: Literal["pixels", "regions"] = "pixels"
@@ -38,6 +38,7 @@ class ImageInput:
     crop: Literal["center", "random", "squash"] = "center"
     flip: bool = False
     max_regions: int = 36
+    region_width: int | None = None
 
     @classmethod
     def of(cls, data: Data) -> ImageInput:
@@ -114,13 +115,15 @@ def _decode_near(data: bytes, size: int) -> Image.Image:
         raise ValueError(f"cannot decode image: {error}") from None
 
 
-def read_regions(data: bytes, limit: int) -> dict[str, np.ndarray]:
+def read_regions(data: bytes, limit: int, width: int | None = None) -> dict[str, np.ndarray]:
     """Region file -> regions (limit,Dv) float32, boxes (limit,7) float32, mask (limit,) bool, zero-padded.
 
     Box numbers x1 y1 x2 y2 w h w*h, divided by the image's width and height (UNITER); zero in a file without boxes.
     Raises ValueError naming what is wrong.
     """
     held = Regions.from_npz(data)
+    if width is not None and held.features.shape[1] != width:
+        raise ValueError(f"its region features are {held.features.shape[1]} wide, those of this matcher {width}")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         features, rows = held.features.astype(np.float32), min(limit, len(held.features))
     regions = np.zeros((limit, features.shape[1]), np.float32)
@@ -155,7 +158,7 @@ class Inputs:
         Raises ValueError when the bytes cannot be read.
         """
         if self.image.kind == "regions":
-            return read_regions(data, self.image.max_regions)
+            return read_regions(data, self.image.max_regions, self.image.region_width)
         if numbers is None:
             return {"pixels": fit(decode(data), self.image.size, self.image.crop)}
         return {"pixels": augment(data, self.image, numbers)}

@@ -72,9 +72,15 @@ def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
     return ShardInfo(name=files.name_of(uri), samples=samples, captions=captions, bytes=sink.bytes, sha256=sink.digest.hexdigest())
 
 
-def read_samples(uri: str) -> Iterator[Sample | Problem]:
-    """The samples of a shard in tar order; what cannot be used comes as a Problem in its place. Never raises for bad content."""
-    yield from _parse(memoryview(files.read_bytes(uri)), files.name_of(uri))
+def read_samples(uri: str, sha256: str | None = None) -> Iterator[Sample | Problem]:
+    """The samples of a shard in tar order; what cannot be used comes as a Problem in its place. Never raises for bad content.
+
+    Raises ValueError when the shard has another sha256 than the one given (that of its manifest).
+    """
+    data = files.read_bytes(uri)
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ValueError(f"{uri} has sha256 {found[:12]}, its manifest says {sha256[:12]}: {CHANGED}")
+    yield from _parse(memoryview(data), files.name_of(uri))
 
 
 def read_range(uri: str, start: int, end: int) -> Sample:

@@ -37,13 +37,18 @@ class Best:
 
 @dataclass(frozen=True)
 class State:
-    """position: the next pair of the plan; digest: of the order up to there; seconds and pairs: trained so far; losses: logged rows."""
+    """position: the next pair of the plan; digest: of the order up to there; losses: logged rows.
+
+    seconds and pairs: trained so far; used + rejected = pairs, counted as they came.
+    """
 
     position: Position
     digest: str
     best: Best | None = None
     seconds: float = 0.0
     pairs: int = 0
+    used: int = 0
+    rejected: int = 0
     losses: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> bytes:
