@@ -116,14 +116,14 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic",
         raise ValueError(f"unknown tie rule {tie!r}; known: {', '.join(TIES)}")
     if isinstance(scores, Streamed):
         return scores.rank(positives, tie, absent)
-    query, column = _pairs(positives)
+    query, column = pairs_of(positives)
     counts = torch.bincount(query, minlength=scores.shape[0])
     ends = counts.cumsum(0).tolist()
     pieces = [torch.zeros(0, dtype=torch.int64)]
     for start, block in _blocks(scores):
         first, last = ends[start - 1] if start else 0, ends[start + len(block) - 1]
         pieces.append(_rank_block(block, query[first:last] - start, column[first:last], tie))
-    return _ranking(query, torch.cat(pieces), counts, 0 if absent is None else absent, scores.shape[1])
+    return ranking_of(query, torch.cat(pieces), counts, 0 if absent is None else absent, scores.shape[1])
 
 
 def equivalence_metrics(ranking: Ranking) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _blocks(scores: Scores) -> Iterator[tuple[int, np.ndarray]]:
         yield start, block.contiguous().numpy()
 
 
-def _pairs(positives: Positives) -> tuple[Tensor, Tensor]:
+def pairs_of(positives: Positives) -> tuple[Tensor, Tensor]:
     """(query (P,), column (P,)) of every positive, by query, then column."""
     if not isinstance(positives, tuple):
         query, column = positives.cpu().nonzero(as_tuple=True)
@@ -242,27 +242,40 @@ def _rank_block(scores: np.ndarray, query: Tensor, column: Tensor, tie: str) -> 
     All scores ahead are counted, positives too; k, its number among the positives, then stands for the hits that the rule puts ahead.
     """
     own = torch.from_numpy(scores[query.numpy(), column.numpy()])
-    at_end = tie.startswith("official")
-    order = torch.arange(len(query)).flip(0) if at_end else torch.arange(len(query))
-    order = order[own[order].argsort(descending=True, stable=True)]
-    order = order[query[order].argsort(stable=True)]
+    order = in_order(query, own, tie)
     query, column, own = query[order], column[order], own[order]
+    if tie == "pessimistic":
+        return ranks_of(query, own, _count(scores, query, own, "left"), tie)
+    ahead = _count(scores, query, own, "right")
+    if tie != "optimistic":
+        for p in (_count(scores, query, own, "left") > ahead + 1).nonzero()[:, 0].tolist():
+            same = scores[int(query[p])] == float(own[p])
+            ahead[p] += int(np.count_nonzero(same[int(column[p]) + 1 :] if tie.startswith("official") else same[: int(column[p])]))
+    return ranks_of(query, own, ahead, tie)
+
+
+def in_order(query: Tensor, own: Tensor, tie: str) -> Tensor:
+    """Rows of the positives, which come by query and column, by query and rank."""
+    order = torch.arange(len(query)).flip(0) if tie.startswith("official") else torch.arange(len(query))
+    order = order[own[order].argsort(descending=True, stable=True)]
+    return order[query[order].argsort(stable=True)]
+
+
+def ranks_of(query: Tensor, own: Tensor, ahead: Tensor, tie: str) -> Tensor:
+    """(P,) int64 ranks (top = 1) of positives `in_order`, from the scores ahead of each in its row, positives counted.
+
+    ahead: scores not below its own (pessimistic), above it (optimistic), or put ahead of it by the rule.
+    """
     k = torch.arange(len(query)) - torch.searchsorted(query, query) + 1
     new = torch.ones(len(query), dtype=torch.bool)  # where a run of equal positives of one query begins
     new[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
     run = new.cumsum(0) - 1
     if tie == "pessimistic":
-        return _count(scores, query, own, "left") - k[new.roll(-1)][run] + k
-    ahead = _count(scores, query, own, "right")
-    if tie == "optimistic":
-        return ahead - k[new][run] + 1 + k
-    for p in (_count(scores, query, own, "left") > ahead + 1).nonzero()[:, 0].tolist():
-        same = scores[int(query[p])] == float(own[p])
-        ahead[p] += np.count_nonzero(same[int(column[p]) + 1 :] if at_end else same[: int(column[p])])
-    return ahead + 1
+        return ahead - k[new.roll(-1)][run] + k
+    return ahead - k[new][run] + 1 + k if tie == "optimistic" else ahead + 1
 
 
-def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: str) -> Tensor:
+def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: Literal["left", "right"]) -> Tensor:
     """(P,) int64: scores in the query's row above the positive's own (side right), or not below it (left). `query` is sorted."""
     counts = np.zeros(len(query), dtype=np.int64)
     compare = np.greater if side == "right" else np.greater_equal
@@ -277,7 +290,8 @@ def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: str) -> Tensor:
     return torch.from_numpy(counts)
 
 
-def _ranking(query: Tensor, rank: Tensor, counts: Tensor, absent: Tensor | int, gallery: int) -> Ranking:
+def ranking_of(query: Tensor, rank: Tensor, counts: Tensor, absent: Tensor | int, gallery: int) -> Ranking:
+    """The result from the ranks (P,) of the positives, by query and rank; counts (Q,) a query; gallery: rank where there is none."""
     wanted = counts + absent
     k = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query] + 1
     inside = rank <= wanted[query]

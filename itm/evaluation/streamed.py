@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itm.evaluation.metrics import Positives, Ranking, Streamed
+from itm.evaluation.metrics import Positives, Ranking, Streamed, in_order, pairs_of, ranking_of, ranks_of
 from itm.evaluation.tiles import Spread, Tile, TileStore, read_tile
 
 
@@ -50,10 +50,10 @@ class TiledScores(Streamed):
         """What `rank_queries` gives on the dense matrix."""
         query, column = pairs_of(positives)
         own = self._own(query, column)
-        order = _order(self._places[query], column, own, tie)
+        order = in_order(query, own, tie)
         query, column, own = query[order], column[order], own[order]
-        ahead = self._ahead(query, column, own, tie)
-        return _ranking(query, own, ahead, self.shape, tie, torch.zeros(self.shape[0], dtype=torch.int64) if absent is None else absent)
+        rank = ranks_of(query, own, self._ahead(query, column, own, tie), tie)
+        return ranking_of(query, rank, torch.bincount(query, minlength=self.shape[0]), 0 if absent is None else absent, self.shape[1])
 
     def _tiles(self, block: int) -> Iterator[tuple[Tile, slice]]:
         """Tiles of one block of rows, each with the gallery places that it covers."""
@@ -82,8 +82,9 @@ class TiledScores(Streamed):
         return own
 
     def _ahead(self, query: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
-        """(P,) int64: scores of the gallery ahead of each positive, positives included. Pairs are in order of their query's place."""
-        row = self._places[query]
+        """(P,) int64: scores of the gallery ahead of each positive, positives included."""
+        order = self._places[query].argsort(stable=True)
+        row, column, own = self._places[query][order], column[order], own[order]
         starts = torch.arange(0, self.shape[0] + self._steps[0], self._steps[0])
         bounds = torch.searchsorted(row, starts).tolist()
         work = [
@@ -97,22 +98,8 @@ class TiledScores(Streamed):
 
         ahead = torch.zeros(len(query), dtype=torch.int64)
         for (_, part, _, _), counts in zip(work, self.spread(_count, jobs()), strict=True):
-            ahead[part] += torch.tensor(counts)
+            ahead[order[part]] += torch.tensor(counts)
         return ahead
-
-
-def pairs_of(positives: Positives) -> tuple[Tensor, Tensor]:
-    """(query, column) int64 of all positive pairs, by query, then column; the id form is joined without a matrix."""
-    if not isinstance(positives, tuple):
-        query, column = positives.nonzero(as_tuple=True)
-        return query, column
-    asked, gallery = positives
-    order = gallery.argsort(stable=True)
-    first, last = (torch.searchsorted(gallery[order], asked.contiguous(), right=right) for right in (False, True))
-    counts = last - first
-    query = torch.repeat_interleave(torch.arange(len(asked)), counts)
-    inside = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-    return query, order[first[query] + inside]
 
 
 def _oriented(uri: str, turned: bool) -> np.ndarray:
@@ -148,35 +135,3 @@ def _count(uri: str, turned: bool, asked: tuple[np.ndarray, np.ndarray, np.ndarr
         first = gallery < columns[part, None] if tie == "lower_index" else gallery > columns[part, None]
         ahead[part] += ((tile[rows[part]] == own[part, None]) & first).sum(1)
     return ahead
-
-
-def _order(place: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
-    """Positives by place of their query, then score (best first), then the index that the tie rule puts first."""
-    order = column.argsort(descending=tie.startswith("official"), stable=True)
-    order = order[own[order].argsort(descending=True, stable=True)]
-    return order[place[order].argsort(stable=True)]
-
-
-def _ranking(query: Tensor, own: Tensor, ahead: Tensor, shape: tuple[int, int], tie: str, absent: Tensor) -> Ranking:
-    """The rank of the k-th positive is the number of negatives ahead of it + k; the rest as in `rank_queries`."""
-    counts = torch.bincount(query, minlength=shape[0])
-    new = torch.ones(len(query), dtype=torch.bool)
-    new[1:] = query[1:] != query[:-1]
-    start = new.nonzero()[:, 0][new.cumsum(0) - 1]
-    k = torch.arange(len(query)) - start + 1
-    if tie in ("pessimistic", "optimistic"):
-        _, run, sizes = torch.unique_consecutive(
-            torch.stack([query.double(), own.double()], 1), return_inverse=True, return_counts=True, dim=0
-        )
-        ends = sizes.cumsum(0)[run]
-        ahead = ahead - (ends - start if tie == "pessimistic" else ends - sizes[run] - start)
-    else:
-        ahead = ahead - (k - 1)
-    rank = ahead + k
-    wanted = counts + absent
-    hit = rank <= wanted[query]
-    best = torch.full((shape[0],), shape[1])
-    best[query[k == 1]] = rank[k == 1] - 1
-    gain = torch.where(hit, k.double() / rank, 0.0)
-    ap, hits = (torch.zeros(shape[0], dtype=torch.float64).index_add_(0, query, x) / wanted.clamp(min=1) for x in (gain, hit.double()))
-    return Ranking(best, wanted, ap, hits)
