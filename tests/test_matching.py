@@ -13,6 +13,7 @@ from itm.methods.matching import FLAT_STEPS, Matching
 from itm.models.dual import cosines
 from itm.parts import build_part
 from itm.types import Batch, Captions, Encoded, Images
+from tests.every_matcher import batch_of, matcher_of
 
 
 class Table(nn.Module):
@@ -60,10 +61,30 @@ def test_hardest_negatives_start_after_the_warm_up():
         )
 
 
-def test_a_collapsed_model_is_reported_with_a_remedy():
+def train(matcher: nn.Module, lr: float, steps: int) -> list[float]:
+    method = Matching(matcher, loss="triplet").train()
+    optimiser, losses = torch.optim.Adam(method.parameters(), lr=lr), []
+    for step in range(steps):
+        loss = method(batch_of(6), step=step)["triplet"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_training_that_collapses_is_reported_once_with_a_remedy():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        losses = train(matcher_of("sgr"), 0.3, 3 * FLAT_STEPS)
+    assert losses[-1] == pytest.approx(2 * 0.2 * 6, rel=1e-3)
+    assert [str(w.message).endswith("warmup_steps (all negatives first) or a smaller train.lr.") for w in seen] == [True]
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_side_that_has_become_constant_is_reported(side: str):
     matcher = Table()
-    nn.init.ones_(matcher.image.weight)
-    nn.init.ones_(matcher.text.weight)
+    nn.init.ones_(getattr(matcher, side).weight)
     method = Matching(matcher, loss="triplet")
     for step in range(FLAT_STEPS - 1):
         method(batch(), step=step)

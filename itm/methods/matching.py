@@ -86,6 +86,7 @@ class TripletTerm(nn.Module):
         super().__init__()
         self.options = options
         self.register_buffer("flat_steps", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.reported = False
 
     def forward(self, scores: Tensor, positives: Tensor, step: int) -> Tensor:
         o = self.options
@@ -94,12 +95,16 @@ class TripletTerm(nn.Module):
         return o.weight * triplet_loss(scores, positives, margin=o.margin, hardest=hardest, official=o.official)
 
     def _watch(self, scores: Tensor, step: int) -> None:
-        """Equal scores everywhere hold the loss at the margin for every query; the device is asked only now and then."""
-        flat = scores.max() - scores.min() < self.options.margin / 20
-        self.flat_steps = torch.where(flat, self.flat_steps + 1, 0)
-        if step % FLAT_STEPS == FLAT_STEPS - 1 and int(self.flat_steps) >= FLAT_STEPS:
+        """Scores that differ only by image, only by caption, or not at all hold the hardest-negative loss at the margin for every query.
+
+        The device is asked only now and then; the warning comes once.
+        """
+        spread = torch.minimum(*((scores.amax(side) - scores.amin(side)).amax() for side in (0, 1)))
+        self.flat_steps = torch.where(spread < self.options.margin / 10, self.flat_steps + 1, 0)
+        if not self.reported and step % FLAT_STEPS == FLAT_STEPS - 1 and int(self.flat_steps) >= FLAT_STEPS:
+            self.reported = True
             warnings.warn(
-                f"all scores of a batch have been equal for {FLAT_STEPS} steps: the triplet loss is stuck at the margin (2 x "
+                f"all scores of an image or a caption have been equal for {FLAT_STEPS} steps: the triplet loss is stuck at the margin (2 x "
                 f"{self.options.margin} a pair). Start again with warmup_steps (all negatives first) or a smaller train.lr."
             )
 
