@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from itm.config import Train
+from itm.models.threshold import RelevanceThreshold, ThresholdOptions
 from itm.training.optim import build_optimizer, learning_rate, parameter_groups, scalars
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/cusa/schedule/lr_schedule.json").read_text())
@@ -47,8 +48,7 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(2)
         self.gru = nn.GRU(2, 2)
         self.tau = nn.Parameter(torch.tensor(0.07))
-        self.register_buffer("threshold", torch.tensor(0.5))
-        self.register_buffer("updates", torch.tensor(3))
+        self.rule = RelevanceThreshold(ThresholdOptions())
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
 
@@ -58,7 +58,10 @@ def test_temperatures_biases_and_norms_are_not_decayed_and_scalars_are_told() ->
     decayed, plain = ([names[id(p)] for p in group["params"]] for group in parameter_groups(method, 0.1))  # type: ignore[attr-defined]
     assert decayed == ["linear.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"]
     assert set(plain) == {"tau", "linear.bias", "norm.weight", "norm.bias", "gru.bias_ih_l0", "gru.bias_hh_l0"}
-    assert dict(scalars(method)) == {"tau": pytest.approx(0.07), "threshold": 0.5}
+    told = dict(scalars(method))
+    assert told["tau"] == pytest.approx(0.07)
+    assert told["rule.t"] == 0.0
+    assert set(told) == {"tau", *(f"rule.{name}" for name in method.rule.report())}
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])

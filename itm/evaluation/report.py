@@ -128,8 +128,9 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
 def _training(page: Page) -> str:
     names = list(dict.fromkeys(name for row in page.losses for name in row if name != "step"))
     heats = [n for n in names if "tau" in n or n.startswith("temperatures.")]
-    cuts = [n for n in names if ".thresholds." in n]
-    terms = [n for n in names if n not in PACE and n not in heats + cuts]
+    followed = [n for n in names if ".thresholds." in n]
+    cuts = [n for n in followed if n.endswith((".t", ".t_safe", ".mu_pos", ".mu_neg"))]
+    terms = [n for n in names if n not in PACE and n not in heats + followed]
     # A single term is the loss itself; drawing both would hide one line under the other.
     shown = ["loss"] if "loss" in terms and len(terms) <= 2 else terms
     charts = {

@@ -66,7 +66,10 @@ def moving_average(method: nn.Module, decay: float) -> AveragedModel:
 
 
 def scalars(method: nn.Module) -> Iterator[tuple[str, float]]:
-    """(name, value) of what a method learns or follows as one number: 0-D float parameters (temperatures) and buffers (thresholds)."""
-    for name, value in (*method.named_parameters(), *method.named_buffers()):
-        if value.dim() == 0 and value.is_floating_point():
-            yield name, value.item()
+    """(name, value) of what is worth a curve: 0-D parameters (temperatures), and what modules with a `report` tell (thresholds)."""
+    for name, parameter in method.named_parameters():
+        if parameter.dim() == 0:
+            yield name, parameter.item()
+    for name, module in method.named_modules():
+        if hasattr(module, "report"):
+            yield from ((f"{name}.{key}", value) for key, value in module.report().items())
