@@ -14,6 +14,7 @@ STAGES = {
     "demo": "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report",
     "pack": "raw data -> WebDataset tar shards with a manifest",
     "inspect": "say what a folder of shards holds: samples, captions, members, problems",
+    "repair": "clean copy of shards: members grouped by key, unusable ones left out by name",
     "teach": "score shards with the teachers -> Arrow soft-label stores",
     "verify": "recompute random rows of a soft-label store and report the largest difference",
     "train": "train a matcher on shards (Ray Data -> Ray Train)",

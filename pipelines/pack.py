@@ -21,7 +21,7 @@ from typing import Any
 from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
-from itm.data.records import Caption, Problem, Record, check_image
+from itm.data.records import Caption, Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
 from itm.parts import build_part
@@ -193,10 +193,8 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
 
 def _fault(record: Record, image: str) -> str | None:
     """Why a record cannot be packed, or None."""
-    try:
-        json.dumps([record.key, record.meta, [c.meta for c in record.captions]], ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
-        return f"its names or metadata cannot be written as JSON: {error}"
+    if fault := json_fault(record.key, record.meta, [c.meta for c in record.captions]):
+        return fault
     if not record.captions:
         return "no caption"
     if image == "regions" and record.regions is None:

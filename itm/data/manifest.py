@@ -88,7 +88,7 @@ class Receipt(BaseModel):
 
     @property
     def rejected(self) -> int:
-        return sum(p.what != "caption" for p in self.problems)
+        return sum(p.what in ("sample", "shard") for p in self.problems)
 
 
 def write_manifest(split_uri: str, manifest: Manifest) -> None:

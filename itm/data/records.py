@@ -23,13 +23,13 @@ MAX_REGION_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that was left out, and why. `what` says how much was lost: a caption, a sample, or (part of) a shard."""
+    """One thing that was left out, and why. `what` says how much was lost: a caption, a file of a sample, a sample, (part of) a shard."""
 
     key: str
     shard: str
     stage: str
     reason: str
-    what: Literal["caption", "sample", "shard"] = "sample"
+    what: Literal["caption", "member", "sample", "shard"] = "sample"
 
     def row(self) -> str:
         """One line of quarantine.jsonl. What is no Unicode is written as its JSON escape."""
@@ -123,6 +123,15 @@ def _whole_number(name: str, array: np.ndarray | None) -> int:
     if array.size != 1 or not np.isfinite(array).all():
         raise ValueError(f"region array {name!r} must be one number, not of shape {array.shape}")
     return int(array.item())
+
+
+def json_fault(*values: Any) -> str | None:
+    """Why these names and metadata cannot be stored in a shard, or None."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"its names or metadata cannot be written as JSON: {error}"
+    return None
 
 
 def open_image(data: bytes) -> Any:

@@ -31,10 +31,12 @@ __all__ = [
     "Sample",
     "SampleIndex",
     "ShardInfo",
+    "copy_samples",
     "index_shard",
     "read_manifest",
     "read_range",
     "read_samples",
+    "read_scattered",
     "scan_bytes",
     "scan_shard",
     "write_manifest",
@@ -58,6 +60,24 @@ def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
 
     Raises ValueError for a key that WebDataset would cut, a sample without image and regions, and one without captions.
     """
+    return _write(uri, ((_members_of(record), len(record.captions)) for record in records))
+
+
+def copy_samples(uri: str, samples: Iterable[Sample], split: str) -> ShardInfo:
+    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte."""
+    split_of = lambda s: s.meta.get("split") or split
+    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s.regions) for s in samples)
+    return _write(uri, ((_members_of(record, regions), len(record.captions)) for record, regions in rows))
+
+
+def _format_of(image: bytes | None) -> str:
+    """The extension of image bytes by their first ones."""
+    head = (image or b"")[:12]
+    return "png" if head.startswith(b"\x89PNG") else "webp" if head[:4] + head[8:] == b"RIFFWEBP" else "jpg"
+
+
+def _write(uri: str, rows: Iterable[tuple[dict[str, Any], int]]) -> ShardInfo:
+    """Tar of (members of a sample, its number of captions)."""
     from webdataset.writer import TarWriter
 
     samples = captions = 0
@@ -65,9 +85,9 @@ def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
         sink = _Hashing(stream)
         # An int mtime keeps the headers plain USTAR; the default float makes tarfile write 1 KiB of PAX header a member.
         writer = TarWriter(cast(BinaryIO, sink), encoder=False, mtime=0, user="root", group="root")
-        for record in records:
-            writer.write(_members_of(record))
-            samples, captions = samples + 1, captions + len(record.captions)
+        for members_of_one, count in rows:
+            writer.write(members_of_one)
+            samples, captions = samples + 1, captions + count
         writer.close()
     return ShardInfo(name=files.name_of(uri), samples=samples, captions=captions, bytes=sink.bytes, sha256=sink.digest.hexdigest())
 
@@ -81,6 +101,20 @@ def read_samples(uri: str, sha256: str | None = None) -> Iterator[Sample | Probl
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{uri} has sha256 {found[:12]}, its manifest says {sha256[:12]}: {CHANGED}")
     yield from _parse(memoryview(data), files.name_of(uri))
+
+
+def read_scattered(uri: str) -> Iterator[Sample | Problem]:
+    """As `read_samples`, but the members of a sample are gathered wherever they lie in the tar; of two of one name the first counts."""
+    tar, shard = memoryview(files.read_bytes(uri)), files.name_of(uri)
+    groups, problems = _groups(tar, shard, fragment=False)
+    gathered: dict[str, dict[str, Member]] = {}
+    for key, parts in groups:
+        held = gathered.setdefault(key, {})
+        problems += [Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member") for e in parts if e in held]
+        held |= {extension: member for extension, member in parts.items() if extension not in held}
+    for key, parts in gathered.items():
+        yield from _sample(tar, shard, key, parts)
+    yield from problems
 
 
 def read_range(uri: str, start: int, end: int) -> Sample:
@@ -168,20 +202,21 @@ class _Hashing:
         return len(data)
 
 
-def _members_of(record: Record) -> dict[str, Any]:
+def _members_of(record: Record, regions: bytes | None = None) -> dict[str, Any]:
+    """regions: a region file as it is, in place of the record's."""
     if not record.key or set("./\\") & set(record.key):
         raise ValueError(f"key {record.key!r} must not be empty or hold a dot or slash: WebDataset cuts a key at its first dot")
     if not record.captions:
         raise ValueError(f"{record.key}: a sample needs at least one caption")
-    if record.image is None and record.regions is None:
+    if record.image is None and record.regions is None and regions is None:
         raise ValueError(f"{record.key}: a sample needs an image or regions")
     captions = [{"id": c.id, "text": c.text, **c.meta} for c in record.captions]
     about = {"image_id": record.key, **record.meta, "split": record.split, "captions": captions}
     row: dict[str, Any] = {"__key__": record.key, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
     if record.image is not None:
         row[record.image_format] = record.image
-    if record.regions is not None:
-        row[REGIONS] = record.regions.to_npz()
+    if regions is not None or record.regions is not None:
+        row[REGIONS] = regions or record.regions.to_npz()  # type: ignore[union-attr]
     return row
 
 
