@@ -2,6 +2,7 @@
 
     matcher = load_official("model_best.pth.tar")       # SCAN, SGR, SAF
     matcher = load_official("uniter-base.pt", heads=12) # UNITER, IAIS
+    matcher = load_official("ViT-B-32.pt")              # OpenAI's CLIP, a TorchScript archive
 
 Pickles are read with `weights_only` and a short allow-list; anything else in them is refused.
 """
@@ -23,6 +24,7 @@ from numpy._core.multiarray import scalar
 from torch import nn
 
 from itm.models.official_scan import load_scan
+from itm.models.official_torchscript import is_torchscript, read_torchscript
 
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
@@ -59,10 +61,11 @@ def load_official(path: str | Path, **needed: Any) -> nn.Module:
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """The content of a zip or legacy `torch.save` file (Python 2 pickles too) or a safetensors file, on the CPU, without running code.
+    """The content of a checkpoint on the CPU, without running code.
 
+    Formats: zip and legacy `torch.save` (Python 2 pickles too), safetensors, TorchScript.
     Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
-    """
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -70,6 +73,8 @@ def read_checkpoint(path: str | Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
     try:
         with torch.serialization.safe_globals(PLAIN_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "pickle_load_args only works ...": it does reach the strings of Python 2
@@ -79,7 +84,7 @@ def read_checkpoint(path: str | Path) -> Any:
         reason = f"it holds {foreign[1]}" if foreign else f"it is no whole checkpoint ({type(error).__name__})"
         raise ValueError(
             f"{path} is refused: {reason}. Only tensors, containers, options and numbers are read; a file that holds other objects "
-            "(a TorchScript archive too) could run code. Re-save its state dicts alone if you trust where it comes from."
+            "could run code. Re-save its state dicts alone if you trust where it comes from."
         ) from None
 
 
@@ -90,7 +95,7 @@ def recognise(checkpoint: Any) -> str | None:
     keys = _keys(checkpoint)
     if any("img_embeddings." in key for key in keys):
         return "uniter"
-    if any(key.endswith(("visual.proj", "visual_projection.weight")) for key in keys):
+    if any(key.endswith(("visual.proj", "visual_projection.weight")) or "visual.attnpool." in key for key in keys):
         return "clip"
     return None
 

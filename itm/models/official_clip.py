@@ -34,9 +34,9 @@ RENAMED = (
 )
 CUSA_HEAD = re.compile(r"^(ln_)?(cross|uni)_(image|text)_projection\.(weight|bias)$")
 NOT_THE_MATCHER = re.compile(
-    r"(^|\.)(logit_scale|position_ids|input_resolution|context_length|vocab_size)$|^(cross_|uni_)?(the_softlabel_)?tau"
+    r"(^|\.)(logit_scale|position_ids|input_resolution|context_length|vocab_size|attn_mask)$|^(cross_|uni_)?(the_softlabel_)?tau"
 )
-"""The temperature, index buffers, and CUSA's temperatures, which belong to its losses."""
+"""The temperature, index buffers, the causal mask that a TorchScript archive keeps, and CUSA's temperatures, which belong to its losses."""
 
 
 def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
@@ -45,6 +45,11 @@ def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
     Raises ValueError naming missing or unexpected keys, or for another vocabulary size.
     """
     tensors = {key.removeprefix("module."): value.float() for key, value in state.items() if isinstance(value, Tensor)}
+    if any("visual.attnpool." in key for key in tensors):
+        raise ValueError(
+            "this is a ResNet CLIP (visual.attnpool): Hugging Face's CLIP, which this one is, has vision transformers only. Use ViT-B-32, "
+            "ViT-B-16 or ViT-L-14"
+        )
     own: dict[str, Tensor] = {}
     for key, value in tensors.items():
         bare = key.removeprefix("clip_model.")
@@ -52,9 +57,7 @@ def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
             own |= _renamed(bare, value)
     for key in ("text_model.embeddings.token_embedding.weight", "vision_model.embeddings.patch_embedding.weight"):
         if f"backbone.{key}" not in own:
-            raise ValueError(
-                f"checkpoint does not fit CLIP: missing {key} (or its OpenAI name). Is it whole, and a ViT? ResNet CLIPs are not read."
-            )
+            raise ValueError(f"checkpoint does not fit CLIP: missing {key} (or its OpenAI name). Is it whole, and of this family?")
     words = own["backbone.text_model.embeddings.token_embedding.weight"].shape[0]
     if needed.get("vocab_size", words) != words:
         raise ValueError(f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use its own tokenizer")
