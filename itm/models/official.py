@@ -65,7 +65,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
     Formats: zip and legacy `torch.save` (Python 2 pickles too), safetensors, TorchScript.
     Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
-
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
