@@ -50,8 +50,8 @@ SHOWN = {
 HEAD = """# What was learnt here
 
 `python -m tests.learning --write tests/LEARNING.md` makes this page: every model from scratch on synthetic scenes in which similarity is
-relevance (`scenes`, world `equiv`, 1,500 training images), {seeds} seeds, mean ± half the range. Steps {steps}, batch {batch}.
-`cusa` adds soft labels of the ground truth of scenes; `shuffled` the same with the teacher's vectors given to other rows, so that they mean nothing.
+relevance (`scenes`, world `equiv`: 1,500 training images), {seeds} seeds, mean ± half the range. Steps {steps}, batch {batch}.
+`cusa` adds soft labels from the ground truth of scenes; `shuffled` gives the teacher's vectors to other rows, so that they mean nothing.
 Recalls are percent, mAP@R a fraction over all pairs that truly hold. Negative results stay in.
 """
 
@@ -68,7 +68,7 @@ def variants_of(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
     method, teachers = variants_of(model)[variant]
     # Every pair of a single-stream matcher is a forward pass: a smaller test set.
-    sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {"n_val": 60, "n_test": 300}
+    sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {"n_val": 60, "n_test": 600}
     world = {"kind": "scenes", "options": {"world": "equiv", "regions": True, **sizes}}
     choices = {
         "name": f"{model}-{variant}-{seed}",
