@@ -11,7 +11,7 @@ import argparse
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import PRECISIONS, score_matrix
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.models.uarda_pruned import Prune, Pruning
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -33,10 +34,11 @@ class How:
     precision: str = "fp32"
     block: int | None = None
     distributed: bool = False
+    prune: Prune = "off"
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> How:
-        return cls(precision=args.precision, distributed=args.distributed)
+        return cls(precision=args.precision, distributed=args.distributed, prune=args.prune)
 
 
 IN_MEMORY = How()
@@ -44,8 +46,9 @@ IN_MEMORY = How()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
+    parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
     parser.add_argument(
-        "--distributed", action="store_true", help="score by Ray tasks into a store of tiles, whatever the size of the split"
+        "--prune", choices=get_args(Prune), default="off", help="UARDA: leave out fragments below the threshold; same scores"
     )
 
 
@@ -54,6 +57,7 @@ def score_split(members: Sequence[Any], encoded: Sequence[EncodedSplit], how: Ho
 
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
+    _set_pruning(members, how.prune)
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
@@ -64,11 +68,26 @@ def score_split(members: Sequence[Any], encoded: Sequence[EncodedSplit], how: Ho
     spread, put, options["device"] = by_tasks()
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
-    identity = {**identity, **options, "torch": torch.__version__}
+    identity = {**identity, **options, "prune": how.prune, "torch": torch.__version__}
     store = TileStore.create(root, identity, Grid.of(members, images, captions, how.block), captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
+
+
+def notes(members: Sequence[Any]) -> dict[str, Any]:
+    """What the result says besides its numbers: the pruned share, the engine and the shares of time of members that prune."""
+    reports = [member.pruning.report() for member in members if getattr(member, "pruning", None) is not None]
+    return {"pruning": reports} if reports else {}
+
+
+def _set_pruning(members: Sequence[Any], prune: Prune) -> None:
+    able = [member for member in members if hasattr(member, "pruning")]
+    if prune != "off" and not able:
+        kinds = ", ".join(type(member).__name__ for member in members)
+        raise ValueError(f"--prune {prune} needs a UARDA matcher, which has a threshold to prune by; this is {kinds}: leave --prune out")
+    for member in able:
+        member.pruning = None if prune == "off" else Pruning(prune)
 
 
 def by_tasks() -> tuple[Spread, Callable[[Any], Any], str]:

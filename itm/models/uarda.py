@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from itm.config import Strict
 from itm.models.attention import LateInteraction, gram, l2, parts_of, raw_scores
 from itm.models.threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk, relevance_threshold
+from itm.models.uarda_pruned import Pruning
 from itm.types import Encoded, Images
 
 __all__ = ["UARDA", "SeparationOptions", "ThresholdOptions", "relevance_threshold"]
@@ -71,7 +72,7 @@ class UARDA(LateInteraction):
     """direction: t2i (words ask), i2t (regions ask), both (sum, one threshold each). eval_threshold: `t`, `t_safe` or a number.
 
     `threshold` holds ThresholdOptions, `separation` SeparationOptions. After `score` in training a method calls `auxiliary_losses`, which
-    moves the thresholds and gives the separating loss. Parts must be unit vectors.
+    moves the thresholds and gives the separating loss. Parts must be unit vectors. `pruning` makes evaluation skip what t prunes.
     """
 
     kind: ClassVar[str] = "uarda"
@@ -104,6 +105,7 @@ class UARDA(LateInteraction):
         self.rule: ThresholdOptions = rule
         self._observed: dict[str, Observed] = {}
         self._encoded_rows = 0
+        self.pruning: Pruning | None = None
         self.options = {
             **self.towers,
             "direction": direction,
@@ -129,6 +131,8 @@ class UARDA(LateInteraction):
         return total
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
+        if self.pruning is not None and not self.training and not torch.is_grad_enabled():
+            return self.pruning.scores(direction, query, context, self.attention, self._threshold(direction))
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
         observing = self.training and torch.is_grad_enabled()
