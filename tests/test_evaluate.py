@@ -8,9 +8,11 @@ import torch
 
 import itm
 from itm.data.shards import read_manifest
-from itm.evaluation.dataset import encode_split, exact_relevance
+from itm.evaluation.dataset import EncodedSplit, Names, encode_split, exact_relevance
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.scoring import score_matrix
+from itm.folder import build_matcher, save_matcher
+from itm.types import Encoded
 from pipelines import evaluate
 from pipelines.cli import stage_main
 from tests.small_split import records, small_run, write_split
@@ -168,3 +170,42 @@ def test_metrics_and_the_file_reach_the_run_of_the_training(tmp_path, monkeypatc
     run = client().get_run(tracker.run_id)
     assert run.data.metrics["test_rsum"] == pytest.approx(result["metrics"]["rsum"])
     assert [f.path for f in client().list_artifacts(tracker.run_id)] == ["evaluation.json"]
+
+
+def test_an_ensemble_is_the_mean_of_its_members_scores_under_a_name_that_lists_them(tmp_path, capsys):
+    recipe = small_run(tmp_path)
+    first = f"{recipe.folder}/matcher"
+    second = str(tmp_path / "runs" / "other" / "matcher")
+    torch.manual_seed(5)
+    save_matcher(build_matcher(recipe.model, itm.load_matcher(first).inputs), second)
+    members, uri = [itm.load_matcher(first), itm.load_matcher(second)], f"{recipe.data.root}/test"
+    splits = [encode_split(m, uri) for m in members]
+    mean = sum(score_matrix(m, s.images, s.captions) for m, s in zip(members, splits, strict=True)) / 2
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe.model_dump(mode="json")))
+    assert stage_main("evaluate", ["-c", str(path), "--matcher", first, "--matcher", second, "--save-scores", str(tmp_path / "s.npy")]) == 0
+    np.testing.assert_allclose(np.load(tmp_path / "s.npy"), mean.numpy(), atol=1e-6)
+    (written,) = Path(recipe.folder).glob("evaluation-small-other-*.json")
+    result = json.loads(written.read_text())
+    relevance = exact_relevance("scenes", splits[0].names)
+    assert result["metrics"] == pytest.approx(retrieval_metrics(mean, splits[0].positives, relevance))
+    assert result["matcher_hash"] == "+".join(map(evaluate.weights_hash, members))
+    assert result["matcher"] == f"{first} + {second}"
+    assert result["score_type"] == "mean of DualEncoder + DualEncoder scores, fp32"
+
+
+def test_every_number_is_stored_with_protocol_ties_score_type_hashes_chance_and_counts(tmp_path):
+    recipe = small_run(tmp_path)
+    result = evaluate.evaluate(recipe, tie="official")
+    assert {"protocol", "tie", "score_type", "precision", "split_hash", "matcher_hash", "counts", "rejected"} <= set(result)
+    assert set(result["chance"]) == {name for name in result["metrics"] if not name.endswith("medr")}
+    section = recipe.evaluation.model_copy(update={"protocol": "t2t"})
+    found = evaluate.evaluate(recipe.model_copy(update={"evaluation": section}))
+    assert set(found["chance"]) == set(found["metrics"])
+
+
+def test_a_matcher_that_reads_other_images_cannot_join_an_ensemble(tmp_path):
+    names = [Names(keys, [f"c{k}" for k in keys], torch.arange(len(keys))) for keys in (["a", "b", "c"], ["a", "c"])]
+    seen = [EncodedSplit(Encoded(), Encoded(), n) for n in names]
+    with pytest.raises(ValueError, match="only one of the matchers 1 and 2 can read 1 images, e.g. 'b'"):
+        evaluate.agreed(seen, "split")

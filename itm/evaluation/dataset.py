@@ -142,8 +142,8 @@ def encode_shard(
     samples: list[Sample] = []
     images: list[Encoded] = []
     with scoring_mode(matcher, device):
-        for batch in _batches(read_samples(shard_uri), batch_size, limit, problems):
-            good, prepared = _prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+        for batch in batches(read_samples(shard_uri), batch_size, limit, problems):
+            good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
             images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
         captions = [caption for sample in samples for caption in sample.captions]
@@ -163,7 +163,7 @@ def _encode_texts(matcher: Any, captions: Sequence[Caption], device: Any) -> Enc
     return encode_rows(matcher, matcher.inputs.captions([c.text for c in captions]), len(captions), device)
 
 
-def _batches(items: Iterable[Sample | Problem], size: int, limit: int | None, problems: list[Problem]) -> Iterator[list[Sample]]:
+def batches(items: Iterable[Sample | Problem], size: int, limit: int | None, problems: list[Problem]) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
     taken = 0
     for item in items:
@@ -181,7 +181,7 @@ def _batches(items: Iterable[Sample | Problem], size: int, limit: int | None, pr
         yield batch
 
 
-def _prepare(inputs: Any, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Any]]:
+def prepare(inputs: Any, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Any]]:
     """One `Images` for the batch; when one of its images is bad, one each, and a quarantine row for the bad ones."""
     regions = inputs.image.kind == "regions"
     raw = [sample.regions if regions else sample.image for sample in batch]

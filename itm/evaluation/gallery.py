@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from itm.evaluation.protocols import Scored
 
 HITS = 5
 BINS = 48
-SAMPLE = 256  # queries that stand for all when the scores are never held whole
+SAMPLE = 256  # queries that stand for all when the scores are never held whole, or are so many
+WHOLE_PAIRS = 1 << 23
 
 
 def examples(scored: Scored, each: int = 4) -> dict[str, list[dict[str, Any]]]:
@@ -40,12 +42,13 @@ def histogram(scored: Scored, bins: int = BINS) -> dict[str, list[float]]:
 
 
 def _rows(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries (Q,) and their scores, annotated pairs and true pairs (Q,G): all of a matrix, evenly spread `SAMPLE` of streamed scores."""
+    """Queries (Q,) and their scores, annotated pairs and true pairs (Q,G): all of a small matrix, else evenly spread `SAMPLE`."""
     turned = way == "t2i"
+    sampled = isinstance(scored.scores, Streamed) or math.prod(scored.scores.shape) > WHOLE_PAIRS
     images, captions = torch.arange(len(scored.names.image_keys)), scored.names.caption_image
     owners, gallery = (captions, images) if turned else (images, captions)
-    asked = torch.tensor(_spread(torch.arange(len(owners)), SAMPLE)) if isinstance(scored.scores, Streamed) else torch.arange(len(owners))
-    rows = asked if isinstance(scored.scores, Streamed) else slice(None)
+    asked = torch.tensor(_spread(torch.arange(len(owners)), SAMPLE)) if sampled else torch.arange(len(owners))
+    rows = asked if sampled else slice(None)
     scores = torch.as_tensor((scored.scores.T if turned else scored.scores)[rows])
     annotated = owners[asked, None] == gallery
     if scored.relevance is None:
