@@ -89,6 +89,9 @@ class Train(Strict):
     warmup_steps: int = Field(0, ge=0)
     clip_norm: float | None = Field(None, gt=0)
     accumulate: int = Field(1, ge=1, description="micro-steps per optimiser step")
+    cache_chunk: int | None = Field(
+        None, ge=1, description="rows the encoders hold activations of; the loss still sees all of batch_size. Unset = all at once"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")

@@ -31,13 +31,14 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
 from itm.data.plan import Plan
-from itm.data.preprocess import ImageInput, Inputs
-from itm.data.records import Regions
+from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
+from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store, find_store
 from itm.data.text import build_tokenizer
 from itm.lineage import DatasetRef, git_commit
 from itm.registry import Tracker, tracking_uri
+from itm.training.cached import check_cached
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.teach import choice_of, stores_root
 from pipelines.train_worker import Job, absolute, build_method, work
@@ -112,11 +113,13 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
         raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
     check_present(split, manifest)
     captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path else None
-    image = ImageInput.of(data)
-    if image.kind == "regions":
-        image = replace(image, region_width=region_width_of(split, manifest))
+    image, first = ImageInput.of(data), first_sample(split, manifest, data.image)
+    if first and image.kind == "regions":
+        image = replace(image, region_width=read_regions(first[0], 1)["regions"].shape[1])
     inputs = Inputs(image, build_tokenizer(recipe.text, captions))
     method = build_method(recipe, inputs)
+    if first and train.cache_chunk is not None:
+        check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
     stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
     return Job(recipe, manifest, plan, inputs, stores, steps, run_id="", tracking_uri="")
 
@@ -128,13 +131,14 @@ def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
                 yield from (caption.text for caption in item.captions)
 
 
-def region_width_of(split: str, manifest: Manifest) -> int | None:
-    """The width of the first region features of a split that can be read."""
+def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str] | None:
+    """(image or region bytes, caption) of the first sample that has what the recipe trains on."""
     for shard in manifest.shards:
         for item in read_samples(files.join(split, shard.name)):
-            if isinstance(item, Sample) and item.regions is not None:
-                with suppress(ValueError):
-                    return int(Regions.from_npz(item.regions).features.shape[1])
+            data = None if isinstance(item, Problem) else item.regions if kind == "regions" else item.image
+            with suppress(ValueError):
+                if isinstance(item, Sample) and data is not None and (decode(data) if kind == "pixels" else read_regions(data, 1)):
+                    return data, item.captions[0].text
     return None
 
 

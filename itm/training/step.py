@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from itm.config import Train
 from itm.distributed import rank
+from itm.training.cached import encoding_in_chunks
 from itm.training.optim import set_rate
 from itm.types import Batch
 
@@ -51,7 +52,8 @@ class Step:
         return seen | {"loss": torch.stack(list(seen.values())).sum()}
 
     def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+        low = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+        with low, encoding_in_chunks(getattr(self.plain, "matcher", None), self.train.cache_chunk):
             losses: dict[str, Tensor] = self.method(batch, step=number)
         return {name: value.float() for name, value in losses.items()}
 
