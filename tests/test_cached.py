@@ -48,9 +48,10 @@ def scan() -> SCAN:
 
 def gradients(method: nn.Module, chunk: int | None, seed: int = 3) -> dict[str, torch.Tensor]:
     method.zero_grad()
+    rows = batch()
     torch.manual_seed(seed)
     with encoding_in_chunks(method.matcher, chunk):
-        losses = method(batch())
+        losses = method(rows)
     sum(losses.values()).backward()  # type: ignore[union-attr]
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
