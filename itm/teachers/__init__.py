@@ -8,4 +8,5 @@ TEACHERS = {
     "minilm": "itm.teachers.text:MiniLMTeacher",
     "scenes_text": "itm.teachers.text:ScenesTextTruth",
     "matcher": "itm.teachers.matcher:MatcherTeacher",
+    "cusa_npy": "itm.teachers.cusa_npy:CusaNpyTeacher",
 }

@@ -8,4 +8,5 @@ SOURCES = {
     "csv": "itm.data.sources.csv:CsvPairs",
     "precomp": "itm.data.sources.precomp:Precomp",
     "uniter_db": "itm.data.sources.uniter_db:UniterDb",
+    "bua_tsv": "itm.data.sources.bua_tsv:BuaTsv",
 }

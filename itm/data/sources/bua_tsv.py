@@ -1,0 +1,109 @@
+"""Bottom-up-attention TSV files: one row an image, `image_id image_w image_h num_boxes boxes features`, arrays as base64 of float32."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itm.data.records import Caption, Problem, Record, Regions
+from itm.data.sources.source import ListedImages, Source, unique_keys
+from itm.parts import build_part
+
+FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
+
+
+class BuaTsv(Source):
+    """`features`: a TSV file or several; `captions`: a source of image files whose captions and splits are taken, their images not read.
+
+    Rows and images meet by the stem of the file name, its part behind the last underscore, or the image_id of the captions, leading
+    zeros aside; of rows with one id the first counts. Opening reads the files once, to know where each row begins.
+    Raises ValueError for a row that is no row.
+    """
+
+    def __init__(self, features: str | list[str], captions: dict[str, Any]) -> None:
+        from itm.data.sources import SOURCES
+
+        said = build_part(SOURCES, captions.get("kind", ""), captions.get("options", {}), "data.source.options.captions")
+        if not isinstance(said, ListedImages):
+            raise ValueError(f"captions.kind={captions.get('kind')!r} lists no images: take karpathy, coco_captions, pairs_json or csv")
+        self.said, self.splits = said, said.splits
+        self.files = [Path(f) for f in ([features] if isinstance(features, str) else features)]
+        self.rows: dict[str, tuple[int, int, int]] = {}
+        for number, file in enumerate(self.files):
+            self._index(number, file)
+        self._keys = {split: unique_keys([row.path for row in rows]) for split, rows in said.listings.items()}
+
+    def count(self, split: str) -> int:
+        return self.said.count(split)
+
+    def identity(self) -> dict[str, Any]:
+        """The files are known by the ids and places of all rows and by the first row: hashing tens of GB would take minutes."""
+        digest = hashlib.sha256(repr(sorted(self.rows.items())).encode())
+        for place in list(self.rows.values())[:1]:
+            digest.update(self._row(place))
+        return {"source": "BuaTsv", "features": digest.hexdigest(), "captions": self.said.identity()}
+
+    def item(self, split: str, index: int) -> Record | Problem:
+        listing, key = self.said.listings[split][index], self._keys[split][index]
+        stem, given = Path(listing.path).stem, listing.meta.get("image_id")
+        names = [stem, stem.split("_")[-1]]
+        if given is not None and given != listing.meta.get("imgid"):  # a position in a Karpathy file could be another image's id
+            names.append(str(given))
+        place = next((self.rows[_plain(name)] for name in names if _plain(name) in self.rows), None)
+        if place is None:
+            files = ", ".join(str(f) for f in self.files)
+            return Problem(key, "", "source", f"{listing.path} has no row in {files}: none of {names} is an image_id there")
+        try:
+            regions = read_row(self._row(place))
+        except ValueError as error:
+            return Problem(key, "", "source", f"{self.files[place[0]]} at byte {place[1]}: {error}")
+        captions = [Caption(c.id or f"{key}#{n}", c.text, c.meta) for n, c in enumerate(listing.captions)]
+        return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": listing.path, **listing.meta})
+
+    def _index(self, number: int, file: Path) -> None:
+        try:
+            stream = file.open("rb")
+        except OSError as error:
+            raise ValueError(f"data.source.options.features: {file} cannot be read: {error.strerror}") from None
+        with stream:
+            at = 0
+            for line in stream:
+                cells = line.split(b"\t", 2)
+                if len(cells) < 3:
+                    raise ValueError(f"{file} at byte {at} is no row of {' '.join(FIELDS)}, separated by tabs")
+                self.rows.setdefault(_plain(cells[0].decode(errors="replace")), (number, at, len(line)))
+                at += len(line)
+
+    def _row(self, place: tuple[int, int, int]) -> bytes:
+        number, at, length = place
+        with self.files[number].open("rb") as stream:
+            stream.seek(at)
+            return stream.read(length)
+
+
+def read_row(line: bytes) -> Regions:
+    """Regions of one row. Raises ValueError when numbers and bytes do not fit together, or float16 cannot hold the features."""
+    cells = line.rstrip(b"\r\n").split(b"\t")
+    if len(cells) != len(FIELDS):
+        raise ValueError(f"{len(cells)} fields, want {len(FIELDS)}: {' '.join(FIELDS)}")
+    width, height, count = (int(cell) for cell in cells[1:4])
+    try:
+        boxes, features = (np.frombuffer(base64.b64decode(cell, validate=True), np.float32) for cell in cells[4:])
+    except binascii.Error as error:
+        raise ValueError(f"boxes or features are no base64: {error}") from None
+    if count < 1 or boxes.size != 4 * count or not features.size or features.size % count:
+        raise ValueError(f"num_boxes is {count}, but there are {boxes.size} box numbers and {features.size} feature numbers")
+    with np.errstate(over="ignore"):
+        half = features.reshape(count, -1).astype(np.float16)
+    if not np.isfinite(half).all() or not np.isfinite(boxes).all():
+        raise ValueError("features or boxes are not finite in float16")
+    return Regions(half, boxes.reshape(count, 4), width, height)
+
+
+def _plain(name: str) -> str:
+    return name.strip().lstrip("0") or "0"
