@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -33,9 +34,19 @@ def test_the_rate_warms_up_then_falls_to_its_floor() -> None:
     assert rates[4:] == sorted(rates[4:], reverse=True)
 
 
+def test_the_linear_schedule_is_uniters_update_by_update() -> None:
+    """The authors count updates from 1: rate t/W below W, then rate (T-t)/(T-W), and 1e-8 from T on."""
+    golden = Path(__file__).parent / "golden/iais/p6_schedules"
+    config = json.loads((golden / "README.json").read_text())["config"]
+    train = Train(schedule="linear", lr=config["learning_rate"], warmup_steps=config["warmup_steps"])
+    with np.load(golden / "data.npz") as data:
+        for update, rate in zip(data["step"].tolist(), data["lr"].tolist(), strict=True):
+            assert learning_rate(train, update - 1, 10, config["num_train_steps"]) == pytest.approx(rate, rel=1e-12)
+
+
 def test_linear_and_step_schedules_equal_hand_values() -> None:
     linear = Train(schedule="linear", lr=1.0, min_lr=0.0)
-    assert [learning_rate(linear, s, 5, 10) for s in (0, 5, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [learning_rate(linear, s, 5, 10) for s in (0, 4, 8, 9)] == pytest.approx([0.9, 0.5, 0.1, 1e-8])
     step = Train(schedule="step", lr=1.0, step_epochs=2, step_gamma=0.1)
     assert [learning_rate(step, s, 5, 50) for s in (0, 9, 10, 19, 20)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
     assert learning_rate(Train(schedule="constant", lr=0.3), 7, 5, 50) == 0.3

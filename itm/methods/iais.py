@@ -181,9 +181,3 @@ def annealing(schedule: str, step: int, steps: int) -> float:
             return 1 - math.exp(-5 * done)
         case _:
             return 1.0
-
-
-def warmup_linear(step: int, steps: int, warmup: int, rate: float) -> float:
-    """UNITER's learning rate of the update number `step` (1-based): rate t/W below W, then rate (T-t)/(T-W), and 1e-8 from T on."""
-    value = rate * step / warmup if step < warmup else rate * (steps - step) / (steps - warmup)
-    return value if value > 0 else 1e-8

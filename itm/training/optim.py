@@ -31,15 +31,21 @@ def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
 
 
 def learning_rate(train: Train, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """The rate of optimiser step `step` (0-based).
+    """The rate of optimiser step `step` (0-based); never 0 but 1e-8, as UNITER has it.
 
     During the first W = warmup_steps it rises as lr (step+1)/W. Then, with s = (step-W) / (total-W), e = epoch of the step, E = epochs:
-    constant lr; linear lr + (min-lr) s; cosine min + (lr-min)(1+cos(pi s))/2; cosine_epoch min + (lr-min)(1+cos(pi e/E))/2 (CUSA spec 2.2);
-    step lr step_gamma^floor(e / step_epochs) (SCAN, SGRAF).
+    constant lr; linear lr + (min-lr) (step+1-W) / (total-W), which ends at min (iais spec 4); cosine min + (lr-min)(1+cos(pi s))/2;
+    cosine_epoch min + (lr-min)(1+cos(pi e/E))/2 (CUSA spec 2.2); step lr step_gamma^floor(e / step_epochs) (SCAN, SGRAF).
     """
+    rate = _planned(train, step, steps_per_epoch, total_steps)
+    return rate if rate > 0 else 1e-8
+
+
+def _planned(train: Train, step: int, steps_per_epoch: int, total_steps: int) -> float:
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
-    done = min(1.0, (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps))
+    falling = max(1, total_steps - train.warmup_steps)
+    done = min(1.0, (step - train.warmup_steps) / falling)
     epoch, epochs = step // steps_per_epoch, max(1, math.ceil(total_steps / steps_per_epoch))
     span = train.lr - train.min_lr
     match train.schedule:
@@ -48,7 +54,7 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int, total_steps: in
         case "cosine_epoch":
             return train.min_lr + span * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         case "linear":
-            return train.lr - span * done
+            return train.min_lr + span * max(0, total_steps - step - 1) / falling
         case "step":
             return max(train.min_lr, train.lr * train.step_gamma ** (epoch // train.step_epochs))
         case _:

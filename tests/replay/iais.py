@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itm.config import Train
 from itm.data.sources.uniter_db import ImageDatabase, TextDatabase, region_count
 from itm.evaluation.metrics import retrieval_metrics
 from itm.losses.relation import aligned_index, isda, relation_alignment_loss, relation_distances
-from itm.methods.iais import IAIS, annealing, warmup_linear
+from itm.methods.iais import IAIS, annealing
 from itm.methods.iais_mining import hardest_of_pool
 from itm.models.official_uniter import load_uniter, printed_text_to_image_recalls
 from itm.models.uniter import UNITER
 from itm.models.uniter_pairs import Relations
+from itm.training.optim import learning_rate
 from itm.types import Captions, Encoded, Images
 from tests.replay import Case, Check
 
@@ -252,7 +254,8 @@ def _schedules(folder: Path, about: dict[str, Any]) -> Iterator[Check]:
     steps, total = arrays["step"].tolist(), config["num_train_steps"]
     for name in ("linear", "exp", "log"):
         yield TAU(f"tsa_{name}_schedule", [annealing(name, t, total) for t in steps], arrays[f"tsa_{name}_schedule"])
-    rates = [warmup_linear(t, total, config["warmup_steps"], config["learning_rate"]) for t in steps]
+    train = Train(schedule="linear", lr=config["learning_rate"], warmup_steps=config["warmup_steps"])
+    rates = [learning_rate(train, t - 1, total, total) for t in steps]
     yield Check("lr", rates, arrays["lr"], atol=1e-18, rtol=1e-12)
 
 
