@@ -76,7 +76,7 @@ def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
         "output": output,
         "data": {
             "source": world,
-            "root": f"{output}/shards-{sizes['n_test']}",
+            "root": f"{output}/shards-{sizes['n_test']}{'' if model == 'dual' else '-regions'}",
             "image_size": 64,
             "crop": "squash",
             "max_regions": 6,
