@@ -39,7 +39,7 @@ from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.probe import PROBES, probe
 from pipelines.probe import add_arguments as add_probe_arguments
 from pipelines.result import FORMAT, absolute, content, output_of, stored, table, track, weights_hash
-from pipelines.score import IN_MEMORY, How, score_split
+from pipelines.score import IN_MEMORY, How, described, notes, score_split
 from pipelines.score import add_arguments as add_scoring_arguments
 
 # Below this many captions one process is done before workers have imported torch.
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"protocol": args.protocol})})
         options = {"tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
         result = evaluate(recipe, args.matcher, args.split, **options)
-    print(table(result))
+    print("\n".join(filter(None, (table(result), described(result)))))
     return 0
 
 
@@ -100,7 +100,7 @@ def evaluate(
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     matchers = [itm.load_matcher(uri) for uri in uris or [files.join(recipe.folder, "matcher")]]
     manifest = read_manifest(split_uri)
-    output = output_of(recipe, uris, split)
+    output = how.named(output_of(recipe, uris, split))
     identity = {
         "format": FORMAT,
         "split": split,
@@ -109,20 +109,21 @@ def evaluate(
         "protocol_name": recipe.evaluation.protocol,
         "tie": tie,
         "precision": how.precision,
-    }
+    } | how.identity()
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
-    encoded = agreed(seen, split_uri)
+    screen = encode(itm.load_matcher(how.screen_matcher), split_uri, manifest, recipe) if how.screen and how.screen_matcher else None
+    encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest)
-    scored = score(matchers, seen, manifest, recipe, how)
+    scored = score(matchers, seen, manifest, recipe, how, screen)
     outcome = run_protocol(recipe.evaluation.protocol, scored, tie)
     result = (
         identity
-        | content(outcome, scored, score_type(matchers, how.precision))
+        | (content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores))
         | {
             "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
             "matcher": " + ".join(uris) or files.join(recipe.folder, "matcher"),
@@ -137,7 +138,7 @@ def evaluate(
     if save_scores:
         write_scores(save_scores, scored)
     files.write_atomic(output, json.dumps(result, indent=1).encode())
-    if not uris:
+    if not uris and not how.screen:
         track(recipe, result, output)
     return result
 
@@ -203,10 +204,12 @@ def _encode_by_tasks(matcher: Any, shards: list[str], batch_size: int) -> list[E
     return ray.get([task.remote(shared, uri, batch_size, None, "cuda" if gpu else "cpu") for uri in shards])
 
 
-def score(matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY) -> Scored:
-    """All pairs, in memory or in a store of tiles below the recipe's folder (see `pipelines.score`); the mean over several matchers."""
+def score(
+    matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY, screen: Any = None
+) -> Scored:
+    """All pairs, or those a screen proposes, in memory or in a store of tiles (see `pipelines.score`); the mean over several matchers."""
     identity = {"split_hash": manifest.fingerprint(), "matcher_hash": "+".join(map(weights_hash, matchers))}
-    scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), absolute(recipe.folder), identity)
+    scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), absolute(recipe.folder), identity, screen)
     first = seen[0]
     return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)
 

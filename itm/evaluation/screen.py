@@ -44,6 +44,7 @@ class ScreenedScores(Streamed):
 
     def __init__(self, vectors: Vectors, pairs: tuple[Tensor, Tensor], values: Tensor) -> None:
         self.vectors, self.pairs, self.values = vectors, pairs, values
+        self.report: dict[str, Any] = {}
         self.shape = len(vectors[0]), len(vectors[1])
         self._starts = torch.searchsorted(pairs[0].contiguous(), torch.arange(self.shape[0] + 1))
 
@@ -139,18 +140,14 @@ class Probe:
 
 
 def probe(
-    members: Sequence[Any],
-    sides: Sides,
-    vectors: Vectors,
-    caption_image: Tensor,
-    queries: int,
-    seed: int,
-    options: dict[str, Any] | None = None,
+    members: Sequence[Any], sides: Sides, vectors: Vectors, sample: tuple[Tensor, int, int], options: dict[str, Any] | None = None
 ) -> list[Probe]:
-    """Score `queries` random images and captions exactly against the whole gallery. caption_image (T,): image row of each caption.
+    """Score random images and captions exactly against the whole gallery; one `Probe` each way.
 
-    Ties count against the positive in the exact order and in the screen's, so the loss is never understated.
+    sample: (image row of each caption (T,), queries each way, seed). Ties count against the positive in the exact order and in the
+    screen's, so the loss is never understated.
     """
+    caption_image, queries, seed = sample
     generator = torch.Generator().manual_seed(seed)
     owners = torch.arange(len(vectors[0])), caption_image
     found = []

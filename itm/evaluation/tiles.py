@@ -10,6 +10,7 @@ nothing else. Who runs the tiles is the caller's choice (`spread`): one after th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -84,6 +85,7 @@ class TileStore:
         digest = hashlib.sha256(json.dumps([FORMAT, identity, asdict(grid)], sort_keys=True).encode()).hexdigest()[:12]
         store = cls(files.join(root, f"scores-{digest}"), grid, by_length(captions), identity)
         files.check_writable(store.uri)
+        files.remove_abandoned(store.uri)
         if files.exists(store._receipt):
             cls.open(store.uri, identity)
         held = files.join(store.uri, "captions.npy")
@@ -118,11 +120,8 @@ class TileStore:
 
     def missing(self) -> list[Tile]:
         """Tiles that are not there, or not of their size."""
-        return [tile for tile in self.grid.tiles if not self._is_done(tile)]
-
-    def _is_done(self, tile: Tile) -> bool:
-        uri = self.tile_uri(tile)
-        return files.exists(uri) and files.size_of(uri) == _file_bytes(self.grid.shape(tile))
+        held = files.sizes(self.uri, ".npy")
+        return [tile for tile in self.grid.tiles if held.get(files.name_of(self.tile_uri(tile))) != _file_bytes(self.grid.shape(tile))]
 
     def finish(self) -> None:
         receipt = {"format": FORMAT, "identity": self.identity, "grid": asdict(self.grid), "tiles": len(self.grid.tiles)}
@@ -201,6 +200,7 @@ def _load(uri: str) -> np.ndarray:
     return np.load(uri, mmap_mode="c", allow_pickle=False)
 
 
+@functools.cache
 def _file_bytes(shape: tuple[int, int]) -> int:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
