@@ -150,8 +150,9 @@ class AttentionFiltration(nn.Module):
 class SimilarityMatcher(LateInteraction):
     """The common part of SGR and SAF: attention, similarity vectors, chunking. `regions` is the number of batch-norm slots.
 
-    `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the backward pass instead of keeping
-    their activations. Neither changes a number.
+    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
+    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
+    backward pass instead of keeping their activations. Neither changes a number.
     """
 
     gru_dropout = 0.4
