@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from itm.config import Text
 from itm.data.text import HFTokenizer, WordVocabulary, build_tokenizer, clean_caption, clip_tokenizer, load_tokenizer, words
+from itm.data.treebank import treebank_words
 
 CAPTIONS = ["A red circle, left of a blue square.", "a blue disc; a red square"]
 
@@ -63,6 +64,35 @@ def test_an_sgraf_vocabulary_file_is_read_and_keeps_its_ids(tmp_path):
     (tmp_path / "f30k_precomp_vocab.json").write_text(json.dumps({"word2idx": word2idx, "idx2word": {}, "idx": 7}))
     vocabulary = WordVocabulary.from_json(tmp_path / "f30k_precomp_vocab.json", clean=False)
     assert vocabulary(["A zebra."])[0].tolist() == [[1, 5, 4, 6, 2]]
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("A man's dog can't run, but the boys' can.", "a man 's dog ca n't run , but the boys ' can ."),
+        ('He said "hi" to 3,000 people at 3:00 (twice).', "he said `` hi '' to 3,000 people at 3:00 ( twice ) ."),
+        ('"Stop" and/or t-shirt... x -- y; z.\n', "`` stop '' and/or t-shirt ... x -- y ; z ."),
+        ("They cannot wait: it's gonna rain & I'm wet!", "they can not wait : it 's gon na rain & i 'm wet !"),
+        ("Mr. Smith. A dog.", "mr. smith . a dog ."),
+        ("rock 'n' roll, 'quoted'.", "rock 'n ' roll , ' quoted ' ."),
+    ],
+)
+def test_treebank_words_are_those_of_the_authors_vocabularies(caption, found):
+    assert treebank_words(caption, {"mr."}) == found.split()
+
+
+def test_an_authors_vocabulary_cuts_as_it_was_made_and_keeps_that_when_saved(tmp_path):
+    words = ["<pad>", "<start>", "<end>", "<unk>", "a", "``", "''", "and/or", "u.s.", ".", "flag"]
+    content = {
+        "word2idx": {word: i for i, word in enumerate(words)},
+        "idx2word": {str(i): w for i, w in enumerate(words)},
+        "idx": len(words),
+    }
+    (tmp_path / "f30k_precomp_vocab.json").write_text(json.dumps(content))
+    vocabulary = WordVocabulary.from_json(tmp_path / "f30k_precomp_vocab.json", clean=False)
+    vocabulary.save(tmp_path / "saved")
+    for each in (vocabulary, load_tokenizer(tmp_path / "saved")):
+        assert each(['A "U.S." flag. And/or a'])[0].tolist() == [[1, 4, 5, 8, 6, 10, 9, 7, 4, 2]]
 
 
 def test_a_vocabulary_with_holes_is_refused_with_its_file_named(tmp_path):

@@ -13,13 +13,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from itm.config import Text
+from itm.data.treebank import treebank_words
 
+Rules = Literal["plain", "treebank"]
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 SETTINGS = "text.json"
 VOCABULARY = "vocabulary.json"
@@ -43,14 +45,17 @@ def clean_caption(text: str, max_words: int = 64) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks, n't and 's split off, hyphens kept (near the Treebank rules of SCAN's vocabularies)."""
+    """Lower-case words and punctuation marks, n't and 's split off, hyphens kept."""
     return _WORD.findall(text.lower())
 
 
 class WordVocabulary:
-    """Word -> id. Ids 0..3 are <pad> <start> <end> <unk>; the others follow in alphabetical order unless read from a file."""
+    """Word -> id. Ids 0..3 are <pad> <start> <end> <unk>; the others follow in alphabetical order unless read from a file.
 
-    def __init__(self, word2idx: dict[str, int], *, max_length: int = 64, clean: bool = True) -> None:
+    rules: `plain` cuts captions by `words`, `treebank` as the authors' vocabulary files were made.
+    """
+
+    def __init__(self, word2idx: dict[str, int], *, max_length: int = 64, clean: bool = True, rules: Rules = "plain") -> None:
         """Raises ValueError when the four special words do not have the ids 0..3 or an id is used twice."""
         if [word2idx.get(word) for word in SPECIAL] != [0, 1, 2, 3]:
             raise ValueError(f"a word vocabulary must map {', '.join(SPECIAL)} to 0, 1, 2, 3")
@@ -59,7 +64,7 @@ class WordVocabulary:
         self.word2idx = dict(word2idx)
         self.vocab_size = len(word2idx)
         self.max_length = max_length
-        self.clean = clean
+        self.clean, self.rules = clean, rules
         self.truncated = 0
 
     @classmethod
@@ -73,14 +78,15 @@ class WordVocabulary:
 
     @classmethod
     def from_json(cls, path: str | Path, *, max_length: int = 64, clean: bool = True) -> WordVocabulary:
-        """A vocabulary file of SCAN or SGRAF (`word2idx` inside). Their captions were not cleaned: give clean=False for their weights.
+        """A vocabulary file of SCAN or SGRAF (`word2idx` and `idx2word` inside; treebank rules), or one of ours.
 
-        Raises ValueError naming the file when it holds no vocabulary.
+        Their captions were not cleaned: give clean=False for their weights. Raises ValueError naming the file when it holds no vocabulary.
         """
         try:
-            word2idx = json.loads(Path(path).read_text())["word2idx"]
-            return cls(word2idx, max_length=max_length, clean=clean)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            content = json.loads(Path(path).read_text())
+            rules = content.get("rules", "treebank" if "idx2word" in content else "plain")
+            return cls(content["word2idx"], max_length=max_length, clean=clean, rules=rules)
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no word vocabulary (json with word2idx): {error}") from None
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -90,13 +96,15 @@ class WordVocabulary:
 
     def _encode(self, text: str) -> list[int]:
         unknown = self.word2idx["<unk>"]
-        ids = [self.word2idx.get(word, unknown) for word in words(clean_caption(text) if self.clean else text)]
+        text = clean_caption(text) if self.clean else text
+        found = treebank_words(text, self.word2idx) if self.rules == "treebank" else words(text)
+        ids = [self.word2idx.get(word, unknown) for word in found]
         self.truncated += len(ids) > self.max_length - 2
         return [1, *ids[: self.max_length - 2], 2]
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / VOCABULARY).write_text(json.dumps({"word2idx": self.word2idx}))
+        (Path(folder) / VOCABULARY).write_text(json.dumps({"word2idx": self.word2idx, "rules": self.rules}))
         _write_settings(folder, kind="words", max_length=self.max_length, clean=self.clean)
 
 
