@@ -132,14 +132,14 @@ def trim(rows: Encoded) -> Encoded:
 
 
 def _pair_bytes(images: Encoded, captions: Encoded) -> int:
-    """Bytes a late-interaction score of one pair may hold at once: attention in both directions and one context per word.
+    """Bytes a late-interaction score of one pair may hold at once: attention in both directions. Matchers cut tiles further where the
+    attended vectors are built.
 
     A product of vectors holds 4, but tiles of 16 MB cost less time than larger ones, whose memory is new each time.
     """
     if images.parts is None or captions.parts is None:
         return 64
-    regions, words, width = images.parts.shape[1], captions.parts.shape[1], captions.parts.shape[2]
-    return 4 * (4 * regions * words + 2 * words * width)
+    return 16 * images.parts.shape[1] * captions.parts.shape[1]
 
 
 def _columns(images: Encoded, captions: Encoded) -> int:

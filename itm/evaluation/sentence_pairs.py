@@ -44,8 +44,8 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     text = Path(path).read_text(encoding="utf-8-sig")
     first = text.partition("\n")[0]
     tabs = "\t" in first
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    reader = csv.reader(text.splitlines(keepends=True), "excel-tab" if tabs else "excel", quoting=quoting)
+    lines = text.splitlines(keepends=True)
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines)
     header = [cell.strip() for cell in next(reader, [])]
     places, has_header = _places(str(path), header, columns)
     pairs = RatedPairs(str(path), [], [], [])

@@ -1,0 +1,89 @@
+"""Late interaction without gradient, in tiles that stay in the cache: captions of one length against a block of images.
+
+The numbers are those of the plain form up to rounding (SGRAF spec 8.4). Nothing is padded on the word side, so nothing needs a mask there;
+scores lie as (context rows, context items, query items, query rows), so that every sum runs over an outer axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.models.attention import gram, parts_of
+from itm.types import Encoded
+
+# Raw scores of one tile: about the second-level cache of a CPU core, or enough work for a GPU.
+TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+IMAGES = {"cpu": 32, "cuda": 512}
+
+Relate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def can_tile(captions: Encoded) -> bool:
+    """No gradient is wanted, and the words of every caption stand at its beginning."""
+    _, mask = parts_of(captions)
+    return not torch.is_grad_enabled() and bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+def product_dtype(parts: Tensor) -> torch.dtype:
+    """What autocast would multiply in, else the type of the parts. Sums and norms are at least float32 in any case."""
+    kind = parts.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parts.dtype
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(M,K), (N,K) -> left right' + bias, without gradient; on CPUs by oneDNN, whose float32 kernels use all that the CPU has."""
+    if left.device.type == "cpu" and left.dtype != torch.float64 and torch.backends.mkldnn.is_available():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+        return found
+    return F.linear(left, right, bias)
+
+
+def equal_lengths(mask: Tensor, most_words: int) -> Iterator[tuple[Tensor, int]]:
+    """(caption rows, their common length): at most `most_words` words, or one caption, at a time."""
+    lengths = mask.sum(1)
+    order = lengths.argsort(stable=True)
+    values, counts = torch.unique_consecutive(lengths[order], return_counts=True)
+    for rows, length in zip(order.split(counts.tolist()), values.tolist(), strict=True):
+        for chosen in rows.split(max(1, most_words // length)):
+            yield chosen, length
+
+
+def tiled_relevance(images: Encoded, captions: Encoded, direction: str, relate: Relate) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(image rows, caption rows, related (...,Nc,Nq,Q), query mask (Nq,Q)) of every tile; t2i: words ask regions, i2t: regions ask words.
+
+    relate(raw (Nc,C,Q,Nq), grams (Nc,C,C), context mask (Nc,C) or None when all are real) -> related (...,Nc,Q,Nq).
+    """
+    (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
+    device, kind, t2i = regions.device.type, product_dtype(regions), direction == "t2i"
+    block = min(len(images), IMAGES.get(device, 32))
+    most = max(1, TILE_SCORES.get(device, 1 << 18) // (block * regions.shape[1]))
+    with torch.autocast(device, enabled=False):
+        image_grams = gram(regions) if t2i else regions
+        seen = None if bool(region_mask.all()) else region_mask
+        narrow = regions.to(kind)
+        for chosen, length in equal_lengths(word_mask, most):
+            texts = words[chosen, :length]
+            grams = None if t2i else gram(texts)
+            flat = (texts.transpose(0, 1) if t2i else texts).to(kind).flatten(0, 1)
+            for start in range(0, len(images), block):
+                rows = slice(start, start + block)
+                ours = narrow[rows]
+                if t2i:
+                    raw = product(ours.flatten(0, 1), flat).to(regions.dtype).view(*ours.shape[:2], length, len(chosen))
+                    found = relate(raw, image_grams[rows], None if seen is None else seen[rows])
+                    yield rows, chosen, found.mT, word_mask[chosen, :length]
+                else:
+                    assert grams is not None
+                    turned = ours.transpose(0, 1).flatten(0, 1)
+                    raw = product(flat, turned).to(regions.dtype).view(len(chosen), length, ours.shape[1], ours.shape[0])
+                    yield rows, chosen, relate(raw, grams, None).mT, region_mask[rows]
+
+
+def attended_squares(weights: Tensor, grams: Tensor) -> Tensor:
+    """w' G w of every query item: weights (Nc,C,Q,Nq), grams (Nc,C,C) -> (Nc,Q,Nq); at least 0."""
+    flat = weights.flatten(2)
+    return (grams @ flat).mul_(flat).sum(1).clamp_(min=0).view(weights.shape[0], *weights.shape[2:])
