@@ -241,6 +241,12 @@ def test_a_cusa_checkpoint_brings_its_heads_and_leaves_its_temperatures(tmp_path
     assert len(RENAMED) == len({pattern for pattern, _ in RENAMED})
 
 
+def test_a_clip_of_another_vocabulary_is_refused(tmp_path: Path):
+    torch.save(openai_names(tiny_clip()), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"embeds 60 tokens, the tokenizer has 49408: use its own tokenizer"):
+        load_official(tmp_path / "clip.pt", vocab_size=49408)
+
+
 def test_a_clip_that_lacks_a_tensor_names_it(tmp_path: Path):
     state = openai_names(tiny_clip())
     del state["visual.ln_pre.weight"]
