@@ -18,7 +18,12 @@ EPS = 1e-8
 
 def guarded_norm(x: Tensor, dim: int = -1) -> Tensor:
     """sqrt(sum x^2), kept axis; the gradient at exactly zero is zero, where a plain root gives NaN (padding rows)."""
-    return guarded_root(x.square().sum(dim, keepdim=True))
+    return guarded_root(full(x).square().sum(dim, keepdim=True))
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32, whatever the autocast: products may be bfloat16, norms and softmax are not."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def guarded_root(square: Tensor) -> Tensor:
@@ -44,13 +49,14 @@ def masked_mean(parts: Tensor, mask: Tensor) -> Tensor:
 
 def gram(context: Tensor) -> Tensor:
     """(N,C,D) -> (N,C,C) inner products of the context items of a row."""
-    return context @ context.transpose(1, 2)
+    with torch.autocast(context.device.type, enabled=False):
+        return full(context) @ full(context).transpose(1, 2)
 
 
 def raw_scores(query: Tensor, context: Tensor) -> Tensor:
-    """Inner products of every query item with every context item: (Nq,Q,D), (Nc,C,D) -> (Nc,Nq,Q,C)."""
+    """Inner products of every query item with every context item: (Nq,Q,D), (Nc,C,D) -> (Nc,Nq,Q,C), at least float32."""
     (rows, items, _), (others, parts, _) = query.shape, context.shape
-    return (query.flatten(0, 1) @ context.flatten(0, 1).T).view(rows, items, others, parts).permute(2, 0, 1, 3)
+    return full(query.flatten(0, 1) @ context.flatten(0, 1).T).view(rows, items, others, parts).permute(2, 0, 1, 3)
 
 
 def attended_norm(weights: Tensor, grams: Tensor) -> Tensor:
@@ -59,7 +65,8 @@ def attended_norm(weights: Tensor, grams: Tensor) -> Tensor:
     weights (Nc,Nq,Q,C), grams (Nc,C,C) -> (Nc,Nq,Q). Exact up to rounding; the square is clamped at 0.
     """
     flat = weights.flatten(1, 2)
-    return guarded_root((flat @ grams * flat).sum(-1)).view(weights.shape[:3])
+    with torch.autocast(weights.device.type, enabled=False):
+        return guarded_root((flat @ grams * flat).sum(-1)).view(weights.shape[:3])
 
 
 def zero_padding(query: Tensor, query_mask: Tensor) -> Tensor:

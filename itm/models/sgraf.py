@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from itm.models.attention import LateInteraction, attended_norm, gram, l1, l2, masked_mean, parts_of, raw_scores, xavier
+from itm.models.attention import LateInteraction, attended_norm, full, gram, l1, l2, masked_mean, parts_of, raw_scores, xavier
+from itm.models.sgraf_tiled import tiled_scores
+from itm.models.tiled import can_tile
 from itm.types import Encoded, Images
 
 LAMBDA = 9.0
@@ -80,7 +82,7 @@ class TextGlobal(nn.Module):
 
 
 def _weighted(logits: Tensor, parts: Tensor, mask: Tensor) -> Tensor:
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = full(logits).masked_fill(~mask, -torch.inf).softmax(-1)
     return l2((weights.unsqueeze(1) @ parts).squeeze(1))
 
 
@@ -95,7 +97,7 @@ class GraphReasoning(nn.Module):
         """nodes (P,K,S), mask (P,K). The last step needs node 0 only."""
         asking = nodes[:, :1] if last else nodes
         edges = self._queries(asking) @ nodes.transpose(1, 2) if not torch.is_grad_enabled() else self._edges(asking, nodes)
-        weights = edges.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        weights = full(edges).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
         return self.sim_graph_w(weights @ nodes).relu()
 
     def _edges(self, asking: Tensor, nodes: Tensor) -> Tensor:
@@ -196,6 +198,8 @@ class SimilarityMatcher(LateInteraction):
         self._check_slots(images)
         if self.training and len(images) < 2:
             raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        if not self.training and can_tile(captions):
+            return tiled_scores(self, images, captions)
         whole_images = self.v_global_w(regions, region_mask)
         whole_captions = self.t_global_w(words, word_mask)
         lengths = word_mask.sum(1)
@@ -240,7 +244,8 @@ class SimilarityMatcher(LateInteraction):
         glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
         nodes = torch.cat([glob.unsqueeze(2), local], 2)
         vectors, statistics = self.reason(nodes, F.pad(word_mask, (1, 0), value=True))
-        return self.sim_eval_w(vectors).squeeze(-1).sigmoid(), statistics
+        with torch.autocast(vectors.device.type, enabled=False):  # a bfloat16 score has 8 bits: many pairs would tie
+            return self.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
 
     def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
         """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word (spec 3.1). Padded words are zero."""

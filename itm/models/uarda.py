@@ -41,7 +41,8 @@ class Attention:
         """r (Nc,Nq,Q) = (sum_c e_c s_c) / sqrt(e' G e), 0 where nothing passes t (spec 3.2). raw (Nc,Nq,Q,C), grams (Nc,C,C)."""
         e = self.unnormalised(raw, context_mask, t)
         flat = e.flatten(1, 2)
-        square = (flat @ grams * flat).sum(-1).view(raw.shape[:3])
+        with torch.autocast(raw.device.type, enabled=False):
+            square = (flat @ grams * flat).sum(-1).view(raw.shape[:3])
         alive = square > 1e-16
         return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
 

@@ -93,7 +93,8 @@ def packed_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor, alive: Te
     rows, counts = raw[alive], alive.sum((1, 2))
     masks = context_mask.repeat_interleave(counts, 0)
     e = attention.unnormalised(rows[:, None, None], masks, t)[:, 0, 0]
-    turned = torch.cat([part @ own for part, own in zip(e.split(counts.tolist()), grams, strict=True)])
+    with torch.autocast(raw.device.type, enabled=False):
+        turned = torch.cat([part @ own for part, own in zip(e.split(counts.tolist()), grams, strict=True)])
     square = (turned * e).sum(-1)
     passes = square > 1e-16
     return torch.where(passes, (e * rows).sum(-1) / torch.where(passes, square, 1.0).sqrt(), 0.0)
