@@ -101,6 +101,7 @@ class Train(Strict):
 
 class Evaluation(Strict):
     protocol: str = "auto"
+    ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
 

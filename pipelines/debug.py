@@ -69,7 +69,8 @@ def debug_twin(recipe: Recipe) -> Recipe:
         "validate_every": 3,
     }
     choices["train"] |= {"log_every": 1, "checkpoint_every": None}
-    choices["evaluation"]["protocol"] = "auto"
+    members = [uri.rstrip("/").split("/")[-2] for uri in recipe.evaluation.ensemble]
+    choices["evaluation"] |= {"protocol": "auto", "ensemble": [f"{recipe.output.rstrip('/')}/{name}-debug/matcher" for name in members]}
     choices["registry"]["experiment"] = "itm-debug"
     return parse_recipe(choices, where=f"debug twin of {recipe.name}")
 

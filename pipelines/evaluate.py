@@ -3,7 +3,8 @@
     itm evaluate -c demo.yaml                                  # the matcher that `itm train` left in <output>/<name>/matcher
     itm evaluate -c demo.yaml --split val --matcher models:/itm-matcher@champion
     itm evaluate -c coco.yaml --protocol coco-1k-5fold
-    itm evaluate -c sgr-f30k --matcher runs/sgr-f30k/matcher --matcher runs/saf-f30k/matcher     # SGRAF: the mean of the scores
+    itm evaluate -c sgraf-f30k                                 # an ensemble: the mean of the scores of evaluation.ensemble
+    itm evaluate -c sgr-f30k --matcher runs/sgr-f30k/matcher --matcher runs/saf-f30k/matcher     # the same
     itm evaluate --scores scores.npy --truth ids.json          # (images, captions) scores of a foreign model
     itm evaluate --protocol sts --pairs sts-test.tsv --matcher models:/itm-matcher@champion      # likeness of sentences
 
@@ -72,11 +73,8 @@ def run(args: argparse.Namespace) -> int:
     elif not args.recipe:
         raise ValueError("say what to evaluate: -c RECIPE, or --scores FILE.npy --truth IDS.json")
     else:
-        recipe = recipe_from(args)
-        if args.protocol:
-            recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"protocol": args.protocol})})
-        options = {"tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
-        result = evaluate(recipe, args.matcher, args.split, **options)
+        options = {"protocol": args.protocol, "tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
+        result = evaluate(recipe_from(args), args.matcher, args.split, **options)
     print("\n".join(filter(None, (table(result), described(result)))))
     return 0
 
@@ -86,6 +84,7 @@ def evaluate(
     matcher_uri: str | Sequence[str] | None = None,
     split: str | None = None,
     *,
+    protocol: str | None = None,
     tie: str = "pessimistic",
     how: How = IN_MEMORY,
     save_scores: str | None = None,
@@ -95,18 +94,19 @@ def evaluate(
     Several matchers are an ensemble, whose score is the mean of theirs.
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
-    split = split or recipe.data.test_split
+    split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
     split_uri = absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
-    matchers = [itm.load_matcher(uri) for uri in uris or [files.join(recipe.folder, "matcher")]]
+    members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
+    matchers = [itm.load_matcher(uri) for uri in members]
     manifest = read_manifest(split_uri)
-    output = how.named(output_of(recipe, uris, split))
+    output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
         "format": FORMAT,
         "split": split,
         "split_hash": manifest.fingerprint(),
         "matcher_hash": "+".join(map(weights_hash, matchers)),
-        "protocol_name": recipe.evaluation.protocol,
+        "protocol_name": protocol,
         "tie": tie,
         "precision": how.precision,
     } | how.identity()
@@ -120,13 +120,13 @@ def evaluate(
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest)
     scored = score(matchers, seen, manifest, recipe, how, screen)
-    outcome = run_protocol(recipe.evaluation.protocol, scored, tie)
+    outcome = run_protocol(protocol, scored, tie)
     result = (
         identity
         | (content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores))
         | {
             "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
-            "matcher": " + ".join(uris) or files.join(recipe.folder, "matcher"),
+            "matcher": " + ".join(members),
             "split_uri": split_uri,
             "rejected": len(encoded.problems),
             **flow,

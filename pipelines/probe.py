@@ -40,9 +40,8 @@ def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
     if recipe is None:
         uri, output = uris[0], args.output or f"{args.pairs[0]}.evaluation.json"
     else:
-        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"protocol": name})})
         uri = uris[0] if uris else files.join(recipe.folder, "matcher")
-        output = output_of(recipe, uris, args.split or recipe.data.test_split)
+        output = output_of(recipe, uris, args.split or recipe.data.test_split, name)
     matcher = itm.load_matcher(uri)
     identity = {"format": FORMAT, "matcher_hash": weights_hash(matcher), "protocol_name": name, "matcher": uri}
     result = _sts(args, recipe, matcher, identity, output) if name == "sts" else _isd(args, recipe, matcher, identity, output)

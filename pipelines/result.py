@@ -78,14 +78,12 @@ def _caption(names: Names, row: int) -> dict[str, Any]:
     return {"caption": names.caption_ids[row], "text": names.texts[row] if names.texts else names.caption_ids[row]}
 
 
-def output_of(recipe: Recipe, matchers: Sequence[str], split: str) -> str:
+def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str) -> str:
     """`evaluation.json` for what the recipe says; another split, protocol or matcher gets a name of its own.
 
     A matcher is named by the last words of its folder and a digest of its whole name, an ensemble by all its members.
     """
-    words = (
-        ["evaluation"] + [split] * (split != recipe.data.test_split) + [recipe.evaluation.protocol] * (recipe.evaluation.protocol != "auto")
-    )
+    words = ["evaluation"] + [split] * (split != recipe.data.test_split) + [protocol] * (protocol != recipe.evaluation.protocol)
     if len(matchers) > 1:
         words += [re.sub(r"\W+", "_", uri.removesuffix("/matcher").rsplit("/", 1)[-1])[:40] for uri in matchers]
     if matchers:

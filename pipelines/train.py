@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
 
 def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+    if recipe.evaluation.ensemble:
+        members = ", ".join(recipe.evaluation.ensemble)
+        raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
     identity = recipe.fingerprint()
     recipe = located(recipe)
     files.check_writable(recipe.folder)

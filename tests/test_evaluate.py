@@ -199,9 +199,16 @@ def test_every_number_is_stored_with_protocol_ties_score_type_hashes_chance_and_
     result = evaluate.evaluate(recipe, tie="official")
     assert {"protocol", "tie", "score_type", "precision", "split_hash", "matcher_hash", "counts", "rejected"} <= set(result)
     assert set(result["chance"]) == {name for name in result["metrics"] if not name.endswith("medr")}
-    section = recipe.evaluation.model_copy(update={"protocol": "t2t"})
-    found = evaluate.evaluate(recipe.model_copy(update={"evaluation": section}))
+    found = evaluate.evaluate(recipe, protocol="t2t")
     assert set(found["chance"]) == set(found["metrics"])
+    assert Path(recipe.folder, "evaluation-t2t.json").exists()
+
+
+def test_the_protocol_of_the_recipe_is_what_evaluation_json_holds(tmp_path):
+    recipe = small_run(tmp_path)
+    section = recipe.evaluation.model_copy(update={"protocol": "t2t"})
+    evaluate.evaluate(recipe.model_copy(update={"evaluation": section}))
+    assert json.loads(Path(recipe.folder, "evaluation.json").read_text())["protocol_name"] == "t2t"
 
 
 def test_a_matcher_that_reads_other_images_cannot_join_an_ensemble(tmp_path):

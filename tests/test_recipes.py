@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from itm.config import load_recipe
+from itm.config import Recipe, load_recipe
+from pipelines import evaluate, pack, teach, train
 from pipelines.cli import RECIPES
 from pipelines.debug import debug_twin
 from pipelines.list_recipes import markdown
@@ -18,15 +20,19 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 PARTS: Any = {"data": {"image"}, "teachers": True, "model": True, "method": True}
 
 
+def shipped(name: str, *overrides: str) -> Recipe:
+    return load_recipe(RECIPES / f"{name}.yaml", list(overrides))
+
+
 def distinct_twins() -> list[str]:
     """Recipes of one method on two data sets shrink to the same twin: it runs once."""
-    twins = {name: debug_twin(load_recipe(RECIPES / f"{name}.yaml")) for name in NAMES}
+    twins = {name: debug_twin(shipped(name)) for name in NAMES if not shipped(name).evaluation.ensemble}
     return sorted({json.dumps(twin.model_dump(mode="json", include=PARTS)): name for name, twin in twins.items()}.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_is_named_as_its_file_and_says_what_it_is(name: str):
-    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    recipe = shipped(name)
     assert recipe.name == name
     assert recipe.about
     assert name.startswith("demo") or {"source", "published", "verified", "decisions"} <= set(recipe.paper)
@@ -37,22 +43,42 @@ def test_the_table_of_the_readme_is_made_from_the_recipes():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipes")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        yield folder
+
+
+def run_twin(name: str, place: Path) -> Recipe:
+    recipe = debug_twin(shipped(name, f"output={place}"))
+    pack.pack(recipe)
+    if recipe.teachers.image:
+        teach.teach(recipe)
+    assert train.train(recipe)["steps"] == 3
+    return recipe
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", distinct_twins())
-def test_the_debug_twin_of_every_recipe_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch, ray_local):
-    from pipelines import evaluate, pack, teach, train
-
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
-    recipe = debug_twin(load_recipe(RECIPES / f"{name}.yaml", [f"output={place}"]))
-    pack.pack(recipe)
-    if recipe.teachers.image:
-        teach.teach(recipe)
-    done = train.train(recipe)
-    assert done["steps"] == 3
-    result = evaluate.evaluate(recipe)
+def test_the_debug_twin_of_every_recipe_runs(name: str, place: Path, ray_local: object):
+    result = evaluate.evaluate(run_twin(name, place))
     assert math.isfinite(result["metrics"]["rsum"])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if shipped(name).evaluation.ensemble])
+def test_an_ensemble_is_of_shipped_recipes_and_is_not_trained(name: str):
+    recipe = shipped(name)
+    assert {uri.split("/")[1] for uri in recipe.evaluation.ensemble} <= set(NAMES)
+    with pytest.raises(ValueError, match="is an ensemble of .*: train those"):
+        train.train(recipe)
+
+
+@pytest.mark.e2e
+def test_the_debug_twin_of_an_ensemble_evaluates_its_members(place: Path, ray_local: object):
+    for name in ("sgr-f30k", "saf-f30k"):
+        run_twin(name, place)
+    result = evaluate.evaluate(debug_twin(shipped("sgraf-f30k", f"output={place}")))
+    assert result["score_type"] == "mean of SGR + SAF scores, fp32"
+    assert (place / "sgraf-f30k-debug" / "evaluation.json").exists()
