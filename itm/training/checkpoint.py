@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -100,7 +101,10 @@ def best_uri(root: str, best: Best) -> str:
 def write_weights(uri: str, module: nn.Module) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "weights"
-        save_model(module, str(path))
+        try:
+            save_model(module, str(path))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {uri}: {scratch}: {error}") from None
         files.write_atomic(uri, path.read_bytes())
 
 
