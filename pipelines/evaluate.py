@@ -133,14 +133,19 @@ def evaluate(
             "seconds": round(time.perf_counter() - started, 2),
         }
     )
-    if encoded.problems:
-        files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
     if save_scores:
         write_scores(save_scores, scored)
-    files.write_atomic(output, json.dumps(result, indent=1).encode())
+    _write(output, result, encoded)
     if not uris and not how.screen:
         track(recipe, result, output)
     return result
+
+
+def _write(output: str, result: dict[str, Any], encoded: EncodedSplit) -> None:
+    """The result, and beside it what was rejected."""
+    if encoded.problems:
+        files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
+    files.write_atomic(output, json.dumps(result, indent=1).encode())
 
 
 def agreed(seen: Sequence[EncodedSplit], split_uri: str) -> EncodedSplit:
