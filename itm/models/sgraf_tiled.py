@@ -1,0 +1,105 @@
+"""SGR and SAF scores without gradient: one image against captions of one length, so that what is built stays in the cache.
+
+The same numbers as the plain form up to rounding (SGRAF spec 8.4, items 1 to 6).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.models.attention import EPS, gram, l1, l2, parts_of
+from itm.models.tiled import attended_squares, equal_lengths, product, product_dtype
+from itm.types import Encoded
+
+LAMBDA = 9.0
+# Words of one tile; the difference of each to its attended image vector is as wide as the parts.
+WORDS = {"cpu": 1024, "cuda": 1 << 14}
+NODES = {"cpu": 1 << 14, "cuda": 1 << 18}
+
+
+def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
+    """(I,T) of a matcher in evaluation mode."""
+    (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
+    device, kind = regions.device.type, product_dtype(regions)
+    whole_images, whole_captions = matcher.v_global_w(regions, region_mask), matcher.t_global_w(words, word_mask)
+    scores = regions.new_empty(len(images), len(captions))
+    with torch.autocast(device, enabled=False):
+        block = _Block(matcher, kind, regions, region_mask)
+        for chosen, length in equal_lengths(word_mask, WORDS.get(device, 1024)):
+            texts = words[chosen, :length].transpose(0, 1).flatten(0, 1)
+            together = max(1, NODES.get(device, 1 << 14) // ((length + 1) * len(chosen)))
+            for rows in torch.arange(len(images)).split(together):
+                attended = block.attention(texts, rows, length)
+                local = torch.stack([block.local(texts, attended[place], row) for place, row in enumerate(rows.tolist())])
+                glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
+                nodes = _nodes(block.glob(glob), local, length, len(chosen))
+                scores[rows[:, None], chosen] = block.reason(nodes).view(len(rows), len(chosen)).to(scores.dtype)
+    return scores
+
+
+class _Block:
+    """The weights in the type of the products, and what is known of the images."""
+
+    def __init__(self, matcher: Any, kind: torch.dtype, regions: Tensor, region_mask: Tensor) -> None:
+        self.matcher, self.kind = matcher, kind
+        self.regions, self.grams = regions.to(kind), gram(regions)
+        self.mask = None if bool(region_mask.all()) else region_mask
+        self.columns = self.regions.transpose(1, 2).contiguous()
+
+    def _linear(self, x: Tensor, layer: Any) -> Tensor:
+        return product(x, layer.weight.to(self.kind), layer.bias.to(self.kind))
+
+    def glob(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.matcher.sim_tranglo_w)
+
+    def attention(self, texts: Tensor, rows: Tensor, length: int) -> Tensor:
+        """texts (L*T,D), word by word -> weights (I,L*T,R) such that weights @ regions are unit vectors."""
+        ours = self.regions[rows]
+        raw = product(ours.flatten(0, 1), texts.to(self.kind)).to(self.grams.dtype).view(*ours.shape[:2], length, -1)
+        weights = F.leaky_relu(raw, 0.1)
+        weights.mul_(LAMBDA / weights.square().sum(2, keepdim=True).sqrt_().add_(EPS)).exp_()
+        if self.mask is not None:
+            weights.mul_(self.mask[rows][:, :, None, None])
+        weights.div_(weights.sum(1, keepdim=True))
+        weights.div_(attended_squares(weights, self.grams[rows]).sqrt_().add_(EPS).unsqueeze(1))
+        return weights.flatten(2).mT.to(self.kind)
+
+    def local(self, texts: Tensor, weights: Tensor, row: int) -> Tensor:
+        """(L*T,S): squared differences of one image, projected."""
+        difference = product(weights.contiguous(), self.columns[row]).sub_(texts.to(self.kind)).square_()
+        return self._linear(difference, self.matcher.sim_tranloc_w)
+
+    def reason(self, nodes: Tensor) -> Tensor:
+        """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
+        vectors = self._graph(nodes) if hasattr(self.matcher, "SGR_module") else self._filtration(nodes)
+        last = self.matcher.sim_eval_w
+        return F.linear(vectors.to(last.weight.dtype), last.weight, last.bias).squeeze(-1).sigmoid()
+
+    def _graph(self, nodes: Tensor) -> Tensor:
+        steps = self.matcher.SGR_module
+        for k, step in enumerate(steps):
+            asking = nodes[:, :1] if k == len(steps) - 1 else nodes
+            weight, bias = step.graph_key_w.weight.T @ step.graph_query_w.weight, step.graph_query_w.bias @ step.graph_key_w.weight
+            queries = product(asking.flatten(0, 1), weight.to(self.kind), bias.to(self.kind)).view_as(asking)
+            mixed = (queries @ nodes.mT).softmax(-1) @ nodes
+            nodes = self._linear(mixed.flatten(0, 1), step.sim_graph_w).relu_().view_as(asking)
+        return nodes[:, 0]
+
+    def _filtration(self, nodes: Tensor) -> Tensor:
+        module, norm = self.matcher.SAF_module, self.matcher.SAF_module.bn
+        logits = (nodes @ module.attn_sim_w.weight[0].to(self.kind) + module.attn_sim_w.bias).to(norm.weight.dtype)
+        gates = ((logits - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
+        return l2((l1(gates).to(self.kind).unsqueeze(1) @ nodes).squeeze(1).to(norm.weight.dtype))
+
+
+def _nodes(glob: Tensor, local: Tensor, length: int, captions: int) -> Tensor:
+    """glob (I*T,S), local (I,L*T,S) -> unit nodes (I*T,1+L,S), in the type of the products."""
+    images, width = len(local), local.shape[2]
+    words = local.view(images, length, captions, width).transpose(1, 2).flatten(0, 1)
+    nodes = torch.cat([glob.unsqueeze(1), words], 1)
+    wide = nodes if nodes.dtype != torch.bfloat16 else nodes.float()
+    return nodes.div_(wide.square().sum(-1, keepdim=True).sqrt_().add_(EPS))
