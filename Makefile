@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench golden clean
+.PHONY: help setup demo test check bench golden chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line
 
 bench: $(READY)  ## speed against named peers measured in the same run
 	$(BIN)/python -m tests.bench
+
+chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
+	$(BIN)/python -m tests.chaos
 
 clean:  ## remove what runs and the demo made
 	rm -rf runs data mlruns mlflow.db

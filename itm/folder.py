@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import load_model, save_model
@@ -33,8 +35,8 @@ def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
     local = "://" not in target
     if local:
         Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".matcher-", dir=Path(target).absolute().parent if local else None) as scratch:
-        written = Path(scratch) / "matcher"
+    with _scratch(Path(target).absolute() if local else None) as scratch:
+        written = scratch / "matcher"
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
         matcher.inputs.save(written)  # type: ignore[union-attr,operator]
@@ -44,6 +46,21 @@ def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
             _replace(written, Path(target))
         else:
             _upload(written, target)
+
+
+@contextlib.contextmanager
+def _scratch(target: Path | None) -> Iterator[Path]:
+    """A folder beside the target, whose name tells the next run when its writer died; without one, anywhere."""
+    if target is None:
+        with tempfile.TemporaryDirectory() as anywhere:
+            yield Path(anywhere)
+        return
+    beside = Path(files.temporary(str(target)))
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _replace(written: Path, target: Path) -> None:

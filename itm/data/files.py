@@ -25,7 +25,7 @@ from pyarrow import fs
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
 _ATOMIC_STORES = {"s3", "gcs", "abfs"}
 _TEMPORARY = ".tmp-"
-_WRITER = re.compile(re.escape(_TEMPORARY) + r"(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{8}$")
+_WRITER = re.compile(re.escape(_TEMPORARY) + r"(?P<host>(?:(?!\.tmp-).)*)-(?P<pid>\d+)-[0-9a-f]{8}$")
 _ABANDONED = 3600.0  # seconds after which a half-written file of another machine is nobody's
 _SPOOL = 64 << 20  # bytes of an upload that are held in memory
 _S3_ATTEMPTS = 6  # with exponential pauses: about ten seconds of errors are sat out
@@ -116,7 +116,8 @@ def list_folders(uri: str | Path) -> list[str]:
     """URIs of the folders right inside a folder, sorted."""
     filesystem, path = resolve(uri)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return [join(uri, i.base_name) for i in sorted(infos, key=lambda i: i.base_name) if i.type == fs.FileType.Directory]
+    folders = [i.base_name for i in infos if i.type == fs.FileType.Directory and _TEMPORARY not in i.base_name]
+    return [join(uri, name) for name in sorted(folders)]
 
 
 @contextlib.contextmanager
@@ -134,7 +135,7 @@ def atomic_stream(uri: str | Path) -> Iterator[Any]:
             with _named(uri):
                 _upload(spool, filesystem, path)
         return
-    target = f"{path}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    target = temporary(path)
     try:
         with _named(uri):
             stream = filesystem.open_output_stream(target)
@@ -149,6 +150,11 @@ def atomic_stream(uri: str | Path) -> Iterator[Any]:
         with contextlib.suppress(OSError):
             filesystem.delete_file(target)
         raise
+
+
+def temporary(name: str) -> str:
+    """A name for what will be called `name` when it is whole; it tells who writes it, for `remove_abandoned`."""
+    return f"{name}{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 class _Writing(io.RawIOBase):
@@ -187,7 +193,7 @@ def _named(uri: str | Path) -> Iterator[None]:
 
 
 def remove_abandoned(folder: str | Path) -> list[str]:
-    """Delete the half-written files right inside a folder whose writer is dead; returns their URIs.
+    """Delete the half-written files and folders right inside a folder whose writer is dead; returns their URIs.
 
     Dead: a process of this machine that is gone, or, of another machine, one that has not written for an hour by the clock of
     the store itself. Stores whose uploads are atomic have none.
@@ -196,14 +202,14 @@ def remove_abandoned(folder: str | Path) -> list[str]:
     if filesystem.type_name in _ATOMIC_STORES:
         return []
     found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    halves = [(i, m) for i in found if i.type == fs.FileType.File and (m := _WRITER.search(i.base_name))]
+    halves = [(i, m) for i in found if (m := _WRITER.search(i.base_name))]
     if not halves:
         return []
     now = _clock_of(filesystem, path)
     dead = [i for i, m in halves if not _alive(m["host"], int(m["pid"]), now - _time(i))]
     for info in dead:
         with contextlib.suppress(FileNotFoundError):
-            filesystem.delete_file(info.path)
+            (filesystem.delete_dir if info.type == fs.FileType.Directory else filesystem.delete_file)(info.path)
     return [join(folder, info.base_name) for info in dead]
 
 
@@ -252,9 +258,10 @@ def delete(uri: str | Path) -> None:
 
 
 def check_writable(uri: str | Path) -> None:
-    """Raise ValueError now, not after an hour of work, when nothing can be written below `uri`."""
-    probe = join(uri, f"write-check{_TEMPORARY}{uuid.uuid4().hex[:8]}")
+    """Raise ValueError now, not after an hour of work, when nothing can be written below `uri`. What dead writers left there goes."""
+    probe = join(uri, temporary("write-check"))
     try:
+        remove_abandoned(uri)
         write_atomic(probe, b"")
         delete(probe)
     except OSError as error:
