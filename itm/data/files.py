@@ -227,7 +227,7 @@ def _alive(host: str, pid: int, silent: float) -> bool:
 
 def _clock_of(filesystem: fs.FileSystem, path: str) -> float:
     """The time that a file written now is stamped with: machines that share a store may disagree on the time."""
-    probe = f"{path}/clock{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+    probe = f"{path}/{temporary('clock')}"
     with filesystem.open_output_stream(probe):
         pass
     stamped = _time(filesystem.get_file_info(probe))
