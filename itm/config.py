@@ -82,6 +82,7 @@ class Train(Strict):
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(1e-4, ge=0)
     schedule: Literal["constant", "cosine", "cosine_epoch", "step", "linear"] = "cosine"
     step_epochs: int = Field(15, ge=1, description="`step`: the rate is multiplied by step_gamma every so many epochs")

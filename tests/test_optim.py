@@ -77,8 +77,9 @@ def test_temperatures_biases_and_norms_are_not_decayed_and_scalars_are_told() ->
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "adamax"])
 def test_each_optimiser_takes_the_settings_of_the_recipe(name: str) -> None:
-    optimizer = build_optimizer(Small(), Train(optimizer=name, lr=0.5, betas=(0.8, 0.9), weight_decay=0.1))  # type: ignore[arg-type]
+    optimizer = build_optimizer(Small(), Train(optimizer=name, lr=0.5, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1))  # type: ignore[arg-type]
     assert type(optimizer).__name__.lower() == name
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+    assert {group["eps"] for group in optimizer.param_groups} == {1e-6}

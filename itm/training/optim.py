@@ -27,7 +27,7 @@ def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, o
 
 def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
     groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
-    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas)  # type: ignore[call-arg]
+    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps)  # type: ignore[call-arg]
 
 
 def learning_rate(train: Train, step: int, steps_per_epoch: int, total_steps: int) -> float:
