@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def damaged(draw: Any, whole: bytes) -> bytes:
             case "any":
                 data = bytearray(draw(st.binary(max_size=2048)))
     return bytes(data)
+
+
+def tried(read: Callable[[], Any]) -> tuple[Any, str]:
+    """(what it gives, "") or (None, what its ValueError says)."""
+    try:
+        return read(), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def rechecked(data: bytes) -> bytes:
@@ -111,10 +120,9 @@ def test_a_damaged_sidecar_is_read_right_or_refused_by_name(tmp_path: Path, dtyp
     @given(damaged(whole))
     def run(data: bytes) -> None:
         Path(uri).write_bytes(data)
-        try:
-            back = s.read_sidecar(uri, "ab" * 32, s.teacher_id({"kind": "k"}))
-        except ValueError as error:
-            assert uri in str(error)
+        back, said = tried(lambda: s.read_sidecar(uri, "ab" * 32, s.teacher_id({"kind": "k"})))
+        if said:
+            assert uri in said
             return
         assert back.vectors.shape == (len(back.keys), 8)
         assert np.isfinite(back.vectors).all()
@@ -133,10 +141,8 @@ def test_a_damaged_store_or_pointer_is_refused_by_name(tmp_path: Path) -> None:
     @given(damaged(whole))
     def run(data: bytes) -> None:
         store.write_bytes(data)
-        try:
-            s.find_store(str(tmp_path), choice).check([("00000.tar", "ab" * 32)])
-        except ValueError as error:
-            assert str(store.parent) in str(error)
+        _, said = tried(lambda: s.find_store(str(tmp_path), choice).check([("00000.tar", "ab" * 32)]))
+        assert str(store.parent) in said
 
     run()
 
@@ -155,10 +161,8 @@ def test_a_damaged_manifest_is_refused_by_name_and_a_damaged_receipt_is_none(tmp
     def run(manifest: bytes, receipt: bytes) -> None:
         paths[0].write_bytes(manifest)
         paths[1].write_bytes(receipt)
-        try:
-            assert all("/" not in shard.name and shard.samples >= 0 for shard in read_manifest(str(tmp_path)).shards)
-        except ValueError as error:
-            assert "manifest.json" in str(error)
+        read, said = tried(lambda: read_manifest(str(tmp_path)))
+        assert "manifest.json" in said if said else all("/" not in shard.name and shard.samples >= 0 for shard in read.shards)
         found = read_receipt(str(tmp_path / "00000.tar"))
         assert found is None or found.info.bytes == 10
 
@@ -177,10 +181,7 @@ def test_damaged_region_files_and_images_are_values_or_value_errors() -> None:
         except ValueError:
             pass
         for read in (check_image, lambda data: augment(data, ImageInput(size=8, crop="random"), draw(0, 0, "k"))):
-            try:
-                read(image)
-            except ValueError as error:
-                assert "0x" not in str(error), "a memory address differs from run to run"
+            assert " at 0x" not in tried(lambda read=read: read(image))[1], "a memory address differs from run to run"
 
     run()
 
