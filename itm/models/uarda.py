@@ -6,6 +6,7 @@ matched and mismatched fragments, re-estimated while they move. No code was publ
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from itm.config import Strict
 from itm.models.attention import LateInteraction, gram, l2, parts_of, raw_scores
 from itm.models.threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk, relevance_threshold
+from itm.models.tiled import attended_squares, can_tile, tiled_relevance
 from itm.models.uarda_pruned import Pruning
 from itm.types import Encoded, Images
 
@@ -45,6 +47,15 @@ class Attention:
             square = (flat @ grams * flat).sum(-1).view(raw.shape[:3])
         alive = square > 1e-16
         return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
+
+    def tile(self, raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: Tensor | float) -> Tensor:
+        """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.models.tiled`: raw (Nc,C,Q,Nq)."""
+        if context_mask is not None:
+            raw = raw.masked_fill(~context_mask[:, :, None, None], -1e4)
+        keep = raw > t
+        e = (raw - raw.amax(1, keepdim=True)).mul_(self.lambda_softmax).exp_().mul_(keep)
+        square = attended_squares(e, grams)
+        return torch.where(square > 1e-16, e.mul_(raw).sum(1) / square.clamp(min=1e-16).sqrt_(), 0.0)
 
     def unnormalised(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
         """e (Nc,Nq,Q,C) >= 0: weights up to a factor a row, 0 for s <= t. The row maximum is taken out, so that e <= 1."""
@@ -134,6 +145,9 @@ class UARDA(LateInteraction):
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         if self.pruning is not None and not self.training and not torch.is_grad_enabled():
             return self.pruning.scores(direction, query, context, self.attention, self._threshold(direction))
+        words = query if direction == "t2i" else context
+        if not self.training and self.attention.weights == "softmax" and can_tile(words):
+            return self._tiled(direction, query, context)
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
         observing = self.training and torch.is_grad_enabled()
@@ -146,6 +160,20 @@ class UARDA(LateInteraction):
             scores = (relevance * query_mask).sum(-1) / query_mask.sum(-1)
         if maxima is not None:
             self._observed[direction] = Observed(maxima, query_mask, scores.detach())
+        return scores
+
+    def _tiled(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
+        """(Nc,Nq), the same scores without gradient."""
+        t2i, t = direction == "t2i", self._threshold(direction)
+        images, captions = (context, query) if t2i else (query, context)
+        scores = parts_of(context)[0].new_empty(len(context), len(query))
+        attend = functools.partial(self.attention.tile, t=t)
+        for rows, chosen, relevance, mask in tiled_relevance(images, captions, direction, attend):
+            found = (relevance * mask).sum(-1) / mask.sum(-1)
+            if t2i:
+                scores[rows, chosen] = found
+            else:
+                scores[chosen, rows] = found
         return scores
 
     def _threshold(self, direction: str) -> Tensor | float:
