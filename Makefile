@@ -38,7 +38,7 @@ golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line
 	$(BIN)/python -m tests.replay $(GOLDEN)
 
 bench: $(READY)  ## speed against named peers measured in the same run
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m itm.evaluation.bench
 
 chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
 	$(BIN)/python -m tests.chaos

@@ -21,6 +21,7 @@ STAGES = {
     "evaluate": "recall and equivalence metrics of a matcher on a split, or of a score file",
     "register": "put a run's matcher into the model registry; promote it if the gate metric improved",
     "search": "text -> images or image -> captions with a registered matcher",
+    "bench": "scoring speed against the published loops, and the time of a COCO 5K evaluation",
     "report": "one self-contained HTML page about a run",
     "import": "turn an authors' checkpoint into a matcher folder",
     "recipes": "list the shipped recipes",
