@@ -24,10 +24,15 @@ QUIET = {
 STORE_BYTES = 512 << 20
 
 
-def connect() -> None:
-    """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other."""
+def quiet() -> None:
+    """Set the environment, before Ray and torch are imported; what the user has set stays."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def connect() -> None:
+    """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other."""
+    quiet()
     import ray
     from ray.data import DataContext
 
@@ -37,8 +42,8 @@ def connect() -> None:
         else:
             cpus = max(4, os.cpu_count() or 1)
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
-            quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **quiet)
+            silent: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
