@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from itm.config import Text
-from itm.data.preprocess import ImageInput, Inputs, augment, box_numbers, decode, draw, fit, read_regions
+from itm.data.preprocess import ImageInput, Inputs, augment, box_numbers, decode, draw, fit, fit_quickly, read_regions
 from itm.data.records import MAX_PIXELS, Regions
 from itm.data.text import build_tokenizer
 
@@ -58,6 +58,30 @@ def test_the_random_numbers_depend_on_seed_epoch_and_key_alone() -> None:
     assert len({draw(1, 2, "k"), draw(2, 2, "k"), draw(1, 3, "k"), draw(1, 2, "j")}) == 4
     areas = [draw(0, 0, str(i)).area for i in range(2000)]
     assert 0.47 < np.mean(areas) < 0.53
+
+
+@pytest.mark.parametrize("crop", ["center", "squash"])
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (90, 91), (32, 32)])
+def test_the_quick_fit_of_a_jpeg_is_off_by_one_at_most(crop: str, shape: tuple[int, int]) -> None:
+    coarse = Image.fromarray(picture(20, 30)).resize(shape[::-1], Image.Resampling.BICUBIC)
+    data = encoded(np.asarray(coarse), "JPEG")
+    quick, exact = fit_quickly(data, 64, crop).astype(int), fit(decode(data), 64, crop).astype(int)
+    assert np.abs(quick - exact).max() <= 1
+    assert (quick != exact).mean() < 0.02
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_whatever_the_decoder_of_training_refuses_is_left_to_that_of_evaluation(mode: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(picture(40, 48)).convert(mode).save(out, "JPEG", quality=95)
+    whole = out.getvalue()
+    numbers, image = draw(0, 0, "k"), ImageInput(size=32, crop="random")
+    for data in (whole, whole + b"tail" * 20):
+        np.testing.assert_allclose(fit_quickly(data, 32, "squash").astype(int), fit(decode(data), 32, "squash"), atol=1)
+        augment(data, image, numbers)
+    for look in (lambda data: fit_quickly(data, 32, "squash"), lambda data: augment(data, image, numbers)):
+        with pytest.raises(ValueError, match="cannot decode image"):
+            look(whole[: len(whole) // 2])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
