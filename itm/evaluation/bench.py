@@ -121,7 +121,7 @@ def compare(kind: str, where: World, rounds: int, rates: dict[str, float]) -> li
     works |= {name: lambda dtype=dtype: peer(dtype) for name, dtype in peers.items()}  # type: ignore[misc]
     spans, memory, results = alternate(works, rounds, device)
     pairs = {name: len(where.images) * (len(where.captions) if name in ("fp32", "bf16") else len(where.ragged)) for name in works}
-    rate = {name: list(pairs[name] / statistics.median(times) for times in zip(*spans[name], strict=True)) for name in works}
+    rate = {name: [pairs[name] / statistics.median(times) for times in zip(*spans[name], strict=True)] for name in works}
     truth = torch.arange(len(where.images)), torch.arange(len(where.captions)) % len(where.images)
     recalls = {p: retrieval_metrics(results[p], truth) for p in ("fp32", "bf16")}
     moved = max(abs(recalls["fp32"][k] - recalls["bf16"][k]) for k in recalls["fp32"] if k[4:] in ("r1", "r5", "r10"))
