@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from itm.models.attention import gram, parts_of
 from itm.types import Encoded
 
-# Raw scores of one tile: about the second-level cache of a CPU core, or enough work for a GPU.
-TILE_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
-IMAGES = {"cpu": 32, "cuda": 512}
+# Raw scores of one tile: some MB, which the last cache of a CPU holds three times and a product works well with, or enough for a GPU.
+TILE_SCORES = {"cpu": 3 << 18, "cuda": 1 << 26}
+IMAGES = {"cpu": 96, "cuda": 512}
 
 Relate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
