@@ -143,6 +143,24 @@ def rows(output: str, models: list[str], seeds: list[int]) -> Iterator[tuple[str
             yield model, variant, [learn(recipe_of(output, model, variant, seed)) for seed in seeds]
 
 
+def distances(output: str, seeds: list[int]) -> list[str]:
+    """ISD of UNITER with and without IAIS: how far the relations among words and among regions are apart, lower = closer."""
+    import itm
+    from itm.data import files
+    from itm.evaluation.relations import isd_of_split
+
+    lines: list[str] = []
+    for variant in variants_of("uniter"):
+        found: list[dict[str, float]] = []
+        for recipe in (recipe_of(output, "uniter", variant, seed) for seed in seeds):
+            matcher = itm.load_matcher(files.join(recipe.folder, "matcher"))
+            found.append(isd_of_split(matcher, files.join(recipe.data.root, recipe.data.test_split), annotated=False).metrics)
+        if not lines:
+            lines = ["", "| UNITER | " + " | ".join(found[0]) + " |", "|---" * (1 + len(found[0])) + "|"]
+        lines.append(f"| {variant} | " + " | ".join(cell([row[name] for row in found]) for name in found[0]) + " |")
+    return lines
+
+
 def thresholds(output: str, seeds: list[int]) -> list[str]:
     """UARDA's threshold over training against what the solver says of the statistics of the same step."""
     lines = ["", "| UARDA, seed | step | t | solver, capped | mu+ | sd+ | mu- | sd- | words cut: matched | mismatched |", "|---" * 10 + "|"]
@@ -176,9 +194,10 @@ def main() -> None:
     for model, variant, found in rows(str(Path(args.output).absolute()), args.models, args.seeds):
         lines.append(f"| {model} | {variant} | " + " | ".join(cell([m[key] for m in found]) for key in SHOWN) + " |")
         print(lines[-1], flush=True)
-    if "uarda" in args.models:
-        lines += (followed := thresholds(str(Path(args.output).absolute()), args.seeds))
-        print("\n".join(followed))
+    for model, more in (("uniter", distances), ("uarda", thresholds)):
+        if model in args.models:
+            lines += (rows_of_it := more(str(Path(args.output).absolute()), args.seeds))
+            print("\n".join(rows_of_it))
     if args.write:
         Path(args.write).write_text("\n".join([HEAD.format(seeds=len(args.seeds), steps=STEPS, batch=BATCH), *lines]) + "\n")
 
