@@ -18,7 +18,7 @@ from itm.types import Encoded
 LAMBDA = 9.0
 # Words of one tile; the difference of each to its attended image vector is as wide as the parts.
 WORDS = {"cpu": 1024, "cuda": 1 << 14}
-NODES = {"cpu": 1 << 14, "cuda": 1 << 18}
+NODES = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 
 def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
@@ -34,7 +34,7 @@ def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
             together = max(1, NODES.get(device, 1 << 14) // ((length + 1) * len(chosen)))
             for rows in torch.arange(len(images)).split(together):
                 attended = block.attention(texts, rows, length)
-                local = torch.stack([block.local(texts, attended[place], row) for place, row in enumerate(rows.tolist())])
+                local = block.local(texts.to(kind), attended, rows, max(1, WORDS.get(device, 1024) // len(texts)))
                 glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
                 nodes = _nodes(block.glob(glob), local, length, len(chosen))
                 scores[rows[:, None], chosen] = block.reason(nodes).view(len(rows), len(chosen)).to(scores.dtype)
@@ -48,7 +48,6 @@ class _Block:
         self.matcher, self.kind = matcher, kind
         self.regions, self.grams = regions.to(kind), gram(regions)
         self.mask = None if bool(region_mask.all()) else region_mask
-        self.columns = self.regions.transpose(1, 2).contiguous()
 
     def _linear(self, x: Tensor, layer: Any) -> Tensor:
         return product(x, layer.weight.to(self.kind), layer.bias.to(self.kind))
@@ -68,10 +67,15 @@ class _Block:
         weights.div_(attended_squares(weights, self.grams[rows]).sqrt_().add_(EPS).unsqueeze(1))
         return weights.flatten(2).mT.to(self.kind)
 
-    def local(self, texts: Tensor, weights: Tensor, row: int) -> Tensor:
-        """(L*T,S): squared differences of one image, projected."""
-        difference = product(weights.contiguous(), self.columns[row]).sub_(texts.to(self.kind)).square_()
-        return self._linear(difference, self.matcher.sim_tranloc_w)
+    def local(self, texts: Tensor, weights: Tensor, rows: Tensor, together: int) -> Tensor:
+        """(I,L*T,S): squared differences, projected `together` images at a time."""
+        found = []
+        for ours, images in zip(weights.split(together), rows.split(together), strict=True):
+            difference = texts.new_empty(len(images), *texts.shape)
+            for place, row in enumerate(images.tolist()):
+                torch.mm(ours[place], self.regions[row], out=difference[place]).sub_(texts).square_()
+            found.append(self._linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
+        return torch.cat(found).view(len(rows), len(texts), -1)
 
     def reason(self, nodes: Tensor) -> Tensor:
         """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
@@ -99,7 +103,9 @@ class _Block:
 def _nodes(glob: Tensor, local: Tensor, length: int, captions: int) -> Tensor:
     """glob (I*T,S), local (I,L*T,S) -> unit nodes (I*T,1+L,S), in the type of the products."""
     images, width = len(local), local.shape[2]
-    words = local.view(images, length, captions, width).transpose(1, 2).flatten(0, 1)
-    nodes = torch.cat([glob.unsqueeze(1), words], 1)
+    nodes = local.new_empty(images, captions, length + 1, width)
+    nodes[:, :, 0] = glob.view(images, captions, width)
+    nodes[:, :, 1:] = local.view(images, length, captions, width).transpose(1, 2)
+    nodes = nodes.flatten(0, 1)
     wide = nodes if nodes.dtype != torch.bfloat16 else nodes.float()
     return nodes.div_(wide.square().sum(-1, keepdim=True).sqrt_().add_(EPS))
