@@ -94,7 +94,8 @@ def fit_quickly(data: bytes, size: int, crop: str) -> np.ndarray:
     if decoded is None:
         return fit(decode(data), size, crop)
     width, height, left, top = _frame(decoded.shape[1], decoded.shape[0], size, crop)
-    resized = interpolate(torch.from_numpy(decoded).permute(2, 0, 1)[None], (height, width), mode="bicubic", antialias=True)
+    whole = torch.from_numpy(decoded)[None].permute(0, 3, 1, 2)  # channels last, and so stays
+    resized = interpolate(whole, (height, width), mode="bicubic", antialias=True)
     return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
@@ -114,7 +115,7 @@ def augment(data: bytes, image: ImageInput, numbers: Draw) -> np.ndarray:
         left, top = numbers.left * (picture.width - width), numbers.top * (picture.height - height)
         box = (left, top, left + width, top + height)
         pixels = np.asarray(picture.resize((image.size, image.size), Image.Resampling.BILINEAR, box=box))
-    return np.ascontiguousarray(pixels[:, ::-1]) if image.flip and numbers.mirror < 0.5 else pixels
+    return torch.from_numpy(pixels.copy()).flip(1).numpy() if image.flip and numbers.mirror < 0.5 else pixels  # numpy is slower
 
 
 def _decode_near(data: bytes, size: int) -> Image.Image:

@@ -1,0 +1,307 @@
+"""Speed of the data plane: tar -> decoded uint8 batch on equal cores, region shards, sidecars. Peers are measured in the same run.
+
+    python -m tests.bench_data                       # all; tables on stdout
+    python -m tests.bench_data loaders --rounds 3 --epochs 4
+    python -m tests.bench_data regions sidecars
+
+Every loader runs in a process of its own, in turn, so that none finds another's workers; CPU time and memory are those of the whole
+process tree, Ray's daemons included. Memory is the proportional share (PSS): pages that processes share count once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from itm.config import Text
+from itm.data import files
+from itm.data.collate import to_batch
+from itm.data.manifest import Manifest, write_manifest
+from itm.data.pairs import Pairs
+from itm.data.plan import Plan
+from itm.data.preprocess import ImageInput, Inputs, decode, draw, fit
+from itm.data.records import Caption, Record, Regions
+from itm.data.shards import Sample, read_manifest, read_samples, write_shard
+from itm.data.sidecar import Header, read_sidecar, write_sidecar
+from itm.data.text import build_tokenizer
+
+SENTENCE = "a photo of two small dogs that run over green grass near the old red house by blue water"
+WORDS = SENTENCE.split()
+BATCH, WORKERS, SHARDS, SAMPLES = 128, 2, 8, 256
+
+
+def photo(number: int) -> bytes:
+    """A JPEG of 500x375 (or on end), about 39 kB: noise whose power falls with its frequency, as that of photographs does."""
+    width, height = (500, 375) if number % 3 else (375, 500)
+    rng, total = np.random.default_rng(number), np.zeros((height, width, 3), np.float32)
+    for cell in (4, 8, 16, 32, 64, 128):
+        coarse = rng.normal(0, 1, (3, height // cell + 2, width // cell + 2)).astype(np.float32)
+        layers = [np.asarray(Image.fromarray(layer).resize((width, height), Image.Resampling.BICUBIC)) for layer in coarse]
+        total += np.stack(layers, -1) * cell**0.5 * 4
+    out = io.BytesIO()
+    Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def make_split(root: Path) -> Path:
+    """SHARDS x SAMPLES photos with one caption each; made once."""
+    split = root / "train"
+    if not (split / "manifest.json").exists():
+        rng, infos = np.random.default_rng(0), []
+        for shard in range(SHARDS):
+            numbers = range(shard * SAMPLES, (shard + 1) * SAMPLES)
+            rows = [Record(f"k{n:06d}", "train", [Caption(f"c{n}", " ".join(rng.choice(WORDS, 11)))], photo(n)) for n in numbers]
+            infos.append(write_shard(f"{split}/{shard:05d}.tar", rows))
+        write_manifest(str(split), Manifest(split="train", source="made up", shards=infos))
+    return split
+
+
+def make_inputs() -> Inputs:
+    return Inputs(ImageInput(), build_tokenizer(Text(max_length=32), [SENTENCE] * 5))
+
+
+# --- loaders: iterators of (pixels (B,S,S,3) or (B,3,S,S) uint8, tokens (B,L)) -----------------------------------------------------
+
+
+def ours(split: Path, epochs: int, ray: bool) -> Iterator[Any]:
+    from pipelines.session import connect
+    from pipelines.stream import stream, stream_here, work_of
+
+    manifest = read_manifest(str(split))
+    plan = Plan.of(manifest, seed=0, batch=BATCH)
+    pairs = Pairs(str(split), manifest, plan, make_inputs(), {})
+    if ray:
+        connect()
+    tables = (stream if ray else stream_here)(pairs, work_of(0, 0, epochs * plan.steps_per_epoch, 1), WORKERS)
+    for batch in map(to_batch, tables):
+        yield batch.images.pixels, batch.captions.tokens
+
+
+def web_loader(split: Path, epochs: int, quick: bool) -> Iterator[Any]:
+    """webdataset as its guide sets it up: shuffled shards, a buffer, batches made in workers. quick: our decoder, else PIL's."""
+    import webdataset as wds
+
+    inputs = make_inputs()
+
+    def row(sample: dict[str, Any]) -> tuple[np.ndarray, str]:
+        data, text = sample["jpg"], json.loads(sample["json"])["captions"][0]["text"]
+        pixels = inputs.image_columns(data, draw(0, 0, sample["__key__"]))["pixels"] if quick else fit(decode(data), 224, "center")
+        return pixels, text
+
+    def collate(rows: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(np.stack([pixels for pixels, _ in rows])), inputs.captions([text for _, text in rows]).tokens
+
+    urls = sorted(map(str, split.glob("*.tar")))
+    data = wds.WebDataset(urls, shardshuffle=len(urls)).shuffle(500).map(row).batched(BATCH, collation_fn=collate, partial=False)
+    loader = wds.WebLoader(data.repeat(epochs + 1), batch_size=None, num_workers=WORKERS, prefetch_factor=4)
+    for number, (pixels, tokens) in enumerate(loader):
+        if number == epochs * SHARDS * SAMPLES // BATCH:
+            return
+        yield pixels, tokens
+
+
+def read_webdataset(split: Path, epochs: int) -> Iterator[Any]:
+    """Ray Data as a first program writes it: rows through a map."""
+    from pipelines.session import connect
+
+    connect()
+    import ray
+
+    inputs = make_inputs()
+
+    def row(sample: dict[str, Any]) -> dict[str, Any]:
+        pixels = inputs.image_columns(sample["jpg"], draw(0, 0, sample["__key__"]))["pixels"]
+        return {"pixels": pixels, "tokens": inputs.captions([sample["json"]["captions"][0]["text"]]).tokens[0].numpy()}
+
+    for _ in range(epochs):
+        rows = ray.data.read_webdataset(str(split), decoder=as_bytes, suffixes=["jpg", "json"]).map(row)
+        for batch in rows.iter_torch_batches(batch_size=BATCH, drop_last=True):
+            yield batch["pixels"], batch["tokens"]
+
+
+def as_bytes(sample: dict[str, Any]) -> dict[str, Any]:
+    return sample | {"json": json.loads(sample["json"])}
+
+
+LOADERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
+    "ours, Ray Data": lambda split, epochs: ours(split, epochs, ray=True),
+    "ours, threads": lambda split, epochs: ours(split, epochs, ray=False),
+    "WebLoader, our decoder": lambda split, epochs: web_loader(split, epochs, quick=True),
+    "WebLoader, PIL": lambda split, epochs: web_loader(split, epochs, quick=False),
+    "read_webdataset + map": lambda split, epochs: read_webdataset(split, 1),
+}
+
+
+class Tree:
+    """CPU seconds and memory of this process and all below it."""
+
+    def __init__(self) -> None:
+        self.top, self.peak = psutil.Process(), 0
+
+    def processes(self) -> list[psutil.Process]:
+        return [self.top, *self.top.children(recursive=True)]
+
+    def cpu(self) -> float:
+        """Processes that have ended and were waited for count with their parents."""
+        total = 0.0
+        for process in self.processes():
+            try:
+                times = process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            total += sum(times[:4])  # user, system, and those of ended children
+        return total
+
+    def look(self) -> None:
+        total = 0
+        for process in self.processes():
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        self.peak = max(self.peak, total)
+
+
+def measure(loader: str, split: Path, epochs: int) -> dict[str, float]:
+    """Consume a loader. The steady part begins after the first eighth of the batches, and two batches before the end it stops."""
+    tree = Tree()
+    whole = (1 if loader.startswith("read") else epochs) * SHARDS * SAMPLES // BATCH
+    begin, end = max(2, whole // 8), whole - 2
+    born, seconds, cpu, found = time.perf_counter(), 0.0, 0.0, {}
+    for number, (pixels, tokens) in enumerate(LOADERS[loader](split, epochs), 1):
+        assert len(pixels) == len(tokens) == BATCH and pixels.dtype == torch.uint8
+        assert int(pixels[0, 0, 0].sum()) >= 0  # the bytes are really there
+        if number == 1:
+            found["first"] = time.perf_counter() - born
+        if number == begin:
+            seconds, cpu = time.perf_counter(), tree.cpu()
+        if number == end:
+            images = (end - begin) * BATCH
+            found["cpu_ms"] = (tree.cpu() - cpu) / images * 1e3
+            found["images_s"] = images / (time.perf_counter() - seconds)
+            tree.look()
+        if number in (whole // 4, whole // 2):
+            tree.look()
+    return found | {"mb": tree.peak / 1e6, "whole": (time.perf_counter() - born) / (whole * BATCH)}
+
+
+def loaders(root: Path, rounds: int, epochs: int) -> str:
+    make_split(root)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+    for _ in range(rounds):
+        for name in LOADERS:
+            command = [sys.executable, "-m", "tests.bench_data", "one", "--loader", name, "--root", str(root), "--epochs", str(epochs)]
+            said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            found[name].append(json.loads(said.splitlines()[-1]))
+            print(f"  {name:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items()), file=sys.stderr, flush=True)
+    middle = {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+    peer = middle["WebLoader, our decoder"], middle["WebLoader, PIL"]
+    lines = [
+        "| loader | images/s | CPU-ms/image | first batch s | peak MB | x images/s (same decoder, PIL) | x CPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in middle.items():
+        speed, cost = (" ".join(f"{r:.2f}" for r in rs) for rs in zip(*(ratios(row, other) for other in peer), strict=True))
+        figures = f"{row['images_s']:.0f} | {row['cpu_ms']:.2f} | {row['first']:.1f} | {row['mb']:.0f} | {speed} | {cost}"
+        lines.append(f"| {name} | {figures} |")
+    return "\n".join(lines)
+
+
+def ratios(row: dict[str, float], peer: dict[str, float]) -> tuple[float, float]:
+    return row["images_s"] / peer["images_s"], row["cpu_ms"] / peer["cpu_ms"]
+
+
+# --- regions, sidecars -------------------------------------------------------------------------------------------------------------
+
+
+def regions(root: Path, rounds: int, samples: int = 1000) -> str:
+    """Bytes of region shards a second as parsed samples, against reading the same (cached) file whole; and as prepared batches."""
+    uri, rng = str(root / "regions/00000.tar"), np.random.default_rng(0)
+    if not files.exists(uri):
+        features = rng.normal(0, 1, (36, 2048)).astype(np.float16)
+        boxes = np.sort(rng.random((36, 4)).astype(np.float32) * 300, 1)
+        rows = (
+            Record(f"k{n}", "train", [Caption(f"c{n}", "a dog")], None, "jpg", Regions(features, boxes, 400, 300)) for n in range(samples)
+        )
+        write_manifest(str(root / "regions"), Manifest(split="regions", source="made up", shards=[write_shard(uri, rows)]))
+    manifest = read_manifest(str(root / "regions"))
+    inputs = Inputs(ImageInput("regions"), build_tokenizer(Text(max_length=32), [SENTENCE] * 5))
+    pairs = Pairs(str(root / "regions"), manifest, Plan.of(manifest, seed=0, batch=100), inputs, {})
+    works = {
+        "raw read": lambda: files.read_bytes(uri),
+        "samples": lambda: sum(isinstance(s, Sample) for s in read_samples(uri)),
+        "batches": lambda: [pairs(w) for w in work(pairs)],
+    }
+    spans = alternate(works, rounds)
+    size = files.size_of(uri) / 1e9
+    rows = [f"| {name} | {size / wall:.2f} | {size / cpu:.2f} | {spans['raw read'][0] / wall:.2f} |" for name, (wall, cpu) in spans.items()]
+    return "\n".join(["| region shards | GB/s | GB/CPU-s | of raw |", "|---|---|---|---|", *rows])
+
+
+def work(pairs: Pairs) -> list[Any]:
+    from pipelines.stream import work_of
+
+    return work_of(0, 0, pairs.plan.steps_per_epoch, 1)
+
+
+def sidecars(root: Path, rounds: int, rows: int = 200_000, width: int = 384) -> str:
+    """Rows a second: opening with every check, and all vectors as float32; and the vectors of scattered rows as a batch needs them."""
+    lines = ["| sidecar | rows/s opened and checked | rows/CPU-s |", "|---|---|---|"]
+    vectors = np.random.default_rng(0).normal(0, 1, (rows, width)).astype(np.float32)
+    keys = [f"k{n}" for n in range(rows)]
+    for dtype in ("int8", "fp16"):
+        uri = str(root / f"side-{dtype}.arrow")
+        write_sidecar(uri, Header({"kind": "made up"}, "image", dtype, "00000.tar", "0"), keys, vectors)
+        wall, cpu = alternate({dtype: lambda uri=uri: read_sidecar(uri, "0").vectors}, rounds)[dtype]  # type: ignore[misc]
+        lines.append(f"| {dtype}, width {width} | {rows / wall:,.0f} | {rows / cpu:,.0f} |")
+    return "\n".join(lines)
+
+
+def alternate(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median (wall, CPU) seconds by name; one round before them is not timed."""
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, job in works.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            job()
+            if turn:
+                spans[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: (statistics.median(s[0] for s in rows), statistics.median(s[1] for s in rows)) for name, rows in spans.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["loaders", "regions", "sidecars"])
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "itm-bench", help="where the made-up data lies")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help=f"of {SHARDS * SAMPLES} images")
+    parser.add_argument("--loader", choices=LOADERS, help="of the command `one`")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.what == ["one"]:
+        print(json.dumps(measure(args.loader, make_split(args.root), args.epochs)), flush=True)
+        return
+    print(f"{os.cpu_count()} cores, {WORKERS} loader workers, batch {BATCH}, medians of {args.rounds} runs in turn", flush=True)
+    for what in args.what:
+        work = {"loaders": lambda: loaders(args.root, args.rounds, args.epochs), "regions": lambda: regions(args.root, args.rounds)}
+        work["sidecars"] = lambda: sidecars(args.root, args.rounds)
+        print(work[what]() + "\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
