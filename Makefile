@@ -39,6 +39,8 @@ golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line
 
 bench: $(READY)  ## speed against named peers measured in the same run
 	$(BIN)/python -m itm.evaluation.bench
+	$(BIN)/python -m tests.bench_data
+	$(BIN)/python -m tests.bench_steps
 
 chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
 	$(BIN)/python -m tests.chaos

@@ -129,7 +129,7 @@ def read_webdataset(split: Path, epochs: int) -> Iterator[Any]:
         return {"pixels": pixels, "tokens": inputs.captions([sample["json"]["captions"][0]["text"]]).tokens[0].numpy()}
 
     for _ in range(epochs):
-        rows = ray.data.read_webdataset(str(split), decoder=as_bytes, suffixes=["jpg", "json"]).map(row)
+        rows = ray.data.read_webdataset(sorted(map(str, split.glob("*.tar"))), decoder=as_bytes, suffixes=["jpg", "json"]).map(row)
         for batch in rows.iter_torch_batches(batch_size=BATCH, drop_last=True):
             yield batch["pixels"], batch["tokens"]
 
