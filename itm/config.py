@@ -72,6 +72,7 @@ class Teachers(Strict):
 class Train(Strict):
     """Optimisation. One step = one optimiser update on `batch_size` x workers x `accumulate` pairs."""
 
+    start: str | None = Field(None, description="matcher folder or models:/name@alias to fine-tune: its weights and its tokenizer")
     batch_size: int = Field(128, ge=2, description="pairs per worker and micro-step")
     steps: int | None = Field(None, ge=1, description="stop after this many steps")
     epochs: int | None = Field(None, ge=1, description="stop after this many passes over all captions")

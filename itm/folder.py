@@ -29,6 +29,19 @@ def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
     return matcher
 
 
+def take_weights(matcher: nn.Module, uri: str) -> None:
+    """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
+    other = load_matcher_folder(uri)
+    if other.kind != matcher.kind:
+        raise ValueError(
+            f"{uri} holds a {other.kind!r}, model.kind is {matcher.kind!r}: take model.kind and model.options from its config.json"
+        )
+    try:
+        matcher.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{uri} does not fit model.options, take them from its config.json: {error}") from None
+
+
 def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
     """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
     target = str(folder)

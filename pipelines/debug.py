@@ -60,6 +60,7 @@ def debug_twin(recipe: Recipe) -> Recipe:
         choices["teachers"]["text"] = {"kind": "scenes_text", "options": {"world": "tiny"}}
     choices["model"]["options"] = _model(recipe.model.kind, choices["model"]["options"])
     choices["train"] |= {
+        "start": None,
         "batch_size": 16,
         "steps": 3,
         "epochs": None,

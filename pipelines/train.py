@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import itm
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
@@ -36,12 +37,13 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store, find_store
 from itm.data.text import build_tokenizer
+from itm.folder import save_matcher
 from itm.lineage import DatasetRef, git_commit
 from itm.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.teach import choice_of, stores_root
-from pipelines.train_worker import Job, absolute, build_method, work
+from pipelines.train_worker import START, Job, absolute, build_method, work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,16 +117,25 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     if steps == 10**12:
         raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
     check_present(split, manifest)
-    captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path else None
+    captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path and not train.start else None
     image, first = ImageInput.of(data), first_sample(split, manifest, data.image)
     if first and image.kind == "regions":
         image = replace(image, region_width=read_regions(first[0], 1)["regions"].shape[1])
-    inputs = Inputs(image, build_tokenizer(recipe.text, captions))
+    tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
+    inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
     if first and train.cache_chunk is not None:
         check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
     stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
     return Job(recipe, manifest, plan, inputs, stores, steps, run_id="", tracking_uri="")
+
+
+def started_from(recipe: Recipe) -> Any:
+    """The matcher that the run fine-tunes, as it was when the run began."""
+    kept = files.join(recipe.folder, START)
+    if not files.exists(files.join(kept, "config.json")):
+        save_matcher(itm.load_matcher(str(recipe.train.start)), kept)
+    return itm.load_matcher(kept)
 
 
 def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
@@ -285,7 +296,8 @@ def forget(folder: str) -> None:
     for name in ("run.json", "started.json", "losses.jsonl"):
         if files.exists(uri := files.join(folder, name)):
             files.delete(uri)
-    for uri in (*files.list_files(files.join(folder, "checkpoints")), *files.list_files(folder, ".jsonl")):
+    inner = [uri for name in ("checkpoints", START) for uri in files.list_files(files.join(folder, name))]
+    for uri in (*inner, *files.list_files(folder, ".jsonl")):
         files.delete(uri)
 
 

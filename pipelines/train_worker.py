@@ -30,7 +30,7 @@ from itm.distributed import all_reduce_sum, rank, world_size
 from itm.evaluation.dataset import encode_split
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.scoring import score_matrix
-from itm.folder import build_matcher, save_matcher
+from itm.folder import build_matcher, save_matcher, take_weights
 from itm.methods import METHODS
 from itm.parts import build_part
 from itm.registry import Tracker
@@ -41,6 +41,7 @@ from itm.training.step import Step
 from itm.types import Batch
 from pipelines.stream import stream, stream_here, work_of
 
+START = "start"  # the matcher that a run fine-tunes, copied into its folder: an alias may move while it trains
 Report = Callable[[int, float], None]
 """(steps done, loss), called on rank 0 at every logged step."""
 
@@ -71,9 +72,14 @@ class Job:
 
 
 def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
-    """The method around a fresh matcher, the same weights for the same seed. Raises ValueError for what cannot run together."""
+    """The method around a matcher, fresh (the same weights for the same seed) or with the weights of `train.start`.
+
+    Raises ValueError for what cannot run together.
+    """
     torch.manual_seed(recipe.seed)
     matcher = build_matcher(recipe.model, inputs)
+    if recipe.train.start:
+        take_weights(matcher, files.join(recipe.folder, START))
     method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
     return method
 

@@ -121,6 +121,16 @@ def test_positives_bounds_the_pairs_of_a_half_step():
     assert all(torch.isfinite(t) for t in terms.values())
 
 
+def test_one_positive_a_batch_is_the_authors_step_on_two_pools():
+    method = IAIS(uniter(), ranking={"positives": 1, "hard_negatives": 2})
+    given = batch(torch.arange(5))
+    halves = method.pool_step(given.images[:1], given.captions) | method.pool_step(given.images, given.captions[:1])
+    terms = method(given)
+    assert terms.keys() == halves.keys()
+    for name, value in halves.items():
+        torch.testing.assert_close(terms[name], value)
+
+
 def test_the_weight_grows_as_the_schedule_says():
     method = IAIS(uniter(), weight=8.0, steps=100)
     given = batch()

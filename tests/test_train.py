@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import itm
 from itm.config import Recipe, load_recipe, parse_recipe
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.folder import load_matcher_folder
@@ -66,6 +67,22 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(self, batches, number)
 
     monkeypatch.setattr(Step, "__call__", dying)
+
+
+@pytest.mark.e2e
+def test_a_matcher_is_fine_tuned_with_its_own_tokenizer_and_one_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    splits(tmp_path)
+    train(recipe(tmp_path))
+    first = itm.load_matcher(tmp_path / "runs" / "run" / "matcher")
+    train(recipe(tmp_path, name="tuned", start=f"{tmp_path}/runs/run/matcher", steps=1, lr=1e-12, validate_every=1))
+    tuned = itm.load_matcher(tmp_path / "runs" / "tuned" / "matcher")
+    assert tuned.inputs.tokenizer.vocab_size == first.inputs.tokenizer.vocab_size
+    for name, value in first.named_parameters():
+        torch.testing.assert_close(dict(tuned.named_parameters())[name], value)
+    wider = recipe(tmp_path, name="wider", start=f"{tmp_path}/runs/run/matcher")
+    wider = wider.model_copy(update={"model": wider.model.model_copy(update={"options": wider.model.options | {"width": 4}})})
+    with pytest.raises(ValueError, match="does not fit model.options, take them from its config.json"):
+        train(wider)
 
 
 @pytest.mark.e2e

@@ -108,21 +108,29 @@ class IAIS(nn.Module):
 
     def _mine(self, batch: Batch, step: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Per anchor: columns (G,1+K) with the positive first, and which negatives are real (G,K)."""
-        matcher = self.matcher
-        if step < self.ranking.random_steps:
-            scores = torch.rand(len(batch.images), len(batch.captions), device=batch.captions.tokens.device)
-        else:
-            with mining_mode(matcher):
-                scores = matcher.score(matcher.encode_images(batch.images), matcher.encode_captions(batch.captions))
-        positives = slice(0, self.ranking.positives)
+        scores = self._pools(batch, step)
         ids = batch.images.image_id
         negative = ~positives_from_ids(ids, batch.captions.image_id)
-        own = torch.arange(len(scores), device=scores.device)[positives, None]
         mined = {}
-        for anchor, table, allowed in (("V", scores, negative), ("L", scores.T, negative.T & first_of_each(ids))):
-            columns, real = hardest_in_batch(table[positives], allowed[positives], self.ranking.hard_negatives)
+        for anchor, allowed in (("V", negative), ("L", negative.T & first_of_each(ids))):
+            table = scores[anchor]
+            columns, real = hardest_in_batch(table, allowed[: len(table)], self.ranking.hard_negatives)
+            own = torch.arange(len(table), device=table.device)[:, None]
             mined[anchor] = torch.cat([own, columns], 1), real
         return mined
+
+    def _pools(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Scores of the positives with every pair of the batch, V (G,T) by image and L (G,I) by caption; only these pairs are run."""
+        rows, matcher = slice(self.ranking.positives), self.matcher
+        if step < self.ranking.random_steps:
+            scores = torch.rand(len(batch.images), len(batch.captions), device=batch.captions.tokens.device)
+            return {"V": scores[rows], "L": scores.T[rows]}
+        with mining_mode(matcher):
+            images, captions = matcher.encode_images(batch.images), matcher.encode_captions(batch.captions)
+            if self.ranking.positives is None:
+                scores = matcher.score(images, captions)
+                return {"V": scores, "L": scores.T}
+            return {"V": matcher.score(images[rows], captions), "L": matcher.score(images, captions[rows]).T}
 
     def _half(self, anchor: str, images: Encoded, captions: Encoded, columns: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         others, real = columns
