@@ -65,15 +65,12 @@ def stores_root(recipe: Recipe, split: str) -> str:
     return uri if "://" in uri else os.path.abspath(uri)
 
 
-def store_for(recipe: Recipe, split: str, modality: str) -> str:
-    """URI of the finished store of the recipe's teacher (open it by `itm.data.sidecar.open_store`); no teacher is loaded.
+def store_for(recipe: Recipe, split: str, modality: str) -> sidecar.Store:
+    """The finished store of the recipe's teacher, which it must name; no teacher is loaded.
 
     Raises ValueError naming the folder and the remedy when `itm teach` has not made it.
     """
-    part = getattr(recipe.teachers, modality)
-    if part is None:
-        raise ValueError(f"recipe {recipe.name!r} names no {modality} teacher: set teachers.{modality}")
-    return sidecar.find_store(stores_root(recipe, split), choice_of(part, modality, recipe.teachers.dtype)).uri
+    return sidecar.find_store(stores_root(recipe, split), choice_of(getattr(recipe.teachers, modality), modality, recipe.teachers.dtype))
 
 
 @dataclass(frozen=True)

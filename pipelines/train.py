@@ -35,14 +35,14 @@ from itm.data.plan import Plan
 from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
 from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
-from itm.data.sidecar import Store, find_store
+from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.folder import save_matcher
 from itm.lineage import DatasetRef, git_commit
 from itm.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
 from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.teach import choice_of, stores_root
+from pipelines.teach import store_for
 from pipelines.train_worker import START, Job, absolute, build_method, work
 
 
@@ -158,11 +158,9 @@ def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str]
 
 def store_of(recipe: Recipe, manifest: Manifest, modality: str) -> Store:
     """The finished store of the recipe's teacher, which must have scored every shard. Raises ValueError with the remedy."""
-    part = getattr(recipe.teachers, modality)
-    if part is None:
+    if getattr(recipe.teachers, modality) is None:
         raise ValueError(f"method {recipe.method.kind!r} needs {modality} teacher vectors: set teachers.{modality} and run `itm teach`")
-    root = stores_root(recipe, recipe.data.train_split)
-    store = find_store(absolute(root), choice_of(part, modality, recipe.teachers.dtype))
+    store = store_for(recipe, recipe.data.train_split, modality)
     store.check((shard.name, shard.sha256) for shard in manifest.shards)
     return store
 

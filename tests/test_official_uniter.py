@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from itm.models.official_uniter import is_uniter, load_uniter, printed_text_to_image_recalls
+from itm.evaluation.metrics import retrieval_metrics
+from itm.models.official import recognise
+from itm.models.official_uniter import load_uniter
 from itm.models.uniter import UNITER
 
 SMALL = {"vocab_size": 20, "hidden": 16, "layers": 2, "heads": 2, "intermediate": 24, "positions": 9, "region_dim": 6}
@@ -90,8 +92,8 @@ def test_another_vocabulary_and_an_unknown_number_of_heads_are_refused():
 
 
 def test_the_family_is_told_from_the_keys():
-    assert is_uniter(fine_tuned())
-    assert not is_uniter(["logit_scale", "visual.proj"])
+    assert recognise(fine_tuned()) == "uniter"
+    assert recognise({"logit_scale": torch.ones(()), "visual.proj": torch.ones(2, 2)}) == "clip"
 
 
 def test_printed_recalls_add_the_row_number_error():
@@ -101,7 +103,7 @@ def test_printed_recalls_add_the_row_number_error():
     for caption in range(n):
         for place in range(n):
             scores[(caption + place) % n, caption] = 6.5 if place == 0 else float(n - place)
-    got = printed_text_to_image_recalls(scores, torch.arange(n))
-    assert got["r1"] == pytest.approx(100 / n)
-    assert got["r5"] == pytest.approx(500 / n)
-    assert got["r10"] == pytest.approx(100 * (n + 10) / n)
+    got = retrieval_metrics(scores, (torch.arange(n), torch.arange(n)), tie="official_iais")
+    assert got["t2i_r1"] == pytest.approx(100 / n)
+    assert got["t2i_r5"] == pytest.approx(500 / n)
+    assert got["t2i_r10"] == pytest.approx(100 * (n + 10) / n)

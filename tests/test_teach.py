@@ -198,7 +198,7 @@ def test_a_store_is_found_by_kind_options_and_type_alone(here, monkeypatch):
     wanted = recipe(here, {"kind": "statistics", "options": {"size": 32}})
     uri = stage.teach(wanted)["image"]
     monkeypatch.setattr(stage, "build_teacher", None)
-    assert stage.store_for(wanted, "train", "image") == uri
+    assert stage.store_for(wanted, "train", "image").uri == uri
     with pytest.raises(ValueError, match="itm teach"):
         stage.store_for(recipe(here, {"kind": "statistics"}), "train", "image")
 

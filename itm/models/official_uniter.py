@@ -7,10 +7,8 @@ tensors; only the number of heads cannot be seen in them (64 numbers a head in b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from itm.models.official_scan import fill
@@ -18,11 +16,6 @@ from itm.models.uniter import UNITER
 
 PRETRAINING_HEADS = ("cls.", "feat_regress.", "region_classifier.")
 HEAD_WIDTH = 64
-
-
-def is_uniter(keys: Iterable[str]) -> bool:
-    """Whether a state dict with these keys is a UNITER (or IAIS) model."""
-    return any("img_embeddings." in key for key in keys)
 
 
 def load_uniter(state: dict[str, Any], **needed: Any) -> UNITER:
@@ -42,16 +35,6 @@ def load_uniter(state: dict[str, Any], **needed: Any) -> UNITER:
     fill(matcher, kept)
     matcher.dropped = dropped
     return matcher.eval()
-
-
-def printed_text_to_image_recalls(scores: Tensor, image_of_caption: Tensor) -> dict[str, float]:
-    """r1, r5, r10 in percent as the authors' script prints them (iais spec 5.7), for comparison only; scores (I,T), images in rows.
-
-    It counts a two-column index: printed(K) = true(K) + #{captions in row < K whose image is in the top 10} / T.
-    """
-    top = scores.T.topk(min(10, len(scores)), dim=1).indices
-    hits = torch.nonzero(top == image_of_caption[:, None])
-    return {f"r{k}": 100.0 * int((hits < k).sum()) / scores.shape[1] for k in (1, 5, 10)}
 
 
 def _own_name(key: str) -> str:
