@@ -21,7 +21,7 @@ from itm.evaluation.metrics import retrieval_metrics
 from itm.losses.relation import aligned_index, isda, relation_alignment_loss, relation_distances
 from itm.methods.iais import IAIS, annealing
 from itm.methods.iais_mining import hardest_of_pool
-from itm.models.official_uniter import load_uniter, printed_text_to_image_recalls
+from itm.models.official_uniter import load_uniter
 from itm.models.uniter import UNITER
 from itm.models.uniter_pairs import Relations
 from itm.training.optim import learning_rate
@@ -237,11 +237,11 @@ def _scoring(folder: Path, about: dict[str, Any]) -> Iterator[Check]:
 
 def _recalls(prefix: str, scores: Tensor, arrays: dict[str, np.ndarray], image_of: Tensor) -> Iterator[Check]:
     found = retrieval_metrics(scores, (torch.arange(len(scores)), image_of))
-    printed = printed_text_to_image_recalls(scores, image_of)
+    printed = retrieval_metrics(scores, (torch.arange(len(scores)), image_of), tie="official_iais")
     images = [found[f"i2t_r{k}"] / 100 for k in (1, 5, 10)]
     for name, texts in (
         ("correct", [found[f"t2i_r{k}"] / 100 for k in (1, 5, 10)]),
-        ("official", [printed[f"r{k}"] / 100 for k in (1, 5, 10)]),
+        ("official", [printed[f"t2i_r{k}"] / 100 for k in (1, 5, 10)]),
     ):
         means = [float(np.mean(images)), float(np.mean(texts))]
         yield EXACT(
