@@ -94,6 +94,9 @@ class Train(Strict):
     cache_chunk: int | None = Field(
         None, ge=1, description="rows the encoders hold activations of; the loss still sees all of batch_size. Unset = all at once"
     )
+    checkpoint_activations: bool = Field(
+        False, description="make the encoders' activations again in the backward pass instead of keeping them: less memory, more time"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
@@ -133,9 +136,13 @@ class Recipe(Strict):
     registry: Registry = Field(default_factory=Registry)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the sha256 of all choices; prose, the place of outputs and the number of processes do not count."""
+        """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and memory savers do not count."""
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
-        processes: dict[str, Any] = {"train": {"workers", "max_failures"}, "data": {"decode_actors"}, "teachers": {"actors"}}
+        processes: dict[str, Any] = {
+            "train": {"workers", "max_failures", "checkpoint_activations"},
+            "data": {"decode_actors"},
+            "teachers": {"actors"},
+        }
         choices = self.model_dump(mode="json", exclude=places | processes)
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
 

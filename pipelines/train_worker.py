@@ -37,6 +37,7 @@ from itm.registry import Tracker
 from itm.training.checkpoint import Best, State, best_uri, latest, load_checkpoint, read_weights, save_checkpoint, write_weights
 from itm.training.loop import Hooks, train_loop
 from itm.training.optim import build_optimizer, learning_rate, moving_average, scalars
+from itm.training.recompute import recompute_activations
 from itm.training.step import Step
 from itm.types import Batch
 from pipelines.stream import stream, stream_here, work_of
@@ -98,6 +99,8 @@ class Worker:
         self.job, self.report = job, report
         train, recipe = job.recipe.train, job.recipe
         method = build_method(recipe, job.inputs).to(device)
+        if train.checkpoint_activations:
+            recompute_activations(method.matcher)  # type: ignore[arg-type]
         # Which parameters a step uses depends on the method's terms; DDP must not wait for the others.
         wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world_size() > 1 else method
         average = moving_average(method, train.ema) if train.ema else None

@@ -32,3 +32,16 @@ def build_image_encoder(kind: str, **options: Any) -> nn.Module:
 def build_text_encoder(kind: str, *, vocab_size: int, **options: Any) -> nn.Module:
     """`vocab_size` comes from the tokenizer. Raises ValueError for an unknown kind or option."""
     return build_part(TEXT_ENCODERS, kind, options, "text encoder", vocab_size=vocab_size)
+
+
+def towers_of(matcher: nn.Module) -> list[nn.Module]:
+    """The encoders of a matcher, each of them an `nn.Module` that is called; CLIP's are the two towers of its backbone."""
+    backbone: Any = getattr(matcher, "backbone", None)
+    if backbone is not None:
+        return [backbone.vision_model, backbone.text_model]
+    return [module for module in matcher.children() if hasattr(module, "vector_width")]
+
+
+def joint_layers(matcher: nn.Module) -> list[Any]:
+    """The layers of a single-stream matcher, run as `feed_forward_chunk(attention(...))`; of any other matcher none."""
+    return list(matcher.uniter.encoder.layer) if hasattr(matcher, "pairs") else []  # type: ignore[union-attr,arg-type]
