@@ -99,6 +99,7 @@ def evaluate(
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri) for uri in members]
+    screener = itm.load_matcher(how.screen_matcher) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri)
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
@@ -109,14 +110,14 @@ def evaluate(
         "protocol_name": protocol,
         "tie": tie,
         "precision": how.precision,
-    } | how.identity()
+    } | how.identity(weights_hash(screener) if screener else None)
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
-    screen = encode(itm.load_matcher(how.screen_matcher), split_uri, manifest, recipe) if how.screen and how.screen_matcher else None
+    screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest)
     scored = score(matchers, seen, manifest, recipe, how, screen)

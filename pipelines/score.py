@@ -39,6 +39,7 @@ class How:
     """
 
     precision: str = "fp32"
+    compile: bool = False
     block: int | None = None
     distributed: bool = False
     prune: Prune = "off"
@@ -59,10 +60,12 @@ class How:
     def of(cls, args: argparse.Namespace) -> How:
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "block"})
 
-    def identity(self) -> dict[str, Any]:
-        """What tells this result from that of the exact scores of record."""
+    def identity(self, screener: str | None = None) -> dict[str, Any]:
+        """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
         pruned = {} if self.prune == "off" else {"prune": self.prune}
-        return pruned | ({"screened": [self.screen, self.screen_loss, self.screen_queries, self.screen_matcher]} if self.screen else {})
+        compiled = {"compile": True} if self.compile else {}
+        screened = {"screened": [self.screen, self.screen_loss, self.screen_queries, screener]} if self.screen else {}
+        return pruned | compiled | screened
 
     def named(self, name: str) -> str:
         """The name of a result, marked when it is approximate: it never stands where the exact one would."""
@@ -74,6 +77,9 @@ IN_MEMORY = How()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile"
+    )
     parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
     parser.add_argument("--prune", choices=get_args(Prune), default="off", help="UARDA: skip fragments below the threshold; same scores")
     parser.add_argument("--screen", metavar="K|auto", help="score only the K candidates a side that vectors propose (approximate)")
@@ -102,7 +108,7 @@ def score_split(
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
-    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
+    options: dict[str, Any] = {"precision": how.precision, "compile": how.compile, "block": how.block}
     if how.screen:
         return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
@@ -144,7 +150,7 @@ def described(result: dict[str, Any]) -> str:
 def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"precision": how.precision, "device": device}
+    options = {"precision": how.precision, "compile": how.compile, "device": device}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from itm.evaluation.published import naaf_loop, scan_loop, sgraf_loop
+from itm.evaluation.scoring import score_matrix
 from itm.models import tiled
 from itm.models.scan import SCAN
 from itm.models.sgraf import SAF, SGR
@@ -98,4 +100,15 @@ def test_the_benchmark_prints_and_stores_every_ratio(tmp_path, capsys):
     assert max(row["difference"] for row in found["rows"] if row["precision"] == "fp32") < 5e-6
     assert all(row["ratio_cpu"] == pytest.approx(row["ours_cpu"] / row["peer_cpu"]) for row in found["rows"])
     assert (tmp_path / "b.svg").stat().st_size > 1000
-    assert "bound/s" in capsys.readouterr().out
+    assert "of bound" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch.compile's own imports
+def test_compiled_tiles_give_the_scores_of_eager_ones():
+    images, captions = parts(real=[5, 1, 3, 5, 2, 4])
+    for matcher in (SCAN(**SMALL, cross_attn="i2t"), SAF(**SMALL, sim_dim=6, regions=5), UARDA(**SMALL, eval_threshold=0.35)):
+        before = counters["stats"]["unique_graphs"]
+        eager = score_matrix(matcher, images, captions)
+        assert counters["stats"]["unique_graphs"] == before
+        torch.testing.assert_close(score_matrix(matcher, images, captions, compile=True), eager, atol=2e-6, rtol=1e-5)
+        assert counters["stats"]["unique_graphs"] > before

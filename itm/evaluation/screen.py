@@ -77,7 +77,7 @@ def screened_scores(
 ) -> ScreenedScores:
     """Scores of the k best captions of every image and the k best images of every caption, by the vectors.
 
-    sides: (images, captions) of each member; options: `precision` and `device` of `score_matrix`. k of the gallery or more is exact.
+    sides: (images, captions) of each member; options: some of `score_matrix`. k of the gallery or more is exact.
     Raises ValueError for k < 1 and for NaN scores.
     """
     if k < 1:

@@ -140,7 +140,7 @@ def fill(
     """Compute the tiles that are missing, with a progress bar, and write the receipt.
 
     encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put makes a handle that `spread` hands to
-    the workers as its value. options: `precision`, `block` and `device` of `score_matrix`. Raises ValueError naming the first NaN.
+    the workers as its value. options: some of `score_matrix`. Raises ValueError naming the first NaN.
     """
     from tqdm import tqdm
 

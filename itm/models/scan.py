@@ -6,6 +6,7 @@ are the authors' up to rounding. One image and one word work, and so do the two 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,13 +15,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itm.models.attention import EPS, LateInteraction, attended_norm, gram, guarded_norm, l1, l2, parts_of, raw_scores, zero_padding
-from itm.models.tiled import attended_squares, can_tile, tiled_relevance
+from itm.models.tiled import attended_squares, can_tile, fusible, tiled_relevance
 from itm.types import Encoded
 
 Direction = Literal["t2i", "i2t"]
 RawNorm = Literal["clipped_l2norm", "l2norm", "clipped", "no_norm", "softmax", "clipped_l1norm", "l1norm"]
 Aggregation = Literal["LogSumExp", "Mean", "Max", "Sum"]
 MOST_SMOOTHING = 64  # exp(64)^2 x regions is still a float32
+
+
+@fusible
+def attend(raw: Tensor, grams: Tensor, context_mask: Tensor | None, clipped: bool, smooth: float) -> Tensor:
+    """(3,Nc,Q,Nq): w'raw, w'Gw and sum w for weights w that the softmax would divide by their sum; in (-1,1) x smooth, exp is safe.
+
+    raw (Nc,C,Q,Nq), grams (Nc,C,C), context_mask (Nc,C): a tile of `itm.models.tiled`.
+    """
+    weights = F.leaky_relu(raw, 0.1) if clipped else raw.clone()
+    norms = weights.square().sum(2, keepdim=True).sqrt_()
+    weights.mul_(smooth / norms.add_(EPS)).exp_()
+    if context_mask is not None:
+        weights.mul_(context_mask[:, :, None, None])
+    squares, total = attended_squares(weights, grams), weights.sum(1)
+    return torch.stack([weights.mul_(raw).sum(1), squares, total])
 
 
 class SCAN(LateInteraction):
@@ -52,33 +68,29 @@ class SCAN(LateInteraction):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions (spec 3)."""
-        if self.raw_feature_norm in ("clipped_l2norm", "l2norm") and abs(self.lambda_softmax) < MOST_SMOOTHING and can_tile(captions):
+        if self.cuts_tiles(captions):
             return self._tiled(images, captions)
         query, context = (captions, images) if self.cross_attn == "t2i" else (images, captions)
         scores = aggregate(self._relevance(query, context), parts_of(query)[1], self.agg_func, self.lambda_lse)
         return scores if self.cross_attn == "t2i" else scores.T
+
+    def cuts_tiles(self, captions: Encoded) -> bool:
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: without gradient, for the norms that allow it."""
+        normed = self.raw_feature_norm in ("clipped_l2norm", "l2norm") and abs(self.lambda_softmax) < MOST_SMOOTHING
+        return normed and can_tile(captions)
 
     def _tiled(self, images: Encoded, captions: Encoded) -> Tensor:
         """The same scores without gradient."""
         t2i, parts = self.cross_attn == "t2i", parts_of(images)[0]
         scores = parts.new_empty(len(images), len(captions))
         norms = guarded_norm(parts_of(captions if t2i else images)[0]).squeeze(-1)
-        for rows, chosen, (dots, squares, total), mask in tiled_relevance(images, captions, self.cross_attn, self._attend):
+        weigh = functools.partial(attend, clipped=self.raw_feature_norm.startswith("clipped"), smooth=self.lambda_softmax)
+        for rows, chosen, (dots, squares, total), mask in tiled_relevance(images, captions, self.cross_attn, weigh):
             length = norms[chosen, : mask.shape[1]] if t2i else norms[rows]
             relevance = dots / torch.maximum(length * squares.sqrt(), EPS * total)
             found = aggregate(relevance, mask, self.agg_func, self.lambda_lse)
             scores[rows, chosen] = found if t2i else found.T
         return scores
-
-    def _attend(self, raw: Tensor, grams: Tensor, context_mask: Tensor | None) -> Tensor:
-        """(3,Nc,Q,Nq): w'raw, w'Gw and sum w for weights w that the softmax would divide by their sum; in (-1,1) x lambda, exp is safe."""
-        weights = F.leaky_relu(raw, 0.1) if self.raw_feature_norm.startswith("clipped") else raw.clone()
-        norms = weights.square().sum(2, keepdim=True).sqrt_()
-        weights.mul_(self.lambda_softmax / norms.add_(EPS)).exp_()
-        if context_mask is not None:
-            weights.mul_(context_mask[:, :, None, None])
-        squares, total = attended_squares(weights, grams), weights.sum(1)
-        return torch.stack([weights.mul_(raw).sum(1), squares, total])
 
     def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
         """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (spec 2 and 3)."""

@@ -198,7 +198,7 @@ class SimilarityMatcher(LateInteraction):
         self._check_slots(images)
         if self.training and len(images) < 2:
             raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
-        if not self.training and can_tile(captions):
+        if self.cuts_tiles(captions):
             return tiled_scores(self, images, captions)
         whole_images = self.v_global_w(regions, region_mask)
         whole_captions = self.t_global_w(words, word_mask)
@@ -216,6 +216,10 @@ class SimilarityMatcher(LateInteraction):
         if self.training:
             self.track(torch.cat(statistics))
         return torch.cat(scores, 1)[:, order.argsort()]
+
+    def cuts_tiles(self, captions: Encoded) -> bool:
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
+        return not self.training and can_tile(captions)
 
     def _check_slots(self, images: Encoded) -> None:
         assert images.parts is not None

@@ -12,13 +12,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itm.models.attention import EPS, gram, l1, l2, parts_of
-from itm.models.tiled import attended_squares, equal_lengths, product, product_dtype
+from itm.models.tiled import attended_squares, equal_lengths, fusible, product, product_dtype
 from itm.types import Encoded
 
 LAMBDA = 9.0
 # Words of one tile; the difference of each to its attended image vector is as wide as the parts.
 WORDS = {"cpu": 1024, "cuda": 1 << 14}
 NODES = {"cpu": 1 << 12, "cuda": 1 << 18}
+
+
+@fusible
+def unit_weights(raw: Tensor, grams: Tensor, region_mask: Tensor | None) -> Tensor:
+    """(I,R,L,T) raw scores -> weights such that weights @ regions are unit vectors (SGRAF spec 3.1)."""
+    weights = F.leaky_relu(raw, 0.1)
+    weights.mul_(LAMBDA / weights.square().sum(2, keepdim=True).sqrt_().add_(EPS)).exp_()
+    if region_mask is not None:
+        weights.mul_(region_mask[:, :, None, None])
+    weights.div_(weights.sum(1, keepdim=True))
+    return weights.div_(attended_squares(weights, grams).sqrt_().add_(EPS).unsqueeze(1))
 
 
 def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
@@ -59,12 +70,7 @@ class _Block:
         """texts (L*T,D), word by word -> weights (I,L*T,R) such that weights @ regions are unit vectors."""
         ours = self.regions[rows]
         raw = product(ours.flatten(0, 1), texts.to(self.kind)).to(self.grams.dtype).view(*ours.shape[:2], length, -1)
-        weights = F.leaky_relu(raw, 0.1)
-        weights.mul_(LAMBDA / weights.square().sum(2, keepdim=True).sqrt_().add_(EPS)).exp_()
-        if self.mask is not None:
-            weights.mul_(self.mask[rows][:, :, None, None])
-        weights.div_(weights.sum(1, keepdim=True))
-        weights.div_(attended_squares(weights, self.grams[rows]).sqrt_().add_(EPS).unsqueeze(1))
+        weights = unit_weights(raw, self.grams[rows], None if self.mask is None else self.mask[rows])
         return weights.flatten(2).mT.to(self.kind)
 
     def local(self, texts: Tensor, weights: Tensor, rows: Tensor, together: int) -> Tensor:

@@ -6,7 +6,10 @@ scores lie as (context rows, context items, query items, query rows), so that ev
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +23,29 @@ TILE_SCORES = {"cpu": 3 << 18, "cuda": 1 << 26}
 IMAGES = {"cpu": 96, "cuda": 512}
 
 Relate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+_compiling = False
+
+
+@contextlib.contextmanager
+def compiled(on: bool) -> Iterator[None]:
+    """Inside, functions marked `fusible` run as torch.compile makes them: one pass over a tile where eager code makes ten."""
+    global _compiling
+    before, _compiling = _compiling, on
+    try:
+        yield
+    finally:
+        _compiling = before
+
+
+def fusible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors and numbers without side effects, compiled at its first call inside `compiled(True)`."""
+    fused = functools.cache(lambda: torch.compile(function, dynamic=True))
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Tensor:
+        return (fused() if _compiling else function)(*args, **options)
+
+    return call
 
 
 def can_tile(captions: Encoded) -> bool:

@@ -13,13 +13,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from itm.config import Strict
 from itm.models.attention import LateInteraction, gram, l2, parts_of, raw_scores
 from itm.models.threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk, relevance_threshold
-from itm.models.tiled import attended_squares, can_tile, tiled_relevance
+from itm.models.tiled import attended_squares, can_tile, fusible, tiled_relevance
 from itm.models.uarda_pruned import Pruning
 from itm.types import Encoded, Images
+
+MOST_GROWTH = 40  # (exp(40) x regions)^2 is still a float32
 
 __all__ = ["UARDA", "SeparationOptions", "ThresholdOptions", "relevance_threshold"]
 
@@ -30,6 +33,17 @@ class SeparationOptions(Strict):
     weight: float = 0.0
     kind: Literal["cost", "hinge"] = "cost"
     delta: float = 0.05
+
+
+@fusible
+def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
+    """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.models.tiled`: raw (Nc,C,Q,Nq). smooth (1 - t) is below MOST_GROWTH."""
+    if context_mask is not None:
+        raw = raw.masked_fill(~context_mask[:, :, None, None], t)
+    # Relative to the weight of exactly t, what passes weighs more than 1: no row maximum is needed, and the weight itself is the mask.
+    e = F.threshold_((raw - t).mul_(smooth).exp_(), 1.0, 0.0)
+    square = attended_squares(e, grams)
+    return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
 
 
 @dataclass
@@ -47,15 +61,6 @@ class Attention:
             square = (flat @ grams * flat).sum(-1).view(raw.shape[:3])
         alive = square > 1e-16
         return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
-
-    def tile(self, raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: Tensor | float) -> Tensor:
-        """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.models.tiled`: raw (Nc,C,Q,Nq)."""
-        if context_mask is not None:
-            raw = raw.masked_fill(~context_mask[:, :, None, None], -1e4)
-        keep = raw > t
-        e = (raw - raw.amax(1, keepdim=True)).mul_(self.lambda_softmax).exp_().mul_(keep)
-        square = attended_squares(e, grams)
-        return torch.where(square > 1e-16, e.mul_(raw).sum(1) / square.clamp(min=1e-16).sqrt_(), 0.0)
 
     def unnormalised(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
         """e (Nc,Nq,Q,C) >= 0: weights up to a factor a row, 0 for s <= t. The row maximum is taken out, so that e <= 1."""
@@ -143,10 +148,9 @@ class UARDA(LateInteraction):
         return total
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
-        if self.pruning is not None and not self.training and not torch.is_grad_enabled():
+        if self._prunes():
             return self.pruning.scores(direction, query, context, self.attention, self._threshold(direction))
-        words = query if direction == "t2i" else context
-        if not self.training and self.attention.weights == "softmax" and can_tile(words):
+        if self.cuts_tiles(query if direction == "t2i" else context):
             return self._tiled(direction, query, context)
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
@@ -162,12 +166,21 @@ class UARDA(LateInteraction):
             self._observed[direction] = Observed(maxima, query_mask, scores.detach())
         return scores
 
+    def cuts_tiles(self, captions: Encoded) -> bool:
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient or pruning."""
+        if self.training or self._prunes() or self.attention.weights != "softmax" or not can_tile(captions):
+            return False
+        return all(self.attention.lambda_softmax * (1 - float(self._threshold(d))) < MOST_GROWTH for d in self.thresholds)
+
+    def _prunes(self) -> bool:
+        return self.pruning is not None and not self.training and not torch.is_grad_enabled()
+
     def _tiled(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         """(Nc,Nq), the same scores without gradient."""
         t2i, t = direction == "t2i", self._threshold(direction)
         images, captions = (context, query) if t2i else (query, context)
         scores = parts_of(context)[0].new_empty(len(context), len(query))
-        attend = functools.partial(self.attention.tile, t=t)
+        attend = functools.partial(tile_relevance, t=float(t), smooth=self.attention.lambda_softmax)
         for rows, chosen, relevance, mask in tiled_relevance(images, captions, direction, attend):
             found = (relevance * mask).sum(-1) / mask.sum(-1)
             if t2i:
