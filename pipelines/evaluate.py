@@ -109,7 +109,6 @@ def evaluate(
         "matcher_hash": "+".join(map(weights_hash, matchers)),
         "protocol_name": protocol,
         "tie": tie,
-        "precision": how.precision,
     } | how.identity(weights_hash(screener) if screener else None)
     if not save_scores and (done := stored(output, identity)):
         return done

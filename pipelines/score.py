@@ -23,6 +23,7 @@ from itm.evaluation.scoring import PRECISIONS, score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.models.tiled import compiled
 from itm.models.uarda_pruned import Prune, Pruning
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
@@ -63,9 +64,9 @@ class How:
     def identity(self, screener: str | None = None) -> dict[str, Any]:
         """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
         pruned = {} if self.prune == "off" else {"prune": self.prune}
-        compiled = {"compile": True} if self.compile else {}
+        fused = {"compile": True} if self.compile else {}
         screened = {"screened": [self.screen, self.screen_loss, self.screen_queries, screener]} if self.screen else {}
-        return pruned | compiled | screened
+        return {"precision": self.precision} | pruned | fused | screened
 
     def named(self, name: str) -> str:
         """The name of a result, marked when it is approximate: it never stands where the exact one would."""
@@ -77,9 +78,7 @@ IN_MEMORY = How()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile")
     parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
     parser.add_argument("--prune", choices=get_args(Prune), default="off", help="UARDA: skip fragments below the threshold; same scores")
     parser.add_argument("--screen", metavar="K|auto", help="score only the K candidates a side that vectors propose (approximate)")
@@ -108,13 +107,16 @@ def score_split(
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
-    options: dict[str, Any] = {"precision": how.precision, "compile": how.compile, "block": how.block}
+    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
     if how.screen:
-        return _screened(members, sides, how, screen or encoded[0])
+        with compiled(how.compile):
+            return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=device, **options)
+        with compiled(how.compile):
+            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=device, **options)
     spread, put, options["device"] = by_tasks()
+    options["compile"] = how.compile
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
     identity = {**identity, **options, "prune": how.prune, "torch": torch.__version__}
@@ -150,7 +152,7 @@ def described(result: dict[str, Any]) -> str:
 def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"precision": how.precision, "compile": how.compile, "device": device}
+    options = {"precision": how.precision, "device": device}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:

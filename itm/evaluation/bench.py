@@ -30,7 +30,7 @@ from itm.evaluation.scoring import score_matrix
 from itm.models.attention import parts_of
 from itm.models.scan import SCAN
 from itm.models.sgraf import SAF, SGR
-from itm.models.tiled import product
+from itm.models.tiled import compiled, product
 from itm.models.uarda import UARDA
 from itm.types import Encoded
 
@@ -120,15 +120,13 @@ def competitors(kind: str, where: World) -> tuple[Any, Callable[[torch.dtype], T
 
 
 @torch.no_grad()
-def compare(kind: str, where: World, rounds: int, rates: dict[str, float], compile: bool = False) -> list[Row]:
+def compare(kind: str, where: World, rounds: int, rates: dict[str, float]) -> list[Row]:
     """Rows of one kind: our float32 and bfloat16 against each published loop (SCAN in float64, as published, and float32)."""
     matcher, peer = competitors(kind, where)
     device = parts_of(where.images)[0].device.type
     peers = {"float32": torch.float32} | ({"float64": torch.float64} if kind.startswith("SCAN") else {})
     works: dict[str, Callable[[], Tensor]] = {
-        precision: lambda precision=precision: score_matrix(  # type: ignore[misc]
-            matcher, where.images, where.captions, device=device, precision=precision, compile=compile
-        )
+        precision: lambda precision=precision: score_matrix(matcher, where.images, where.captions, device=device, precision=precision)  # type: ignore[misc]
         for precision in ("fp32", "bf16")
     }
     works |= {name: lambda dtype=dtype: peer(dtype) for name, dtype in peers.items()}  # type: ignore[misc]
@@ -311,7 +309,8 @@ def run(args: argparse.Namespace) -> int:
         tokens = float(parts_of(where.captions)[1].sum(1).float().mean())
         print(f"{args.images} images x {REGIONS} x {WIDTH}, {args.captions} captions of {tokens:.1f} tokens")
         for kind in args.kinds:
-            rows += compare(kind, where, args.rounds, rates, args.compile)
+            with compiled(args.compile):
+                rows += compare(kind, where, args.rounds, rates)
             print(table(rows[-(4 if kind.startswith("SCAN") else 2) :]), flush=True)
     metrics = coco_5k(args.rounds, args.device) if args.what != "scoring" else {}
     if metrics:

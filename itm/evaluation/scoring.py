@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itm.models.tiled import compiled
 from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
@@ -31,14 +30,12 @@ def score_matrix(
     block: int | None = None,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
-    compile: bool = False,
     batch_size: int = 256,
 ) -> Tensor:
     """(I,T) float32 scores on the CPU, larger = better; exact: no pair is skipped or approximated.
 
     Inputs are raw (`Images`, `Captions`: encoded here, `batch_size` rows a call) or `Encoded`; an ensemble takes one `Encoded` a member.
     block: images per tile; unset = from the memory budget. precision: fp32 (the score of record), tf32 or bf16 (autocast; larger error).
-    compile: what SCAN, UARDA, SGR or SAF do to a tile beside its products becomes one pass by torch.compile, made at the first call.
     The block size changes a score by float32 rounding at most (a GEMM may sum in another order for another shape).
     Raises ValueError for an unknown precision, an empty side, or an ensemble whose encodings do not match its members.
     """
@@ -46,7 +43,7 @@ def score_matrix(
     left, right = _per_member(images, len(members), "image"), _per_member(captions, len(members), "caption")
     total: Tensor | None = None
     for member, own_images, own_captions in zip(members, left, right, strict=True):
-        with _scoring(member, torch.device(device), precision), compiled(compile):
+        with _scoring(member, torch.device(device), precision):
             encoded_images = _encoded(member, own_images, batch_size, device)
             encoded_captions = _encoded(member, own_captions, batch_size, device)
             scores = _tiled(member, encoded_images, encoded_captions, block, torch.device(device))

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from itm.data import files
 from itm.evaluation.scoring import by_length, score_matrix, trim
+from itm.models.tiled import compiled
 from itm.types import Encoded
 
 FORMAT = 1
@@ -140,7 +141,7 @@ def fill(
     """Compute the tiles that are missing, with a progress bar, and write the receipt.
 
     encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put makes a handle that `spread` hands to
-    the workers as its value. options: some of `score_matrix`. Raises ValueError naming the first NaN.
+    the workers as its value. options: some of `score_matrix`, and `compile`. Raises ValueError naming the first NaN.
     """
     from tqdm import tqdm
 
@@ -162,7 +163,8 @@ def score_tile(
     uri: str, members: Sequence[Any], images: list[Encoded], captions: list[Encoded], options: dict[str, Any]
 ) -> tuple[int, int, int] | None:
     """Score one tile into the file `uri`; or write nothing and return (how many, row, column of the first) when scores are NaN."""
-    scores = score_matrix(list(members), images, captions, **options)
+    with compiled(options.get("compile", False)):
+        scores = score_matrix(list(members), images, captions, **{name: value for name, value in options.items() if name != "compile"})
     bad = scores.isnan()
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
