@@ -94,6 +94,7 @@ class Train(Strict):
     cache_chunk: int | None = Field(
         None, ge=1, description="rows the encoders hold activations of; the loss still sees all of batch_size. Unset = all at once"
     )
+    compile: bool = Field(False, description="torch.compile of the encoders, layer by layer; validation runs them as they are")
     checkpoint_activations: bool = Field(
         False, description="make the encoders' activations again in the backward pass instead of keeping them: less memory, more time"
     )
@@ -136,10 +137,10 @@ class Recipe(Strict):
     registry: Registry = Field(default_factory=Registry)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and memory savers do not count."""
+        """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
         processes: dict[str, Any] = {
-            "train": {"workers", "max_failures", "checkpoint_activations"},
+            "train": {"workers", "max_failures", "compile", "checkpoint_activations"},
             "data": {"decode_actors"},
             "teachers": {"actors"},
         }

@@ -41,6 +41,7 @@ from itm.folder import save_matcher
 from itm.lineage import DatasetRef, git_commit
 from itm.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
+from itm.training.compiled import check_compiler
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.teach import store_for
 from pipelines.train_worker import START, Job, absolute, build_method, work
@@ -124,6 +125,8 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
+    if train.compile and not train.use_gpu:
+        check_compiler(torch.device("cpu"))
     if first and train.cache_chunk is not None:
         check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
     stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]

@@ -35,6 +35,7 @@ from itm.methods import METHODS
 from itm.parts import build_part
 from itm.registry import Tracker
 from itm.training.checkpoint import Best, State, best_uri, latest, load_checkpoint, read_weights, save_checkpoint, write_weights
+from itm.training.compiled import as_written, check_compiler, compile_encoders
 from itm.training.loop import Hooks, train_loop
 from itm.training.optim import build_optimizer, learning_rate, moving_average, scalars
 from itm.training.recompute import recompute_activations
@@ -108,6 +109,9 @@ class Worker:
         job.plan.check_digest(self.state.position, self.state.digest, f"checkpoint {self.state.position.step} of {job.folder}")
         self.plan = job.plan.resume(self.state.position)
         self.step = Step(wrapped, build_optimizer(method, train), train, self._rate, average, recipe.seed)
+        if train.compile:
+            check_compiler(device)
+            compile_encoders(method.matcher)  # type: ignore[arg-type]
         if self.state.position.step:
             load_checkpoint(job.checkpoints, self.state, self.step)
         self.tracker = Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None
@@ -182,7 +186,7 @@ class Worker:
         data, evaluation = self.job.recipe.data, self.job.recipe.evaluation
         if rank() or not data.val_split:
             return
-        with self.clock.stopped():
+        with self.clock.stopped(), as_written(self.job.recipe.train.compile):
             encoded = encode_split(
                 self.matcher,
                 self.job.split(data.val_split),

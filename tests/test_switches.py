@@ -1,21 +1,32 @@
-"""train.checkpoint_activations: the numbers of a run without it, for less memory."""
+"""train.checkpoint_activations and train.compile: the numbers of a run without them."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from itm.methods.iais import IAIS
 from itm.methods.matching import Matching
+from itm.training import compiled
 from itm.training.cached import encoding_in_chunks
+from itm.training.compiled import as_written, check_compiler, compile_encoders
 from itm.training.optim import moving_average
 from itm.training.recompute import recompute_activations
-from tests.every_matcher import TOWER, batch_of, matcher_of
+from itm.types import Batch
+from pipelines.train import train
+from tests.every_matcher import TOWER, batch_of, captions_of, images_of, matcher_of
+from tests.test_train import final, recipe, splits
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch.compile's own imports
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # its look at a checkpoint's inputs
+]
 LAYERS = {**TOWER, "num_hidden_layers": 3, "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0}
 HF_IMAGE = {"kind": "hf_vision", "config": {"model_type": "vit", "image_size": 16, "patch_size": 4, **LAYERS}}
 HF_TEXT = {"kind": "hf_text", "config": {"model_type": "bert", "max_position_embeddings": 12, **LAYERS}}
@@ -23,13 +34,11 @@ RESNET = {"kind": "hf_vision", "config": {"model_type": "resnet", "embedding_siz
 ROWS = 6
 
 
-def hf(**towers: Any) -> Any:
-    return matcher_of("dual", image=HF_IMAGE, text=HF_TEXT, heads=None) if not towers else matcher_of("dual", heads=None, **towers)
-
-
 MATCHERS: dict[str, Any] = {
-    "hf": hf,
-    "resnet": lambda: hf(image=RESNET, text=HF_TEXT),
+    "hf": lambda: matcher_of("dual", image=HF_IMAGE, text=HF_TEXT),
+    "vit": lambda: matcher_of("dual", image=HF_IMAGE),
+    "bert": lambda: matcher_of("vse", text=HF_TEXT),
+    "resnet": lambda: matcher_of("dual", image=RESNET, text=HF_TEXT),
     **{name: lambda name=name: matcher_of(name) for name in ("dual", "clip", "saf", "sgr", "uarda", "uniter")},
 }
 
@@ -41,11 +50,12 @@ def method_of(name: str) -> nn.Module:
     return Matching(MATCHERS[name](), loss="triplet", margin=0.5).double().train()
 
 
-def one_step(method: nn.Module, chunk: int | None = None) -> dict[str, Tensor]:
+def one_step(method: nn.Module, chunk: int | None = None, batch: Batch | None = None) -> dict[str, Tensor]:
     """Gradients after a forward and backward pass, and the buffers it leaves."""
     torch.manual_seed(4)
+    method.zero_grad()
     with encoding_in_chunks(method.matcher, chunk):
-        losses = method(batch_of(ROWS))
+        losses = method(batch or batch_of(ROWS))
     torch.stack(list(losses.values())).sum().backward()
     found = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return found | {name: buffer.double() for name, buffer in method.named_buffers()}
@@ -65,7 +75,7 @@ def bytes_saved(method: nn.Module) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", [*MATCHERS, "iais"])
+@pytest.mark.parametrize("name", ["hf", "resnet", "dual", "clip", "saf", "sgr", "uarda", "uniter", "iais"])
 def test_recomputed_activations_change_no_gradient_no_dropout_no_statistic_and_save_memory(name: str) -> None:
     plain, saving = method_of(name), method_of(name)
     recompute_activations(saving.matcher)
@@ -82,3 +92,73 @@ def test_recomputation_inside_chunks_and_in_a_moving_average() -> None:
     average = moving_average(method, 0.9)
     assert_equal(one_step(method, chunk=4), wanted)
     assert_equal(one_step(average.module, chunk=4), wanted)
+
+
+def ragged(rows: int, longest: int) -> Batch:
+    """As many words as rows in a chunk of four, or more, or fewer."""
+    return Batch(images_of(rows), captions_of([3 + k % (longest - 2) for k in range(rows)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "recompute", "chunk"),
+    [("vit", "aot_eager", True, 4), ("bert", "eager", False, None), ("dual", "eager", False, None), ("uniter", "eager", False, None)],
+)
+def test_compiled_layers_change_no_number_no_name_and_are_compiled_once(
+    name: str, backend: str, recompute: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These backends trace as inductor does, but draw the dropout of uncompiled code and need no compiler."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(compiled, "BACKEND", graphs)
+    method = method_of(name)
+    plain = copy.deepcopy(method)
+    if recompute:
+        recompute_activations(method.matcher)
+    average = moving_average(method, 0.9)
+    compile_encoders(method.matcher)
+    assert list(method.state_dict()) == list(plain.state_dict())
+    made = []
+    for rows, longest in ((8, 4), (8, 7), (6, 5), (8, 4)):
+        given = ragged(rows, longest)
+        assert_equal(one_step(method, chunk, given), one_step(plain, chunk, given))
+        made.append(graphs.frame_count)
+    assert made[0] > 0
+    assert made[1:] == made[:-1], "another shape is no new graph"
+    average.update_parameters(method)
+    with as_written(True), torch.no_grad():
+        method.eval()
+        method.matcher.encode_images(batch_of(2).images)
+    assert graphs.frame_count == made[-1], "evaluation compiles nothing"
+    assert not any(m._compiled_call_impl for m in average.module.modules())
+
+
+def test_the_default_backend_computes_the_same() -> None:
+    torch._dynamo.reset()
+    method = Matching(matcher_of("vse"))
+    plain = copy.deepcopy(method)
+    compile_encoders(method.matcher)
+    assert_equal(one_step(method), one_step(plain), tolerance=1e-5)
+    assert [name for name, m in method.named_modules() if m._compiled_call_impl] == ["matcher.image_encoder"], "no recurrent tower"
+
+
+def test_a_missing_compiler_is_said_before_the_start(tmp_path: Path) -> None:
+    check_compiler(torch.device("cpu"))
+    splits(tmp_path)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match=r"train\.compile needs a C\+\+ compiler: install g\+\+"),
+    ):
+        train(recipe(tmp_path, compile=True))
+    assert not (tmp_path / "runs/run/started.json").exists()
+
+
+@pytest.mark.e2e
+def test_a_run_with_a_switch_ends_like_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    splits(tmp_path)
+    runs = {"plain": {}, "compiled": {"compile": True}, "recomputed": {"checkpoint_activations": True}}
+    done = {name: train(recipe(tmp_path, name=name, steps=3, validate_every=2, ema=0.9, **switch)) for name, switch in runs.items()}
+    for name in ("compiled", "recomputed"):
+        assert_equal(final(tmp_path, name, 3), final(tmp_path, "plain", 3), tolerance=1e-6)
+        assert done[name]["best"]["step"] == done["plain"]["best"]["step"]

@@ -42,6 +42,15 @@ def towers_of(matcher: nn.Module) -> list[nn.Module]:
     return [module for module in matcher.children() if hasattr(module, "vector_width")]
 
 
+def layers_of(tower: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a Hugging Face tower, tensors in and out, none inside another; of any other tower none."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if isinstance(tower, GradientCheckpointingLayer):
+        return [tower]
+    return [layer for module in tower.children() for layer in layers_of(module)]
+
+
 def joint_layers(matcher: nn.Module) -> list[Any]:
     """The layers of a single-stream matcher, run as `feed_forward_chunk(attention(...))`; of any other matcher none."""
     return list(matcher.uniter.encoder.layer) if hasattr(matcher, "pairs") else []  # type: ignore[union-attr,arg-type]

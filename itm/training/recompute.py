@@ -41,19 +41,23 @@ def recompute_activations(matcher: nn.Module) -> None:
 
 def _recompute(module: nn.Module, name: str) -> None:
     """On the instance: a copy of the module calls its own method, since deepcopy follows bound methods."""
-    setattr(module, name, partial(_again, module, getattr(module, name)))
+    run, norms = getattr(module, name), [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    setattr(module, name, partial(_again_at_rest, norms, run) if norms else partial(_again, run))
 
 
-def _again(module: nn.Module, run: Callable[..., Any], *given: Any) -> Any:
+def _again(run: Callable[..., Any], *given: Any) -> Any:
+    return checkpoint(run, *given, use_reentrant=False) if torch.is_grad_enabled() else run(*given)
+
+
+def _again_at_rest(norms: list[_BatchNorm], run: Callable[..., Any], *given: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*given)
-    return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _norms_at_rest(module)))
+    return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))
 
 
 @contextlib.contextmanager
-def _norms_at_rest(module: nn.Module) -> Iterator[None]:
+def _at_rest(norms: list[_BatchNorm]) -> Iterator[None]:
     """The second pass normalises by the batch as the first did, but does not move the running statistics once more."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     moved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
