@@ -1,6 +1,6 @@
 """Speed of the data plane: tar -> decoded uint8 batch on equal cores, region shards, sidecars. Peers are measured in the same run.
 
-    python -m tests.bench_data                       # all; tables on stdout
+    python -m tests.bench_data                       # all; tables on stdout: loaders (photos of 500x375), packed (256x256), ...
     python -m tests.bench_data loaders --rounds 3 --epochs 4
     python -m tests.bench_data regions sidecars
 
@@ -43,11 +43,12 @@ from itm.data.text import build_tokenizer
 SENTENCE = "a photo of two small dogs that run over green grass near the old red house by blue water"
 WORDS = SENTENCE.split()
 BATCH, WORKERS, SHARDS, SAMPLES = 128, 2, 8, 256
+PACKED = 256  # pixels a side of shards that were packed at the size of training, as img2dataset writes them
 
 
-def photo(number: int) -> bytes:
-    """A JPEG of 500x375 (or on end), about 39 kB: noise whose power falls with its frequency, as that of photographs does."""
-    width, height = (500, 375) if number % 3 else (375, 500)
+def photo(number: int, side: int | None = None) -> bytes:
+    """A JPEG of 500x375 (or on end; about 39 kB), or `side` pixels square: noise whose power falls with its frequency, as in photographs."""
+    width, height = (side, side) if side else (500, 375) if number % 3 else (375, 500)
     rng, total = np.random.default_rng(number), np.zeros((height, width, 3), np.float32)
     for cell in (4, 8, 16, 32, 64, 128):
         coarse = rng.normal(0, 1, (3, height // cell + 2, width // cell + 2)).astype(np.float32)
@@ -58,21 +59,26 @@ def photo(number: int) -> bytes:
     return out.getvalue()
 
 
-def make_split(root: Path) -> Path:
+def make_split(root: Path, side: int | None = None) -> Path:
     """SHARDS x SAMPLES photos with one caption each; made once."""
-    split = root / "train"
+    split = root / f"train{side or ''}"
     if not (split / "manifest.json").exists():
         rng, infos = np.random.default_rng(0), []
         for shard in range(SHARDS):
             numbers = range(shard * SAMPLES, (shard + 1) * SAMPLES)
-            rows = [Record(f"k{n:06d}", "train", [Caption(f"c{n}", " ".join(rng.choice(WORDS, 11)))], photo(n)) for n in numbers]
+            rows = [Record(f"k{n:06d}", "train", [Caption(f"c{n}", " ".join(rng.choice(WORDS, 11)))], photo(n, side)) for n in numbers]
             infos.append(write_shard(f"{split}/{shard:05d}.tar", rows))
-        write_manifest(str(split), Manifest(split="train", source="made up", shards=infos))
+        write_manifest(str(split), Manifest(split=split.name, source="made up", shards=infos))
     return split
 
 
-def make_inputs() -> Inputs:
-    return Inputs(ImageInput(), build_tokenizer(Text(max_length=32), [SENTENCE] * 5))
+def make_inputs(split: Path) -> Inputs:
+    return Inputs(ImageInput(size=size_of(split)), build_tokenizer(Text(max_length=32), [SENTENCE] * 5))
+
+
+def size_of(split: Path) -> int:
+    """Photos are brought to 224 pixels a side; square ones were packed at the size that training wants."""
+    return int(split.name.removeprefix("train") or 224)
 
 
 # --- loaders: iterators of (pixels (B,S,S,3) or (B,3,S,S) uint8, tokens (B,L)) -----------------------------------------------------
@@ -84,7 +90,7 @@ def ours(split: Path, epochs: int, ray: bool) -> Iterator[Any]:
 
     manifest = read_manifest(str(split))
     plan = Plan.of(manifest, seed=0, batch=BATCH)
-    pairs = Pairs(str(split), manifest, plan, make_inputs(), {})
+    pairs = Pairs(str(split), manifest, plan, make_inputs(split), {})
     if ray:
         connect()
     tables = (stream if ray else stream_here)(pairs, work_of(0, 0, epochs * plan.steps_per_epoch, 1), WORKERS)
@@ -96,11 +102,13 @@ def web_loader(split: Path, epochs: int, quick: bool) -> Iterator[Any]:
     """webdataset as its guide sets it up: shuffled shards, a buffer, batches made in workers. quick: our decoder, else PIL's."""
     import webdataset as wds
 
-    inputs = make_inputs()
+    inputs = make_inputs(split)
 
     def row(sample: dict[str, Any]) -> tuple[np.ndarray, str]:
         data, text = sample["jpg"], json.loads(sample["json"])["captions"][0]["text"]
-        pixels = inputs.image_columns(data, draw(0, 0, sample["__key__"]))["pixels"] if quick else fit(decode(data), 224, "center")
+        pixels = (
+            inputs.image_columns(data, draw(0, 0, sample["__key__"]))["pixels"] if quick else fit(decode(data), size_of(split), "center")
+        )
         return pixels, text
 
     def collate(rows: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +130,7 @@ def read_webdataset(split: Path, epochs: int) -> Iterator[Any]:
     connect()
     import ray
 
-    inputs = make_inputs()
+    inputs = make_inputs(split)
 
     def row(sample: dict[str, Any]) -> dict[str, Any]:
         pixels = inputs.image_columns(sample["jpg"], draw(0, 0, sample["__key__"]))["pixels"]
@@ -200,12 +208,13 @@ def measure(loader: str, split: Path, epochs: int) -> dict[str, float]:
     return found | {"mb": tree.peak / 1e6, "whole": (time.perf_counter() - born) / (whole * BATCH)}
 
 
-def loaders(root: Path, rounds: int, epochs: int) -> str:
-    make_split(root)
+def loaders(root: Path, rounds: int, epochs: int, side: int | None = None) -> str:
+    make_split(root, side)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
     for _ in range(rounds):
         for name in LOADERS:
             command = [sys.executable, "-m", "tests.bench_data", "one", "--loader", name, "--root", str(root), "--epochs", str(epochs)]
+            command += ["--side", str(side)] if side else []
             said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             found[name].append(json.loads(said.splitlines()[-1]))
             print(f"  {name:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items()), file=sys.stderr, flush=True)
@@ -286,19 +295,21 @@ def alternate(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["loaders", "regions", "sidecars"])
+    parser.add_argument("what", nargs="*", default=["loaders", "packed", "regions", "sidecars"])
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "itm-bench", help="where the made-up data lies")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=3, help=f"of {SHARDS * SAMPLES} images")
     parser.add_argument("--loader", choices=LOADERS, help="of the command `one`")
+    parser.add_argument("--side", type=int, help="of the command `one`: square photos of so many pixels, not resized")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == ["one"]:
-        print(json.dumps(measure(args.loader, make_split(args.root), args.epochs)), flush=True)
+        print(json.dumps(measure(args.loader, make_split(args.root, args.side), args.epochs)), flush=True)
         return
     print(f"{os.cpu_count()} cores, {WORKERS} loader workers, batch {BATCH}, medians of {args.rounds} runs in turn", flush=True)
     for what in args.what:
         work = {"loaders": lambda: loaders(args.root, args.rounds, args.epochs), "regions": lambda: regions(args.root, args.rounds)}
+        work["packed"] = lambda: loaders(args.root, args.rounds, args.epochs, PACKED)
         work["sidecars"] = lambda: sidecars(args.root, args.rounds)
         print(work[what]() + "\n", flush=True)
 

@@ -94,6 +94,8 @@ def fit_quickly(data: bytes, size: int, crop: str) -> np.ndarray:
     if decoded is None:
         return fit(decode(data), size, crop)
     width, height, left, top = _frame(decoded.shape[1], decoded.shape[0], size, crop)
+    if decoded.shape[:2] == (height, width):
+        return decoded[top : top + size, left : left + size]
     whole = torch.from_numpy(decoded)[None].permute(0, 3, 1, 2)  # channels last, and so stays
     resized = interpolate(whole, (height, width), mode="bicubic", antialias=True)
     return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
