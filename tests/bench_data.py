@@ -47,7 +47,7 @@ PACKED = 256  # pixels a side of shards that were packed at the size of training
 
 
 def photo(number: int, side: int | None = None) -> bytes:
-    """A JPEG of 500x375 (or on end; about 39 kB), or `side` pixels square: noise whose power falls with its frequency, as in photographs."""
+    """A JPEG of 500x375 (or on end; about 39 kB), or `side` pixels square: noise, its power falling with frequency as in photographs."""
     width, height = (side, side) if side else (500, 375) if number % 3 else (375, 500)
     rng, total = np.random.default_rng(number), np.zeros((height, width, 3), np.float32)
     for cell in (4, 8, 16, 32, 64, 128):
