@@ -15,7 +15,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -120,8 +121,9 @@ def _make_store(job: Job) -> str:
         done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
     todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
     started = time.perf_counter()
-    scored = sum(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
-    return _finish(job, uri, identity, {"shards_scored": len(todo), "rows_scored": scored, "seconds": time.perf_counter() - started})
+    written = list(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
+    counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
+    return _finish(job, uri, identity, counts | busy(written))
 
 
 def stored_identity(teacher: Teacher, dtype: str) -> dict[str, Any]:
@@ -136,10 +138,30 @@ def _is_done(store: str, shard: ShardInfo, identity: dict[str, Any]) -> bool:
     return sidecar.teacher_id(header.identity) == sidecar.teacher_id(identity)
 
 
-def _progress(rows: Iterator[int], total: int, title: str) -> Iterator[int]:
+@dataclass(frozen=True)
+class Written:
+    """A sidecar that was written: its rows, and when (seconds since 1970) which teacher actor had it in hand."""
+
+    rows: int
+    actor: str = ""
+    began: float = 0.0
+    ended: float = 0.0
+
+
+def busy(written: Sequence[Written]) -> dict[str, float]:
+    """`actor_busy`: share of their time, from an actor's first shard to the last of all, that the actors did not wait for decoded rows."""
+    actors = {w.actor for w in written if w.actor}
+    if not actors:
+        return {}
+    end = max(w.ended for w in written)
+    alive = sum(end - min(w.began for w in written if w.actor == actor) for actor in actors)
+    return {"actor_busy": sum(w.ended - w.began for w in written) / alive}
+
+
+def _progress(written: Iterator[Written], total: int, title: str) -> Iterator[Written]:
     from tqdm import tqdm
 
-    return iter(tqdm(rows, title, total, unit="shard", mininterval=1, disable=not total))
+    return iter(tqdm(written, title, total, unit="shard", mininterval=1, disable=not total))
 
 
 def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> str:
@@ -194,20 +216,20 @@ def _track(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float
         tracker.metrics(counts)
 
 
-def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, base: sidecar.Store, seed: int) -> Iterator[int]:
-    """Write the sidecars of a shuffled store from those of its base store; yields the rows of each."""
+def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, base: sidecar.Store, seed: int) -> Iterator[Written]:
+    """Write the sidecars of a shuffled store from those of its base store."""
     shards = {shard.name: shard for shard in todo}
     for name, rows in shuffled_rows(base, job.manifest, seed, shards) if todo else ():
         target = sidecar.sidecar_uri(uri, name)
         done = sidecar.write_sidecar(target, job.header(shards[name], identity), rows.keys, rows.vectors, rows.captions, rows.problems)
-        yield done.rows
+        yield Written(done.rows)
 
 
 # --- scoring: shards -> decode or clean (Ray tasks) -> teacher (actor pool), which writes the sidecar ----------------------------------
 
 
-def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, prepare: Callable[[Any], bytes]) -> Iterator[int]:
-    """Score the shards in any order; yields the rows of each as its sidecar is written.
+def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, prepare: Callable[[Any], bytes]) -> Iterator[Written]:
+    """Score the shards in any order; yields each as its sidecar is written.
 
     A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Tasks and actors ask for
     fractions of a CPU: actors that hold every slot would starve the tasks that feed them.
@@ -236,17 +258,17 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], 
             num_gpus=min(1.0, gpus / actors) if gpus else None,
         )
     )
-    for written in dataset.iter_rows():
-        if written["error"] is not None:
-            raise ValueError(written["error"])
-        yield int(written["rows"])
+    for row in dataset.iter_rows():
+        if (error := row.pop("error")) is not None:
+            raise ValueError(error)
+        yield Written(**row)
 
 
 _STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
 _PREPARED = pa.schema(
     {"error": pa.string(), "header": pa.string(), "keys": _STRINGS, "captions": _STRINGS, "problems": _STRINGS, "payloads": _BINARIES}
 )
-_WRITTEN = pa.schema({"rows": pa.int64(), "error": pa.string()})
+_WRITTEN = pa.schema({"rows": pa.int64(), "actor": pa.string(), "began": pa.float64(), "ended": pa.float64(), "error": pa.string()})
 
 
 @dataclass(frozen=True)
@@ -297,7 +319,7 @@ class Score:
         import torch
 
         self.teacher = build_teacher(part, modality).to("cuda" if torch.cuda.is_available() else "cpu")
-        self.store, self.batch_size = store, batch_size
+        self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(shards.slice(k, 1)) for k in range(len(shards))], _WRITTEN)
@@ -305,8 +327,9 @@ class Score:
     def _shard(self, shard: pa.Table) -> dict[str, Any]:
         if shard["error"][0].is_valid:
             return {"error": shard["error"][0].as_py()}
+        began = time.time()
         try:
-            return {"rows": self._write(shard)}
+            return {"rows": self._write(shard), "actor": self.name, "began": began, "ended": time.time()}
         except (OSError, ValueError) as error:
             return {"error": str(error)}
 

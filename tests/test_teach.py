@@ -65,9 +65,9 @@ def score_here(job, uri, todo, identity, *, prepare):
         row = {"shard": [f"{job.split_uri}/{shard.name}"], "header": [json.dumps(vars(job.header(shard, identity)))]}
         actor = stage.Score(job.part, job.modality, uri, 3)
         (written,) = actor(stage.Prepare(job.modality, prepare)(pa.table(row))).to_pylist()
-        if written["error"]:
-            raise ValueError(written["error"])
-        yield written["rows"]
+        if error := written.pop("error"):
+            raise ValueError(error)
+        yield stage.Written(**written)
 
 
 @pytest.fixture
@@ -76,6 +76,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "_score", score_here)
     monkeypatch.setattr(stage, "_track", lambda *a: None)
     return tmp_path
+
+
+def test_the_share_that_actors_worked_counts_from_the_first_shard_of_each():
+    first, second = stage.Written(4, "a", 10.0, 12.0), stage.Written(4, "a", 13.0, 14.0)
+    assert stage.busy([first, second]) == {"actor_busy": 3 / 4}
+    assert stage.busy([first, second, stage.Written(4, "b", 11.0, 14.0)]) == {"actor_busy": 6 / 7}
+    assert stage.busy([]) == stage.busy([stage.Written(3)]) == {}
 
 
 def test_rows_follow_the_tar_and_carry_the_live_vectors(here):
@@ -313,6 +320,7 @@ def test_a_store_logs_one_run_with_its_identity_and_a_second_teach_logs_none(tmp
     assert run.data.params["teacher.kind"] == "statistics"
     assert (run.data.metrics["rows"], run.data.metrics["shards"], run.data.metrics["rejected"]) == (12, 3, 0)
     assert run.data.metrics["rows_per_second"] > 0
+    assert 0 < run.data.metrics["actor_busy"] <= 1
 
 
 @pytest.mark.e2e
