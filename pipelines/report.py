@@ -55,11 +55,11 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     )
     output = files.join(recipe.folder, "report.html")
     files.write_atomic(output, render(page).encode())
-    if trained.get("run_id") and "://" not in output:
+    if trained.get("run_id"):
         from itm.registry import Tracker
 
         with Tracker.resume(trained["run_id"]) as tracker:
-            tracker.artifact(output)
+            tracker.artifact(files.local_copy(output))
     return output
 
 

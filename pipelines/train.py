@@ -216,7 +216,9 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # On the driver's node: elsewhere it would die with a node whose workers can be replaced, and take the run with it.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config={"job": job, "board": board},

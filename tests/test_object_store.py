@@ -11,18 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from itm.config import Recipe, parse_recipe
+import itm
+from itm.config import Recipe, Registry, parse_recipe
 from itm.data import files
 from itm.folder import load_matcher_folder
+from itm.registry import client
 from pipelines import pack as packing
 from pipelines import teach as teaching
 from pipelines.evaluate import evaluate
 from pipelines.inspect import inspect
+from pipelines.register import register
 from pipelines.repair import repair
+from pipelines.report import report
 from pipelines.train import train
 from tests.s3_server import BUCKET, s3_server
+from tests.test_pairs import small_split
 from tests.test_teach import score_here
-from tests.test_train import die_at, same
+from tests.test_train import die_at, same, splits
+from tests.test_train import recipe as small_recipe
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -90,6 +96,31 @@ def test_all_stages_give_the_bytes_and_weights_of_a_local_disk_although_requests
         assert inspect(f"{root}/shards/train").problems == []
         assert repair(f"{root}/shards/train", f"{root}/clean/train").samples == 10
         assert train(recipe(root))["steps"] == 6, "a finished run is recognised"
+
+
+@pytest.mark.e2e
+def test_what_the_stages_give_to_an_experiment_in_the_store_lands_there_and_its_champion_loads_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ITM_CACHE", str(tmp_path / "cache"))
+    splits(tmp_path)
+    small_split(tmp_path / "shards", "test", shards=1)
+    choices = small_recipe(tmp_path, steps=2, validate_every=2)
+    choices = choices.model_copy(update={"registry": Registry(experiment="in the store"), "output": f"s3://{BUCKET}/runs"})
+    with s3_server(every=29):
+        place = f"s3://{BUCKET}/mlflow"
+        client().create_experiment("in the store", artifact_location=place)
+        run_id = train(choices)["run_id"]
+        evaluate(choices)
+        report(choices)
+        for name in ("evaluation.json", "report.html"):
+            assert files.read_bytes(f"{place}/{run_id}/artifacts/{name}") == files.read_bytes(f"{choices.folder}/{name}")
+        assert register(choices).champion
+        loaded, trained = itm.load_matcher("models:/itm-matcher@champion"), load_matcher_folder(f"{choices.folder}/matcher")
+        assert same(dict(loaded.state_dict()), dict(trained.state_dict()))
+        [model] = files.list_folders(f"{place}/models")
+        weights = files.read_bytes(f"{model}/artifacts/artifacts/matcher/model.safetensors")
+    assert [path.read_bytes() for path in (tmp_path / "cache").rglob("model.safetensors")] == [weights], "a copy, fetched from there"
 
 
 @pytest.mark.e2e
