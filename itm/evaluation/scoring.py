@@ -1,7 +1,8 @@
 """All images against all captions: encode once, score in tiles.
 
 Captions are walked in order of length and cut to the longest of their tile, so short captions cost no padding; a tile is sized by a
-memory budget. Any matcher works; several matchers give the mean of their scores (an ensemble, as SGRAF = SGR + SAF).
+memory budget. Matchers that cut tiles themselves (`cuts_tiles`) get large blocks in the given order. Any matcher works; several
+matchers give the mean of their scores (an ensemble, as SGRAF = SGR + SAF).
 """
 
 from __future__ import annotations
@@ -104,11 +105,11 @@ def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: in
 
 def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device) -> Tensor:
     scores = torch.empty(len(images), len(captions))
-    order = by_length(captions)
     own_tiles = hasattr(matcher, "cuts_tiles") and matcher.cuts_tiles(captions)
+    order = None if own_tiles or captions.mask is None else by_length(captions)
     columns = OWN_TILES[1] if own_tiles else _columns(images, captions)
-    for start in range(0, len(order), columns):
-        chosen = slice(start, start + columns) if captions.mask is None else order[start : start + columns]
+    for start in range(0, len(captions), columns):
+        chosen = slice(start, start + columns) if order is None else order[start : start + columns]
         tile = trim(captions[chosen])
         rows = block or (OWN_TILES[0] if own_tiles else _rows(images, tile))
         moved = tile.to(device)

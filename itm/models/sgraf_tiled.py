@@ -41,7 +41,7 @@ def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
     with torch.autocast(device, enabled=False):
         block = _Block(matcher, kind, regions, region_mask)
         for chosen, length in equal_lengths(word_mask, WORDS.get(device, 1024)):
-            texts = words[chosen, :length].transpose(0, 1).flatten(0, 1)
+            texts = words.transpose(0, 1)[:length, chosen].flatten(0, 1)
             together = max(1, NODES.get(device, 1 << 14) // ((length + 1) * len(chosen)))
             for rows in torch.arange(len(images)).split(together):
                 attended = block.attention(texts, rows, length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,9 @@ from itm.models.attention import gram, parts_of
 from itm.types import Encoded
 
 # Raw scores of one tile: some MB, which the last cache of a CPU holds three times and a product works well with, or enough for a GPU.
-TILE_SCORES = {"cpu": 3 << 18, "cuda": 1 << 26}
-IMAGES = {"cpu": 96, "cuda": 512}
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+IMAGES = {"cpu": 80, "cuda": 512}
+ALIGNED = 16  # columns that the kernels of a CPU take at once; others cost up to a tenth more
 
 Relate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _compiling = False
@@ -69,12 +71,13 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def equal_lengths(mask: Tensor, most_words: int) -> Iterator[tuple[Tensor, int]]:
-    """(caption rows, their common length): at most `most_words` words, or one caption, at a time."""
+    """(caption rows, their common length): at most `most_words` words, or one caption, at a time; full ones hold a multiple of ALIGNED."""
     lengths = mask.sum(1)
     order = lengths.argsort(stable=True)
     values, counts = torch.unique_consecutive(lengths[order], return_counts=True)
     for rows, length in zip(order.split(counts.tolist()), values.tolist(), strict=True):
-        for chosen in rows.split(max(1, most_words // length)):
+        most, even = max(1, most_words // length), ALIGNED // math.gcd(ALIGNED, length)
+        for chosen in rows.split(most - most % even if most > even else most):
             yield chosen, length
 
 
@@ -85,16 +88,16 @@ def tiled_relevance(images: Encoded, captions: Encoded, direction: str, relate: 
     """
     (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
     device, kind, t2i = regions.device.type, product_dtype(regions), direction == "t2i"
-    block = min(len(images), IMAGES.get(device, 32))
+    block = math.ceil(len(images) / math.ceil(len(images) / IMAGES.get(device, 32)))  # no small rest
     most = max(1, TILE_SCORES.get(device, 1 << 18) // (block * regions.shape[1]))
     with torch.autocast(device, enabled=False):
         image_grams = gram(regions) if t2i else regions
         seen = None if bool(region_mask.all()) else region_mask
         narrow = regions.to(kind)
         for chosen, length in equal_lengths(word_mask, most):
-            texts = words[chosen, :length]
+            texts = words.transpose(0, 1)[:length, chosen] if t2i else words[chosen, :length]
             grams = None if t2i else gram(texts)
-            flat = (texts.transpose(0, 1) if t2i else texts).to(kind).flatten(0, 1)
+            flat = texts.to(kind).flatten(0, 1)
             for start in range(0, len(images), block):
                 rows = slice(start, start + block)
                 ours = narrow[rows]
