@@ -98,6 +98,9 @@ class Train(Strict):
     checkpoint_activations: bool = Field(
         False, description="make the encoders' activations again in the backward pass instead of keeping them: less memory, more time"
     )
+    shard_weights: bool = Field(
+        False, description="FSDP2 instead of DDP: each worker keeps a share of weights, gradients and optimiser state; one worker keeps all"
+    )
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
@@ -140,7 +143,7 @@ class Recipe(Strict):
         """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
         processes: dict[str, Any] = {
-            "train": {"workers", "max_failures", "compile", "checkpoint_activations"},
+            "train": {"workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
             "data": {"decode_actors"},
             "teachers": {"actors"},
         }

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from itm.config import Recipe
 from itm.data import files
@@ -26,7 +25,7 @@ from itm.data.pairs import Pairs
 from itm.data.plan import Plan, Position
 from itm.data.preprocess import Inputs
 from itm.data.sidecar import Store
-from itm.distributed import all_reduce_sum, rank, world_size
+from itm.distributed import all_reduce_sum, rank
 from itm.evaluation.dataset import encode_split
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.scoring import score_matrix
@@ -35,11 +34,10 @@ from itm.methods import METHODS
 from itm.parts import build_part
 from itm.registry import Tracker
 from itm.training.checkpoint import Best, State, best_uri, latest, load_checkpoint, read_weights, save_checkpoint, write_weights
-from itm.training.compiled import as_written, check_compiler, compile_encoders
+from itm.training.compiled import as_written
 from itm.training.loop import Hooks, train_loop
-from itm.training.optim import build_optimizer, learning_rate, moving_average, scalars
-from itm.training.recompute import recompute_activations
-from itm.training.step import Step
+from itm.training.optim import learning_rate, scalars
+from itm.training.switches import build_step
 from itm.types import Batch
 from pipelines.stream import stream, stream_here, work_of
 
@@ -99,19 +97,10 @@ class Worker:
     def __init__(self, job: Job, device: torch.device, report: Report) -> None:
         self.job, self.report = job, report
         train, recipe = job.recipe.train, job.recipe
-        method = build_method(recipe, job.inputs).to(device)
-        if train.checkpoint_activations:
-            recompute_activations(method.matcher)  # type: ignore[arg-type]
-        # Which parameters a step uses depends on the method's terms; DDP must not wait for the others.
-        wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world_size() > 1 else method
-        average = moving_average(method, train.ema) if train.ema else None
         self.state = latest(job.checkpoints) or State(Position(), job.plan.digest(Position()))
         job.plan.check_digest(self.state.position, self.state.digest, f"checkpoint {self.state.position.step} of {job.folder}")
         self.plan = job.plan.resume(self.state.position)
-        self.step = Step(wrapped, build_optimizer(method, train), train, self._rate, average, recipe.seed)
-        if train.compile:
-            check_compiler(device)
-            compile_encoders(method.matcher)  # type: ignore[arg-type]
+        self.step = build_step(build_method(recipe, job.inputs), train, self._rate, recipe.seed, device)
         if self.state.position.step:
             load_checkpoint(job.checkpoints, self.state, self.step)
         self.tracker = Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None
@@ -122,11 +111,6 @@ class Worker:
 
     def _rate(self, step: int) -> float:
         return learning_rate(self.job.recipe.train, step, self.plan.steps_per_epoch, self.job.steps)
-
-    @property
-    def matcher(self) -> Any:
-        """What is validated and kept: the moving average where there is one."""
-        return (self.step.plain if self.step.average is None else self.step.average.module).matcher
 
     def train(self) -> None:
         train = self.job.recipe.train
@@ -184,31 +168,32 @@ class Worker:
     def _validate(self, done: int) -> None:
         """On rank 0; the others wait for it in the next step."""
         data, evaluation = self.job.recipe.data, self.job.recipe.evaluation
-        if rank() or not data.val_split:
+        if not data.val_split:
             return
-        with self.clock.stopped(), as_written(self.job.recipe.train.compile):
+        with self.clock.stopped(), self.step.whole() as method, as_written(self.job.recipe.train.compile):
+            if rank():
+                return
+            matcher: Any = method.matcher
             encoded = encode_split(
-                self.matcher,
+                matcher,
                 self.job.split(data.val_split),
                 evaluation.batch_size,
                 device=self.step.device,
                 max_reject_rate=data.max_reject_rate,
             )
-            scores = score_matrix(self.matcher, encoded.images, encoded.captions, block=evaluation.block, device=self.step.device)
+            scores = score_matrix(matcher, encoded.images, encoded.captions, block=evaluation.block, device=self.step.device)
             metrics = retrieval_metrics(scores, encoded.positives)
             assert self.tracker is not None
             self.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
             if self.state.best is None or metrics["rsum"] > self.state.best.metrics["rsum"]:
                 best = Best(done, metrics)
-                write_weights(best_uri(self.job.checkpoints, best), self.matcher)
+                write_weights(best_uri(self.job.checkpoints, best), matcher)
                 self.state = replace(self.state, best=best)
 
     def _checkpoint(self, done: int) -> None:
         self.problems.write()
         used, rejected = map(int, all_reduce_sum(self.seen.to(self.step.device)).tolist())
         self.seen.zero_()
-        if rank():
-            return
         with self.clock.stopped():
             position = self.plan.locate(done)
             pairs = self.state.pairs + (done - self.state.position.step) * self.plan.global_batch
@@ -219,17 +204,19 @@ class Worker:
                     f"{pairs} pairs were planned, {self.state.used} used and {self.state.rejected} rejected up to step {done}"
                 )
             rows = "".join(json.dumps(row) + "\n" for row in self.state.losses)
-            files.write_atomic(files.join(self.job.folder, "losses.jsonl"), rows.encode())
+            if rank() == 0:
+                files.write_atomic(files.join(self.job.folder, "losses.jsonl"), rows.encode())
             save_checkpoint(self.job.checkpoints, self.state, self.step)
 
     def finish(self) -> dict[str, Any]:
         """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split."""
+        matcher: Any = self.step.gathered(self.step.kept).matcher
         if rank():
             return {}
         assert self.tracker is not None
         if self.state.best is not None:
-            read_weights(best_uri(self.job.checkpoints, self.state.best), self.matcher)
-        save_matcher(self.matcher.cpu(), files.join(self.job.folder, "matcher"))
+            read_weights(best_uri(self.job.checkpoints, self.state.best), matcher)
+        save_matcher(matcher.cpu(), files.join(self.job.folder, "matcher"))
         self.tracker.close()
         best = {"step": self.state.best.step, "metrics": self.state.best.metrics} if self.state.best else None
         seconds = self.state.seconds

@@ -1,27 +1,42 @@
-"""train.checkpoint_activations and train.compile: the numbers of a run without them."""
+"""train.checkpoint_activations, train.compile and train.shard_weights: the numbers of a run without them."""
 
 from __future__ import annotations
 
 import copy
+import math
+import os
+import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing import spawn
 
+from itm.config import Part, Train
+from itm.data.plan import Position
+from itm.distributed import rank
+from itm.folder import load_matcher_folder
+from itm.methods.cusa import CUSA
 from itm.methods.iais import IAIS
 from itm.methods.matching import Matching
 from itm.training import compiled
 from itm.training.cached import encoding_in_chunks
+from itm.training.checkpoint import State, load_checkpoint, save_checkpoint
 from itm.training.compiled import as_written, check_compiler, compile_encoders
 from itm.training.optim import moving_average
 from itm.training.recompute import recompute_activations
-from itm.types import Batch
+from itm.training.step import Step
+from itm.training.switches import build_step
+from itm.types import Batch, SoftLabels
 from pipelines.train import train
 from tests.every_matcher import TOWER, batch_of, captions_of, images_of, matcher_of
-from tests.test_train import final, recipe, splits
+from tests.test_train import die_at, final, recipe, same, splits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # torch.compile's own imports
@@ -153,12 +168,122 @@ def test_a_missing_compiler_is_said_before_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_a_run_with_a_switch_ends_like_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_switches_ends_like_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    graphs = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(compiled, "BACKEND", graphs)
+    splits(tmp_path, regions=True)
+    given: dict[str, Any] = {"data": {"image": "regions", "val_split": ""}, "steps": 3, "checkpoint_every": 3, "ema": 0.9}
+    model = Part(kind="scan", options={"image": {"in_width": 3, "width": 8}, "text": {"word_dim": 6, "width": 8}})
+    for name, on in (("plain", False), ("switched", True)):
+        train(recipe(tmp_path, name=name, compile=on, checkpoint_activations=on, **given).model_copy(update={"model": model}))
+    assert graphs.frame_count == 1
+    assert_equal(final(tmp_path, "switched", 3), final(tmp_path, "plain", 3), tolerance=1e-6)
+
+
+def test_the_switches_do_not_change_what_a_run_is(tmp_path: Path) -> None:
+    switches = {"compile": True, "checkpoint_activations": True, "shard_weights": True}
+    assert recipe(tmp_path, **switches).fingerprint() == recipe(tmp_path).fingerprint()
+
+
+WORLD, SAVED, LAST = 2, 1, 2
+SHARDED: dict[str, dict[str, Any]] = {
+    "dual": {"accumulate": 2, "ema": 0.9},
+    "cusa": {"checkpoint_activations": True, "clip_norm": 0.1, "ema": 0.9},
+    "iais": {},
+}
+
+
+def step_of(name: str, shard: bool) -> Step:
+    torch.manual_seed(2)
+    method = CUSA(matcher_of("clip")).double() if name == "cusa" else method_of(name)
+    options = Train(batch_size=ROWS, lr=0.01, shard_weights=shard, **SHARDED[name])
+    return build_step(method, options, lambda step: 0.01 / (step + 1), seed=1, device=torch.device("cpu"))
+
+
+def advance(step: Step, first: int, last: int) -> list[float]:
+    """Losses of the steps [first, last), on batches that differ between ranks, also in their lengths."""
+    losses = []
+    for number in range(first, last):
+        micro = []
+        for k in range(step.train.accumulate):
+            seed = 1 + rank() + WORLD * (k + 2 * number)
+            noise = torch.Generator().manual_seed(seed)
+            labels = SoftLabels(torch.randn(ROWS, 7, generator=noise), torch.randn(ROWS, 9, generator=noise))
+            micro.append(Batch(images_of(ROWS + seed)[:ROWS], captions_of([3 + (seed * j) % 8 for j in range(ROWS)]), labels))
+        losses.append(float(step(micro, number)["loss"]))
+    return losses
+
+
+def ends_of(step: Step) -> dict[str, Tensor]:
+    """On rank 0 whole weights, moving average and optimiser state; on the others their buffers."""
+    found = {f"{kind}.{name}": v.clone() for kind in step.modules for name, v in step.gathered(kind).state_dict().items()}
+    state = step.optimizer_state()["state"]
+    if rank():
+        return dict(step.plain.named_buffers())
+    return found | {f"optimizer.{n}.{name}": v for n, values in state.items() for name, v in values.items()}
+
+
+def worker(number: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=number, world_size=WORLD)
+    for name in SHARDED:
+        found: dict[str, Any] = {}
+        for kind, shard in (("ddp", False), ("fsdp", True)):
+            step = step_of(name, shard)
+            losses = advance(step, 0, SAVED)
+            save_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
+            losses += advance(step, SAVED, LAST)
+            share = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in step.plain.parameters())
+            found[kind] = losses, ends_of(step), share
+        for kind, shard in (("ddp", True), ("fsdp", False)):
+            torch.distributed.barrier()
+            step = step_of(name, shard)
+            load_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
+            found[f"resumed from {kind}"] = advance(step, SAVED, LAST), ends_of(step), 0
+        torch.save(found, folder / f"{name}-{number}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.e2e
+def test_sharded_ranks_compute_save_and_resume_as_ddp_does(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    spawn(worker, (port, tmp_path), nprocs=WORLD)
+    for name in SHARDED:
+        for number in range(WORLD):
+            found = torch.load(tmp_path / f"{name}-{number}.pt")
+            losses, ends, whole = found.pop("ddp")
+            assert found["fsdp"][2] < 0.7 * whole
+            for kind, (got_losses, got_ends, _) in found.items():
+                assert got_losses == pytest.approx(losses[-len(got_losses) :], rel=1e-6), (name, number, kind)
+                assert_equal(got_ends, ends, tolerance=1e-6)
+        alone = step_of(name, shard=True)
+        assert type(alone) is Step, "one process shards nothing"
+        load_checkpoint(str(tmp_path / name / "fsdp"), State(Position(SAVED), ""), alone)
+        assert math.isfinite(advance(alone, SAVED, LAST)[0])
+
+
+@pytest.mark.e2e
+def test_a_run_of_one_process_goes_on_sharded_over_two_ray_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_local: object
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     splits(tmp_path)
-    runs = {"plain": {}, "compiled": {"compile": True}, "recomputed": {"checkpoint_activations": True}}
-    done = {name: train(recipe(tmp_path, name=name, steps=3, validate_every=2, ema=0.9, **switch)) for name, switch in runs.items()}
-    for name in ("compiled", "recomputed"):
-        assert_equal(final(tmp_path, name, 3), final(tmp_path, "plain", 3), tolerance=1e-6)
-        assert done[name]["best"]["step"] == done["plain"]["best"]["step"]
+    given: dict[str, Any] = {"steps": 4, "validate_every": 2, "checkpoint_every": 1, "ema": 0.9, "checkpoint_activations": True}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_at(2, patch)
+        train(recipe(tmp_path, **given))
+    before = final(tmp_path, step=2)
+    done = train(recipe(tmp_path, workers=2, shard_weights=True, **given))
+    assert done["steps"] == 4
+    after = final(tmp_path, step=4)
+    assert {name: v.shape for name, v in after.items()} == {name: v.shape for name, v in before.items()}
+    assert not any(torch.equal(after[name], before[name]) for name in after if name.endswith("weight"))
+    folder = tmp_path / "runs/run"
+    best = load_file(folder / f"checkpoints/best-{done['best']['step']:09d}.safetensors")
+    assert same(dict(load_matcher_folder(folder / "matcher").state_dict()), best)
+    assert len((folder / "losses.jsonl").read_text().splitlines()) == 4

@@ -13,6 +13,7 @@ import io
 import json
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from itm.data import files
 from itm.data.plan import Position
+from itm.distributed import rank
 from itm.training.step import Step
 
 KEPT = 2
@@ -63,12 +65,19 @@ class State:
 
 
 def save_checkpoint(root: str, state: State, step: Step) -> None:
-    """Store what `load_checkpoint` restores, then remove all but the newest KEPT checkpoints and the best matcher."""
+    """Store what `load_checkpoint` restores, then remove all but the newest KEPT checkpoints and the best matcher.
+
+    All ranks call it, since sharded weights must be gathered; rank 0 writes.
+    """
     name = files.join(root, f"{state.position.step:09d}")
-    write_weights(f"{name}.model.safetensors", step.plain)
-    optimizer: dict[str, Any] = {"optimizer": step.optimizer.state_dict()}
+    for kind in step.modules:
+        module = step.gathered(kind)
+        if rank() == 0:
+            write_weights(f"{name}.{kind}.safetensors", module)
+    optimizer: dict[str, Any] = {"optimizer": step.optimizer_state()}
+    if rank():
+        return
     if step.average is not None:
-        write_weights(f"{name}.average.safetensors", step.average.module)
         optimizer["averaged"] = int(step.average.n_averaged)
     buffer = io.BytesIO()
     torch.save(optimizer, buffer)
@@ -86,11 +95,11 @@ def latest(root: str) -> State | None:
 def load_checkpoint(root: str, state: State, step: Step) -> None:
     """Restore weights, optimiser and moving average. Raises ValueError when they are of another architecture."""
     name = files.join(root, f"{state.position.step:09d}")
-    read_weights(f"{name}.model.safetensors", step.plain)
-    saved = torch.load(io.BytesIO(files.read_bytes(f"{name}.optimizer.pt")), weights_only=True, map_location=step.device)
-    step.optimizer.load_state_dict(saved["optimizer"])
+    for kind in step.modules:
+        step.load(kind, partial(read_weights, f"{name}.{kind}.safetensors"))
+    saved = torch.load(io.BytesIO(files.read_bytes(f"{name}.optimizer.pt")), weights_only=True, map_location="cpu")
+    step.load_optimizer_state(saved["optimizer"])
     if step.average is not None:
-        read_weights(f"{name}.average.safetensors", step.average.module)
         step.average.n_averaged.fill_(saved["averaged"])
 
 

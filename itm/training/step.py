@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,45 @@ class Step:
                 torch.stack(list(losses.values())).sum().div(len(batches)).backward()
             for name, value in losses.items():
                 seen[name] = seen.get(name, 0) + value.detach() / len(batches)
-        if self.train.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
+        self._finish_gradients()
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.plain)
         return seen | {"loss": torch.stack(list(seen.values())).sum()}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint keeps, by the names of its files."""
+        return {"model": self.plain} if self.average is None else {"model": self.plain, "average": self.average.module}
+
+    @property
+    def kept(self) -> str:
+        """Which of the modules is validated and kept in the end."""
+        return list(self.modules)[-1]
+
+    def gathered(self, kind: str) -> nn.Module:
+        """One of the modules with whole weights, for rank 0 alone. Where weights are sharded all ranks must call this and the next ones."""
+        return self.modules[kind]
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The kept module with whole weights on the device, for rank 0 alone."""
+        yield self.modules[self.kept]
+
+    def load(self, kind: str, read: Callable[[nn.Module], None]) -> None:
+        """`read` fills a module with whole weights."""
+        read(self.modules[kind])
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state dict with whole tensors, for rank 0 alone."""
+        return self.optimizer.state_dict()
+
+    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(saved)
+
+    def _finish_gradients(self) -> None:
+        if self.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
 
     def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
         low = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")

@@ -1,0 +1,134 @@
+"""FSDP2 in the place of DDP: every rank keeps a share of the weights, gradients and optimiser state, and of the moving average.
+
+A layer's weights are gathered while it runs. Temperatures and gains (0-D) and buffers are whole on every rank. What is validated and
+saved is gathered on rank 0 as whole tensors of the ordinary names, so a checkpoint fits any number of ranks, sharded or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from itm.config import Train
+from itm.distributed import all_reduce_sum, rank, world_size
+from itm.models.encoders import joint_layers, layers_of, towers_of
+from itm.training.optim import build_optimizer
+from itm.training.step import Step
+from itm.types import Batch
+
+
+class ShardedStep(Step):
+    """A `Step` with the numbers of DDP. Rank 0 holds one whole copy of the method in main memory, into which it gathers."""
+
+    def __init__(self, method: nn.Module, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> None:
+        """method: whole, the same on all ranks, and not on the device yet, which need not hold all of it."""
+        self.copy = copy.deepcopy(method) if rank() == 0 else None
+        average = AveragedModel(method, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True) if train.ema else None
+        _shard(method, device)
+        if average is not None:
+            _shard(average.module, device)
+        super().__init__(method, build_optimizer(method, train), train, rate, average, seed)
+
+    def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
+        _broadcast(self.plain.buffers())
+        return super().__call__(batches, number)
+
+    def gathered(self, kind: str) -> nn.Module:
+        weights = get_model_state_dict(self.modules[kind], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if self.copy is None:
+            return self.modules[kind]
+        self.copy.load_state_dict(weights)
+        return self.copy
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        method = self.gathered(self.kept)
+        if self.copy is None:
+            yield method
+            return
+        try:
+            yield method.to(self.device)
+        finally:
+            method.cpu()
+
+    def load(self, kind: str, read: Callable[[nn.Module], None]) -> None:
+        if self.copy is not None:
+            read(self.copy)
+        weights = self.copy.state_dict() if self.copy is not None else {}
+        set_model_state_dict(self.modules[kind], weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+    def optimizer_state(self) -> dict[str, Any]:
+        saved = self.optimizer.state_dict()
+        return saved | {"state": {n: {name: _whole(v) for name, v in state.items()} for n, state in saved["state"].items()}}
+
+    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {n: {name: _share(v, parameters[n]) for name, v in state.items()} for n, state in saved["state"].items()}
+        self.optimizer.load_state_dict(saved | {"state": state})
+
+    def _finish_gradients(self) -> None:
+        """FSDP has averaged what it shards over the ranks; the scalars are left."""
+        parameters = [p for p in self.plain.parameters() if p.grad is not None]
+        scalars = [p for p in parameters if not isinstance(p, DTensor)]
+        if scalars:
+            means = all_reduce_sum(torch.stack([p.grad for p in scalars])) / world_size()  # type: ignore[misc]
+            for parameter, mean in zip(scalars, means, strict=True):
+                parameter.grad = mean
+        if self.train.clip_norm is not None:
+            groups = scalars, [p for p in parameters if isinstance(p, DTensor)]
+            norms = [get_total_norm([p.grad for p in group]) for group in groups if group]  # type: ignore[misc]
+            total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+            for group in groups:
+                clip_grads_with_norm_(group, self.train.clip_norm, total)
+
+
+def _shard(method: nn.Module, device: torch.device) -> None:
+    """Layers, then towers, then what is left; in place."""
+    mesh = init_device_mesh(device.type, (world_size(),))
+    scalars = {p for p in method.parameters() if p.dim() == 0}
+    matcher: Any = method.matcher
+    # The last joint layer stays with the rest: IAIS reads its attention weights from outside the layer.
+    groups: list[Any] = [g for layer in joint_layers(matcher)[:-1] for g in (layer.attention, [layer.intermediate, layer.output])]
+    for tower in towers_of(matcher):
+        groups += [*layers_of(tower), tower]
+    for group in (*groups, method):
+        fully_shard(group, mesh=mesh, ignored_params=scalars)
+    method.to(device)
+
+
+def _broadcast(buffers: Iterable[Tensor]) -> None:
+    """Those of rank 0 to all, as DDP does before each step; one message a type."""
+    for _, group in itertools.groupby(sorted(buffers, key=lambda b: str(b.dtype)), key=lambda b: b.dtype):
+        same = list(group)
+        flat = torch.cat([b.flatten() for b in same])
+        dist.broadcast(flat, 0)
+        for buffer, values in zip(same, flat.split([b.numel() for b in same]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def _whole(value: Any) -> Any:
+    """A meeting of the ranks for what is sharded; the whole tensor comes to the main memory of rank 0."""
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if rank() == 0 else None
+
+
+def _share(value: Any, parameter: Tensor) -> Any:
+    """This rank's share of the optimiser's state of a sharded parameter."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,40 @@
+"""The step of a recipe: DDP or FSDP2 around the method, recomputation, compilation, moving average, in an order that suits them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from itm.config import Train
+from itm.distributed import world_size
+from itm.training.compiled import check_compiler, compile_encoders
+from itm.training.optim import build_optimizer, moving_average
+from itm.training.recompute import recompute_activations
+from itm.training.step import Step
+
+
+def build_step(method: nn.Module, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> Step:
+    """method: fresh, on the CPU, the same on all ranks. Raises ValueError for what this machine cannot do."""
+    matcher: Any = method.matcher
+    sharded = train.shard_weights and world_size() > 1
+    if train.compile:
+        check_compiler(device)
+    if train.checkpoint_activations:
+        recompute_activations(matcher)
+    if sharded:
+        from itm.training.sharding import ShardedStep  # its imports take half a second
+
+        step: Step = ShardedStep(method, train, rate, seed, device)
+    else:
+        method.to(device)
+        # Which parameters a step uses depends on the method's terms; DDP must not wait for the others.
+        wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world_size() > 1 else method
+        average = moving_average(method, train.ema) if train.ema else None
+        step = Step(wrapped, build_optimizer(method, train), train, rate, average, seed)
+    if train.compile:
+        compile_encoders(matcher)
+    return step
