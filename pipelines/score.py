@@ -25,6 +25,7 @@ from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
 from itm.models.tiled import compiled
 from itm.models.uarda_pruned import Prune, Pruning
+from itm.training.compiled import check_compiler
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -103,6 +104,8 @@ def score_split(
 
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
+    if how.compile:
+        check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     _set_pruning(members, how.prune)
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])

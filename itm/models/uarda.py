@@ -41,7 +41,7 @@ def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: f
     if context_mask is not None:
         raw = raw.masked_fill(~context_mask[:, :, None, None], t)
     # Relative to the weight of exactly t, what passes weighs more than 1: no row maximum is needed, and the weight itself is the mask.
-    e = F.threshold_((raw - t).mul_(smooth).exp_(), 1.0, 0.0)
+    e = F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
     square = attended_squares(e, grams)
     return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
 
@@ -149,6 +149,7 @@ class UARDA(LateInteraction):
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         if self._prunes():
+            assert self.pruning is not None
             return self.pruning.scores(direction, query, context, self.attention, self._threshold(direction))
         if self.cuts_tiles(query if direction == "t2i" else context):
             return self._tiled(direction, query, context)

@@ -35,7 +35,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except RuntimeError:
-        raise ValueError("train.compile needs a C++ compiler: install g++, name another one in CXX, or unset train.compile") from None
+        raise ValueError("torch.compile needs a C++ compiler: install g++, name another one in CXX, or switch compile off") from None
 
 
 def as_written(compiled: bool) -> contextlib.AbstractContextManager[object]:
