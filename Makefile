@@ -25,8 +25,8 @@ setup: $(READY)  ## create the virtual environment with every pinned dependency
 demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, three trainings, report
 	$(BIN)/itm demo
 
-test: $(READY)  ## unit tests first, then real end-to-end runs
-	$(BIN)/python -m pytest
+test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: they wait more than they compute
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .
