@@ -161,7 +161,7 @@ def test_a_missing_compiler_is_said_before_the_start(tmp_path: Path) -> None:
     splits(tmp_path)
     with (
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(ValueError, match=r"train\.compile needs a C\+\+ compiler: install g\+\+"),
+        pytest.raises(ValueError, match=r"torch\.compile needs a C\+\+ compiler: install g\+\+"),
     ):
         train(recipe(tmp_path, compile=True))
     assert not (tmp_path / "runs/run/started.json").exists()
