@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -124,8 +125,9 @@ def chaos(folder: Path, seed: int, kills: int, workers: int = 0) -> int:
     while fallen < kills:
         round_number += 1
         place = prepared(folder / f"round-{round_number}", workers)
+        blows = Counter(chance.choices(STAGES, k=kills - fallen))
         for stage in STAGES:
-            fallen += survive(stage, place, chance, -(-kills // len(STAGES)), usual[stage])
+            fallen += survive(stage, place, chance, blows[stage], usual[stage])
         whole(place.parent)
         found = result(place.parent)
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
