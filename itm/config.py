@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Strict(BaseModel):
@@ -70,13 +70,19 @@ class Teachers(Strict):
 
 
 class Train(Strict):
-    """Optimisation. One step = one optimiser update on `batch_size` x workers x `accumulate` pairs."""
+    """Optimisation. One step = one optimiser update on `batch_size` x the workers that are there x `accumulate` pairs."""
 
     start: str | None = Field(None, description="matcher folder or models:/name@alias to fine-tune: its weights and its tokenizer")
     batch_size: int = Field(128, ge=2, description="pairs per worker and micro-step")
     steps: int | None = Field(None, ge=1, description="stop after this many steps")
     epochs: int | None = Field(None, ge=1, description="stop after this many passes over all captions")
     workers: int = Field(1, ge=0, description="Ray Train workers; 0 = inside the driver process")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="train with as few workers while there is no room for all, from the last checkpoint at each change; each lost node "
+        "counts in max_failures. Unset = wait for room for all",
+    )
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
@@ -105,7 +111,13 @@ class Train(Strict):
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
     log_every: int = Field(10, ge=1)
-    max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint")
+    max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint; 0 = the first lost node ends the run")
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Train:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        return self
 
 
 class Evaluation(Strict):
@@ -143,7 +155,7 @@ class Recipe(Strict):
         """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
         processes: dict[str, Any] = {
-            "train": {"workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
+            "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
             "data": {"decode_actors"},
             "teachers": {"actors"},
         }

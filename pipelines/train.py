@@ -44,7 +44,7 @@ from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.teach import store_for
-from pipelines.train_worker import START, Job, absolute, build_method, work
+from pipelines.train_worker import START, Job, absolute, build_method, last_step, work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         done = {"run_id": tracker.run_id, "name": recipe.name, **about, **summary, "matcher": files.join(recipe.folder, "matcher")}
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
-        tracker.metrics({"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"], **flow}, step=job.steps)
+        flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
+        tracker.metrics(flow, step=summary["steps"])
     return done
 
 
@@ -114,9 +115,7 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
     ranks = max(1, train.workers)
     plan = Plan.of(manifest, seed=recipe.seed, batch=train.batch_size, ranks=ranks, accumulate=train.accumulate, window=data.shuffle_window)
-    steps = min(s for s in (train.steps, train.epochs and train.epochs * plan.steps_per_epoch, 10**12) if s)
-    if steps == 10**12:
-        raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
+    steps = last_step(train, plan)
     check_present(split, manifest)
     captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path and not train.start else None
     image, first = ImageInput.of(data), first_sample(split, manifest, data.image)
@@ -207,7 +206,11 @@ def execute(job: Job) -> dict[str, Any]:
 
 
 def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
-    """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times."""
+    """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
+
+    With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again. Ray
+    then fills every whole CPU with a worker, up to `train.workers`: only nodes with more CPUs than GPUs keep some for preprocessing.
+    """
     from pipelines.session import connect
 
     connect()
@@ -216,17 +219,19 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    train = job.recipe.train
     # On the driver's node: elsewhere it would die with a node whose workers can be replaced, and take the run with it.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
+    workers = (train.min_workers, train.workers) if train.min_workers else train.workers
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config={"job": job, "board": board},
-        scaling_config=ScalingConfig(num_workers=job.recipe.train.workers, use_gpu=job.recipe.train.use_gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu),  # type: ignore[arg-type]  # as well
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
             name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
             storage_path=files.join(job.folder, "ray"),
-            failure_config=FailureConfig(max_failures=job.recipe.train.max_failures),
+            failure_config=FailureConfig(max_failures=train.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from itm.config import Recipe
+from itm.config import Recipe, Train
 from itm.data import files
 from itm.data.collate import to_batch
 from itm.data.manifest import Manifest
@@ -25,7 +25,7 @@ from itm.data.pairs import Pairs
 from itm.data.plan import Plan, Position
 from itm.data.preprocess import Inputs
 from itm.data.sidecar import Store
-from itm.distributed import all_reduce_sum, rank
+from itm.distributed import all_reduce_sum, rank, world_size
 from itm.evaluation.dataset import encode_split
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.scoring import score_matrix
@@ -84,6 +84,20 @@ def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
     return method
 
 
+def last_step(train: Train, plan: Plan) -> int:
+    """Steps of the whole run when the ranks of `plan` take it to its end; passes over the captions last as many pairs for any of them.
+
+    Raises ValueError when the recipe does not say how long to train.
+    """
+    ends = [train.steps] if train.steps else []
+    if train.epochs:
+        passes = (plan.pairs - plan.start.offset) // plan.global_batch + (train.epochs - plan.start.epoch - 1) * plan.steps_per_epoch
+        ends.append(plan.start.step + max(0, passes))
+    if not ends:
+        raise ValueError("the recipe does not say how long to train: set train.steps or train.epochs")
+    return min(ends)
+
+
 def work(job: Job, device: torch.device, report: Report) -> dict[str, Any]:
     """Train to the end of the run; returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected."""
     worker = Worker(job, device, report)
@@ -99,7 +113,9 @@ class Worker:
         train, recipe = job.recipe.train, job.recipe
         self.state = latest(job.checkpoints) or State(Position(), job.plan.digest(Position()))
         job.plan.check_digest(self.state.position, self.state.digest, f"checkpoint {self.state.position.step} of {job.folder}")
-        self.plan = job.plan.resume(self.state.position)
+        # The ranks that are there: a resized worker group has others than the recipe names. They see the same pairs in the same order.
+        self.plan = replace(job.plan, ranks=world_size()).resume(self.state.position)
+        self.steps = last_step(train, self.plan)
         self.step = build_step(build_method(recipe, job.inputs), train, self._rate, recipe.seed, device)
         if self.state.position.step:
             load_checkpoint(job.checkpoints, self.state, self.step)
@@ -110,7 +126,12 @@ class Worker:
         self.seen = torch.zeros(2, dtype=torch.float64)  # pairs (used, rejected) of this rank since the last checkpoint
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.job.recipe.train, step, self.plan.steps_per_epoch, self.job.steps)
+        """Where passes end the run they drive the schedule too: a step of other workers is another share of a pass."""
+        train, plan, end = self.job.recipe.train, self.plan, self.steps
+        if train.epochs and not train.steps:
+            at, end = plan.locate(step), train.epochs * plan.steps_per_epoch
+            step = at.epoch * plan.steps_per_epoch + at.offset // plan.global_batch
+        return learning_rate(train, step, plan.steps_per_epoch, end)
 
     def train(self) -> None:
         train = self.job.recipe.train
@@ -118,11 +139,11 @@ class Worker:
             self._log,
             self._validate,
             self._checkpoint,
-            logs=lambda done: done % train.log_every == 0 or done == self.job.steps,
+            logs=lambda done: done % train.log_every == 0 or done == self.steps,
             validates=self._validates,
             checkpoints=self._checkpoints,
         )
-        first, last = self.state.position.step, self.job.steps
+        first, last = self.state.position.step, self.steps
         items = work_of(rank(), first, last, train.accumulate)
         pairs = Pairs(self.job.split(self.job.recipe.data.train_split), self.job.manifest, self.plan, self.job.inputs, self.job.stores)
         tables = (stream if train.workers else stream_here)(pairs, items, self.job.recipe.data.decode_actors)
@@ -146,11 +167,11 @@ class Worker:
 
     def _validates(self, done: int) -> bool:
         every = self.job.recipe.train.validate_every
-        return done == self.job.steps or (done % every == 0 if every else self._ends_epoch(done))
+        return done == self.steps or (done % every == 0 if every else self._ends_epoch(done))
 
     def _checkpoints(self, done: int) -> bool:
         every = self.job.recipe.train.checkpoint_every
-        return done == self.job.steps or (done % every == 0 if every else self._validates(done))
+        return done == self.steps or (done % every == 0 if every else self._validates(done))
 
     def _log(self, done: int, losses: dict[str, float]) -> None:
         self.rejected = int(all_reduce_sum(torch.tensor(float(len(self.problems.rows)), device=self.step.device)))
@@ -222,7 +243,7 @@ class Worker:
         seconds = self.state.seconds
         speed = self.state.pairs / seconds if seconds else 0.0
         return {
-            "steps": self.job.steps,
+            "steps": self.steps,
             "seconds": round(seconds, 2),
             "samples_per_s": round(speed, 2),
             "best": best,

@@ -38,8 +38,14 @@ def test_extending_a_recipe_merges_sections_and_replaces_a_part_of_another_kind(
 def test_the_fingerprint_ignores_places_and_processes_but_no_choice():
     base = parse_recipe(MINIMAL)
     assert base.fingerprint() == parse_recipe({**MINIMAL, "output": "elsewhere"}).fingerprint()
-    assert base.fingerprint() == parse_recipe({**MINIMAL, "train": {"workers": 2}}).fingerprint()
+    assert base.fingerprint() == parse_recipe({**MINIMAL, "train": {"workers": 2, "min_workers": 1}}).fingerprint()
     assert base.fingerprint() != parse_recipe({**MINIMAL, "seed": 1}).fingerprint()
+
+
+@pytest.mark.parametrize(("workers", "fewest"), [(2, 3), (0, 1), (2, 0)])
+def test_a_worker_group_that_could_not_shrink_is_refused(workers: int, fewest: int) -> None:
+    with pytest.raises(ValueError, match=r"min_workers=. is more than workers=.; lower|train\.min_workers: Input should be greater"):
+        parse_recipe({**MINIMAL, "train": {"workers": workers, "min_workers": fewest}})
 
 
 def test_missing_recipe_and_broken_yaml_name_the_file(tmp_path):
