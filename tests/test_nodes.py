@@ -10,15 +10,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
 
+from itm.config import Recipe
+from itm.data.shards import read_manifest
+from itm.registry import Tracker
 from itm.training.checkpoint import State, latest
-from pipelines.train import train
+from pipelines.train import prepare, train
+from pipelines.train_worker import Job, work
 from tests.registry_world import free_ports
 from tests.test_train import final, recipe, same, splits
 
@@ -27,7 +34,7 @@ pytestmark = pytest.mark.e2e
 
 # A dead node refuses connections at once, a slow one only answers late: look often, be patient with an answer.
 HEALTH = {"RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "10000"}
-TRAIN = "import sys; from pipelines.cli import stage_main; sys.exit(any(stage_main('train', ['-c', path]) for path in sys.argv[1:]))"
+TRAIN = "import sys; from pipelines.cli import stage_main; sys.exit(stage_main('train', ['-c', sys.argv[1]]))"
 
 
 def until(reached: Callable[[], Any], log: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
@@ -42,7 +49,7 @@ class Cluster:
     """`ray start --block` under this process, an address of 127.0.0.0/8 for each node. Only what it started is ended."""
 
     def __init__(self, logs: Path) -> None:
-        self.logs, [self.port] = logs, free_ports(1)
+        self.logs, [self.port, self.client_port] = logs, free_ports(2)
         self.folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths below it must stay short
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.joined = 0
@@ -64,6 +71,7 @@ class Cluster:
         where = f"--address 127.0.0.1:{self.port} --node-ip-address 127.0.0.{number}"
         if not self.joined:
             where = f"--head --port {self.port} --include-dashboard false --no-monitor --temp-dir {self.folder}"
+            where += f" --ray-client-server-port {self.client_port}"
         command = f"""{Path(sys.executable).parent}/ray start --block --disable-usage-stats {where} --include-log-monitor false
             --num-cpus {cpus} --labels={labels} --object-store-memory {100 << 20} --min-worker-port 0 --max-worker-port 0"""
         log = self.logs / f"node{number}.log"
@@ -115,35 +123,51 @@ held = Held.remote()
 """
 
 
-def training(cluster: Cluster, log: Path, *recipes: Path, code: str = TRAIN, **environment: str) -> subprocess.Popen[bytes]:
-    """A driver on the head that trains one recipe after the other."""
+def training(cluster: Cluster, log: Path, path: Path, code: str = TRAIN, **environment: str) -> subprocess.Popen[bytes]:
+    """A driver on the head that trains a recipe."""
     environment |= {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     with log.open("wb") as out:
-        command = [sys.executable, "-c", code, *map(str, recipes)]
+        command = [sys.executable, "-c", code, str(path)]
         return subprocess.Popen(command, env=os.environ | environment, stdout=out, stderr=out)
+
+
+def one_of_two(rank: int, port: int, job: Job) -> None:
+    """What a worker of Ray Train does, without Ray."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    work(job, torch.device("cpu"), lambda done, loss: None)
+    dist.destroy_process_group()
+
+
+def train_without_ray(choices: Recipe) -> None:
+    """Two ranks as two processes: nothing to disturb them, and far fewer processes than a worker group of Ray has."""
+    job = prepare(choices, read_manifest(f"{choices.data.root}/train"))
+    alone = choices.model_copy(update={"train": choices.train.model_copy(update={"workers": 0})})
+    with Tracker.start("tests", choices.name) as tracker:
+        job = replace(job, recipe=alone, run_id=tracker.run_id, tracking_uri=tracker.uri)
+        spawn(one_of_two, (*free_ports(1), job), nprocs=2)
 
 
 def test_another_node_takes_over_from_one_that_dies_bit_for_bit(cluster: Cluster, tmp_path: Path) -> None:
     """One worker on the head, one on the node that will die: a third node joins only when both have their places."""
     splits(tmp_path, shards=1, samples=24)
     given: dict[str, Any] = {"workers": 2, "batch_size": 3, "steps": 40, "validate_every": 40, "max_failures": 1}
-    recipes, checkpoints = [], tmp_path / "runs" / "killed" / "checkpoints"
-    for name in ("killed", "whole"):
-        recipes.append(tmp_path / f"{name}.json")
-        recipes[-1].write_text(recipe(tmp_path, name=name, **given).model_dump_json())
+    path, checkpoints = tmp_path / "killed.json", tmp_path / "runs" / "killed" / "checkpoints"
+    path.write_text(recipe(tmp_path, name="killed", **given).model_dump_json())
     _, victim, log = cluster.start(cpus=1), cluster.start(cpus=1), tmp_path / "train.log"
-    driver = training(cluster, log, *recipes)
+    driver = training(cluster, log, path)
     try:
         until(lambda: cluster.processes(victim, "RayTrainWorker"), log, driver)
         cluster.start(cpus=2)
         until(lambda: (checkpoints / "000000004.json").exists(), log, driver)
         cluster.lose(victim)
         assert not (checkpoints / "000000040.json").exists(), "it died too late"
-        until(lambda: (tmp_path / "runs" / "killed" / "run.json").exists(), log, driver)
         assert driver.wait(120) == 0, log.read_text()[-3000:]
     finally:
         driver.kill()
         driver.wait()
+    cluster.stop()
+    train_without_ray(recipe(tmp_path, name="whole", **given))
     assert same(final(tmp_path, "killed", 40), final(tmp_path, "whole", 40))
 
 
