@@ -217,7 +217,7 @@ def server(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     [port] = free_ports(1)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{registry}/mlflow.db"]
     command += ["--artifacts-destination", str(tmp_path / "store"), "--port", str(port), "--workers", "1"]
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
