@@ -246,22 +246,8 @@ def _wait(device: str) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    heads = (
-        "",
-        "ours",
-        "peer",
-        "ours/CPU-s",
-        "peer/CPU-s",
-        "x CPU",
-        "x wall",
-        "of bound",
-        "COCO 5K min",
-        "max |d|",
-        "R@K moved",
-        "MB",
-        "peer MB",
-    )
-    lines = [f"{heads[0]:<9} {heads[1]:<5} {heads[2]:<8}" + "".join(f"{head:>12}" for head in heads[3:])]
+    heads = ["ours/CPU-s", "peer/CPU-s", "x CPU", "x wall", "of bound", "COCO 5K min", "max |d|", "R@K moved", "ours MB", "peer MB"]
+    lines = [f"{'':<9} {'ours':<5} {'peer':<8}" + "".join(f"{head:>12}" for head in heads)]
     for r in rows:
         rates = f"{r.ours_cpu:>12,.0f}{r.peer_cpu:>12,.0f}{r.ratio_cpu:>12.1f}{r.ratio_wall:>12.1f}{r.of_bound:>12.0%}{r.coco_5k:>12.1f}"
         rest = f"{r.difference:>12.1e}{r.r_at_k:>12.2f}{r.ours_mb:>12.0f}{r.peer_mb:>12.0f}"
