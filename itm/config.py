@@ -45,7 +45,8 @@ class Data(Strict):
     max_regions: int = Field(36, ge=1, description="regions kept of each image (image: regions)")
     shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
-    decode_actors: int = Field(1, ge=1, description="preprocessing actors in training")
+    decode: Literal["actors", "trainer"] = Field("trainer", description="who decodes: actors on any node, or threads of each trainer")
+    decode_workers: int = Field(1, ge=1, description="actors or threads that decode for a trainer")
 
 
 class Text(Strict):
@@ -156,7 +157,7 @@ class Recipe(Strict):
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
         processes: dict[str, Any] = {
             "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
-            "data": {"decode_actors"},
+            "data": {"decode", "decode_workers"},
             "teachers": {"actors"},
         }
         choices = self.model_dump(mode="json", exclude=places | processes)

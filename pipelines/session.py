@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 # Token auth and usage reports are for clusters that ask for them; worker niceness 15 would starve Ray on a busy machine.
@@ -34,7 +35,6 @@ def connect() -> None:
     """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other."""
     quiet()
     import ray
-    from ray.data import DataContext
 
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
@@ -44,7 +44,34 @@ def connect() -> None:
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
             silent: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
             ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent)
+    set_up_data()
+
+
+def set_up_data() -> Any:
+    """Ray Data's settings in this process, which is the driver or a trainer; returns its DataContext."""
+    from ray.data import DataContext
+
     context = DataContext.get_current()
+    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]  # by its four methods: their class would import Ray here
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
+
+
+class Pause:
+    """An execution callback of Ray Data.
+
+    Its scheduling loop waits for running tasks only: when the consumer is the slower side there are none, and the loop spins on a whole
+    core, with the interpreter lock of the trainer's process. With pauses of 10 ms it still handles any number of tasks each time round.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None: ...
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(0.01)
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...

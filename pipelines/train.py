@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +41,7 @@ from itm.lineage import DatasetRef, git_commit
 from itm.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
+from pipelines.board import Board, watched
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.teach import store_for
 from pipelines.train_worker import START, Job, absolute, build_method, last_step, work
@@ -201,7 +201,7 @@ def execute(job: Job) -> dict[str, Any]:
             return execute_on_ray(job, show)
         device = torch.device("cuda" if train.use_gpu else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_actors))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
         return work(job, device, show)
 
 
@@ -261,42 +261,6 @@ def cause_of(error: Exception) -> Exception:
         if isinstance(inner, ValueError):
             return ValueError(str(inner))
     return error
-
-
-class Board:
-    """Where rank 0 says how far it is."""
-
-    def __init__(self) -> None:
-        self.said: tuple[int, float] | None = None
-
-    def put(self, done: int, loss: float) -> None:
-        self.said = (done, loss)
-
-    def get(self) -> tuple[int, float] | None:
-        return self.said
-
-
-@contextmanager
-def watched(board: Any, show: Callable[[int, float], None]) -> Iterator[None]:
-    """Reads the board twice a second while the driver waits for the workers."""
-    import ray
-
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.5):
-            if said := ray.get(board.get.remote()):
-                show(*said)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-        if said := ray.get(board.get.remote()):
-            show(*said)
-    finally:
-        over.set()
-        thread.join(timeout=5)
 
 
 def forget(folder: str) -> None:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import nn
 
 from itm.config import Recipe, Train
 from itm.data import files
+from itm.data.arrow import Columns
 from itm.data.collate import to_batch
 from itm.data.manifest import Manifest
 from itm.data.pairs import Pairs
@@ -143,24 +143,30 @@ class Worker:
             validates=self._validates,
             checkpoints=self._checkpoints,
         )
-        first, last = self.state.position.step, self.steps
-        items = work_of(rank(), first, last, train.accumulate)
-        pairs = Pairs(self.job.split(self.job.recipe.data.train_split), self.job.manifest, self.plan, self.job.inputs, self.job.stores)
-        tables = (stream if train.workers else stream_here)(pairs, items, self.job.recipe.data.decode_actors)
-        train_loop(self.step, self._batches(tables), first, last, hooks)
+        train_loop(self.step, self._checked(), self.state.position.step, self.steps, hooks)
 
-    def _batches(self, tables: Iterable[pa.Table]) -> Iterator[Batch]:
+    def _stream(self) -> Iterator[Columns]:
+        job, data, train = self.job, self.job.recipe.data, self.job.recipe.train
+        items = work_of(rank(), self.state.position.step, self.steps, train.accumulate)
+        pairs = Pairs(job.split(data.train_split), job.manifest, self.plan, job.inputs, job.stores)
+        if train.workers:
+            return stream(pairs, items, data.decode, data.decode_workers)
+        return stream_here(pairs, items, data.decode_workers)
+
+    def _checked(self) -> Iterator[Batch]:
+        """What is read is what was planned; what was rejected is written down."""
         accumulate = self.job.recipe.train.accumulate
-        for n, table in enumerate(tables):
+        for n, columns in enumerate(self._stream()):
             if n == 0:
                 self.clock.start()  # the start of the preprocessing actors is no training
             expected = self.plan.start.step + n // accumulate
-            if (found := table["step"][0].as_py()) != expected or len(table) != self.plan.batch:
-                raise RuntimeError(f"the stream gave {len(table)} rows of step {found} where {self.plan.batch} of step {expected} were due")
-            left_out = table["problem"].drop_null().to_pylist()
+            rows, found = len(columns["key"]), int(columns["step"][0])
+            if found != expected or rows != self.plan.batch:
+                raise RuntimeError(f"the stream gave {rows} rows of step {found} where {self.plan.batch} of step {expected} were due")
+            left_out = [problem for problem in columns["problem"] if problem is not None]
             self.problems.add(left_out)
-            self.seen += torch.tensor([len(table) - len(left_out), len(left_out)])
-            yield to_batch(table)
+            self.seen += torch.tensor([rows - len(left_out), len(left_out)])
+            yield to_batch(columns)
 
     def _ends_epoch(self, done: int) -> bool:
         return self.plan.locate(done).epoch > self.plan.locate(done - 1).epoch

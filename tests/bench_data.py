@@ -265,7 +265,7 @@ def regions(root: Path, rounds: int, samples: int = 1000) -> str:
 def work(pairs: Pairs) -> list[Any]:
     from pipelines.stream import work_of
 
-    return work_of(0, 0, pairs.plan.steps_per_epoch, 1)
+    return work_of(0, 0, pairs.fetch.plan.steps_per_epoch, 1)
 
 
 def sidecars(root: Path, rounds: int, rows: int = 200_000, width: int = 384) -> str:

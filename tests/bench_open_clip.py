@@ -94,7 +94,7 @@ def ours(root: Path, epochs: int) -> None:
     choices = {
         "name": f"{epochs}-{os.getpid()}",
         "output": f"{root}/runs",
-        "data": {"root": str(root), "train_split": "pairs", "val_split": "", "image_size": 224, "crop": "random", "decode_actors": 1},
+        "data": {"root": str(root), "train_split": "pairs", "val_split": "", "image_size": 224, "crop": "random", "decode_workers": 1},
         "text": {"kind": "hf", "path": str(merges), "max_length": TOKENS},
         "model": {"kind": "clip", "options": {"path": f"{root}/tiny-ours"}},
         "method": {"kind": "matching", "options": {"loss": "contrastive"}},

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from itm.data.collate import to_batch, to_table
+from itm.data.arrow import to_table
+from itm.data.collate import to_batch
 
 
 def columns(rows: int) -> dict[str, object]:

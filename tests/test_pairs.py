@@ -66,13 +66,13 @@ def world(root: Path, image: ImageInput | None = None, batch: int = 6, **given: 
 
 
 def every_sample(pairs: Pairs) -> list[list[Sample]]:
-    return [[i for i in read_samples(files.join(pairs.split, s.name)) if isinstance(i, Sample)] for s in pairs.manifest.shards]
+    return [[i for i in read_samples(files.join(pairs.fetch.split, s.name)) if isinstance(i, Sample)] for s in pairs.fetch.manifest.shards]
 
 
 def store(root: Path, pairs: Pairs, modality: str, broken: str = "") -> Store:
     """Vectors that spell their row: (shard, row, 1)."""
     identity = {"kind": "spelled"}
-    for number, (info, samples) in enumerate(zip(pairs.manifest.shards, every_sample(pairs), strict=True)):
+    for number, (info, samples) in enumerate(zip(pairs.fetch.manifest.shards, every_sample(pairs), strict=True)):
         captions = [(s.key, c.id) for s in samples for c in s.captions]
         keys = [key for key, _ in captions] if modality == "text" else [s.key for s in samples]
         vectors = np.array([[number, row, 1] for row in range(len(keys))], np.float32)
@@ -83,15 +83,15 @@ def store(root: Path, pairs: Pairs, modality: str, broken: str = "") -> Store:
 
 
 def whole_epoch(pairs: Pairs) -> list[pa.Table]:
-    return [pairs(Work(step, 0, 0)) for step in range(pairs.plan.steps_per_epoch)]
+    return [pairs(Work(step, 0, 0)) for step in range(pairs.fetch.plan.steps_per_epoch)]
 
 
 def test_rows_equal_a_slow_walk_over_the_plan(tmp_path: Path) -> None:
     pairs = world(tmp_path)
     samples = every_sample(pairs)
-    for step in (0, 3, pairs.plan.steps_per_epoch):  # the last is of the second epoch
+    for step in (0, 3, pairs.fetch.plan.steps_per_epoch):  # the last is of the second epoch
         table = pairs(Work(step, 0, 0))
-        for row, (shard, number) in enumerate(pairs.plan.batch_pairs(step, 0, 0).tolist()):
+        for row, (shard, number) in enumerate(pairs.fetch.plan.batch_pairs(step, 0, 0).tolist()):
             sample, caption = [(s, c) for s in samples[shard] for c in s.captions][number]
             assert (table["key"][row].as_py(), table["caption"][row].as_py()) == (sample.key, caption.id)
             assert sample.image is not None
@@ -106,7 +106,7 @@ def test_rows_equal_a_slow_walk_over_the_plan(tmp_path: Path) -> None:
 def test_an_epoch_gives_every_caption_once(tmp_path: Path) -> None:
     pairs = world(tmp_path, batch=4)
     seen = [c for table in whole_epoch(pairs) for c in table["caption"].to_pylist()]
-    assert len(seen) == len(set(seen)) == pairs.plan.pairs // 4 * 4
+    assert len(seen) == len(set(seen)) == pairs.fetch.plan.pairs // 4 * 4
 
 
 def test_augmentation_follows_seed_epoch_and_key_wherever_it_runs(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_augmentation_follows_seed_epoch_and_key_wherever_it_runs(tmp_path: Path
 def test_an_image_that_cannot_be_decoded_gives_its_place_to_the_next_good_pair(tmp_path: Path) -> None:
     whole, hurt = world(tmp_path / "a"), world(tmp_path / "b", broken=(4,))
     met = 0
-    for step in range(whole.plan.steps_per_epoch):
+    for step in range(whole.fetch.plan.steps_per_epoch):
         want, got = (p(Work(step, 0, 0)) for p in (whole, hurt))
         keys = want["key"].to_pylist()
         good = [k for k in keys if k != "k004"]
@@ -170,11 +170,11 @@ def test_regions_are_read_padded_and_masked(tmp_path: Path) -> None:
 
 def test_teacher_rows_belong_to_their_sample_and_caption(tmp_path: Path) -> None:
     pairs = world(tmp_path)
-    pairs.stores = {m: store(tmp_path / m, pairs, m) for m in ("image", "text")}
+    pairs.fetch.stores = {m: store(tmp_path / m, pairs, m) for m in ("image", "text")}
     samples = every_sample(pairs)
-    for step in range(pairs.plan.steps_per_epoch):
+    for step in range(pairs.fetch.plan.steps_per_epoch):
         table = pairs(Work(step, 0, 0))
-        for row, (shard, number) in enumerate(pairs.plan.batch_pairs(step, 0, 0).tolist()):
+        for row, (shard, number) in enumerate(pairs.fetch.plan.batch_pairs(step, 0, 0).tolist()):
             image_row = [s.key for s in samples[shard]].index(table["key"][row].as_py())
             for modality, at in (("image", image_row), ("text", number)):
                 want = np.array([shard, at, 1]) / np.linalg.norm([shard, at, 1])
@@ -183,20 +183,20 @@ def test_teacher_rows_belong_to_their_sample_and_caption(tmp_path: Path) -> None
 
 def test_a_sample_that_its_teacher_could_not_read_is_replaced_and_told(tmp_path: Path) -> None:
     pairs = world(tmp_path, batch=36)
-    pairs.stores = {"image": store(tmp_path / "image", pairs, "image", broken="k001")}
+    pairs.fetch.stores = {"image": store(tmp_path / "image", pairs, "image", broken="k001")}
     problems = {json.loads(p)["reason"] for p in pairs(Work(0, 0, 0))["problem"].to_pylist() if p}
     assert problems == {"no image teacher vector: unreadable"}
 
 
 def test_a_sidecar_of_other_rows_is_refused(tmp_path: Path) -> None:
     pairs = world(tmp_path)
-    pairs.stores = {"text": store(tmp_path / "text", pairs, "text")}
-    info = pairs.manifest.shards[0]
+    pairs.fetch.stores = {"text": store(tmp_path / "text", pairs, "text")}
+    info = pairs.fetch.manifest.shards[0]
     uri = sidecar_uri(str(tmp_path / "text"), info.name)
     captions = [(s.key, c.id) for s in every_sample(pairs)[0] for c in s.captions][::-1]
     header = Header({"kind": "spelled"}, "text", "fp32", info.name, info.sha256)
     write_sidecar(uri, header, [k for k, _ in captions], np.ones((len(captions), 3), np.float32), [c for _, c in captions])
-    assert teacher_id(header.identity) == pairs.stores["text"].teacher
+    assert teacher_id(header.identity) == pairs.fetch.stores["text"].teacher
     with pytest.raises(ValueError, match=r"row \d+ is of .*itm teach"):
         whole_epoch(pairs)
 

@@ -31,6 +31,7 @@ from pipelines.cli import stage_main
 from pipelines.stream import stream, stream_here, work_of
 from pipelines.train import train
 from tests.test_pairs import world
+from tests.test_stream import equal
 from tests.test_train import die_at, final, recipe, same, splits
 
 
@@ -43,12 +44,12 @@ def _tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def names(pairs: Pairs, plan: Plan, first: int, last: int) -> list[tuple[str, str]]:
     """(key, caption) of steps [first, last) in global order, as `plan.ranks` readers stream them."""
-    pairs.plan = plan
+    pairs.fetch.plan = plan
     readers = [stream_here(pairs, work_of(rank, first, last, plan.accumulate), threads=2) for rank in range(plan.ranks)]
     rows: list[tuple[str, str]] = []
     for tables in zip(*readers, strict=True):
         for table in tables:
-            rows += zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True)
+            rows += zip(table["key"], table["caption"], strict=True)
     return rows
 
 
@@ -56,10 +57,10 @@ def names(pairs: Pairs, plan: Plan, first: int, last: int) -> list[tuple[str, st
 def test_another_number_of_workers_goes_on_with_the_very_next_pair(tmp_path: Path, ranks: int, batch: int) -> None:
     """8 steps of one worker with 6 pairs are an epoch; after 3 of them others take over, and go on into the next epoch."""
     pairs = world(tmp_path)
-    alone = pairs.plan
+    alone = pairs.fetch.plan
     whole = names(pairs, alone, 0, 16)
     before = names(pairs, alone, 0, 3)
-    plan = Plan.of(pairs.manifest, seed=0, batch=batch, ranks=ranks, window=2).resume(alone.locate(3))
+    plan = Plan.of(pairs.fetch.manifest, seed=0, batch=batch, ranks=ranks, window=2).resume(alone.locate(3))
     left = (48 - 18) // (batch * ranks) * batch * ranks  # what the others can still take of this epoch
     after = names(pairs, plan, 3, 3 + left // (batch * ranks) + 48 // (batch * ranks))
     assert before + after == whole[: 18 + left] + whole[48 : 48 + len(after) - left]
@@ -201,9 +202,9 @@ def test_the_death_of_a_preprocessing_actor_loses_and_repeats_nothing(tmp_path: 
     pairs = world(tmp_path)
     items = work_of(0, 0, 400, 1)
     tables = []
-    killer = threading.Thread(target=kill_one, args=("Prepare", lambda: len(tables) > 2), daemon=True)
+    killer = threading.Thread(target=kill_one, args=("FetchActor", lambda: len(tables) > 2), daemon=True)
     killer.start()
-    for table in stream(pairs, items, actors=1):
+    for table in stream(pairs, items, "trainer", 1):
         tables.append(table)
         if killer.is_alive():
             time.sleep(0.05)  # not all of it is ready before the actor dies
@@ -211,5 +212,5 @@ def test_the_death_of_a_preprocessing_actor_loses_and_repeats_nothing(tmp_path: 
     assert not killer.is_alive()
     assert len(tables) == 400
     for step, table in enumerate(tables):
-        assert table.equals(pairs(Work(step, 0, 0)))
+        assert equal(table, pairs(Work(step, 0, 0)))
     assert files.exists(f"{tmp_path}/train/manifest.json")

@@ -1,37 +1,67 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from itm.data.arrow import Columns, to_table
 from itm.data.pairs import Work
 from itm.data.plan import Plan
+from itm.data.records import Caption, Record
+from itm.data.shards import write_shard
 from pipelines.stream import stream, stream_here, work_of
-from tests.test_pairs import world
+from tests.test_pairs import png, world
+
+
+def equal(columns: Columns, table: pa.Table) -> bool:
+    """Equal batches; across processes arrays arrive flat, and truth values as bytes."""
+    shaped = {n: v.reshape(len(v), -1) if isinstance(v, np.ndarray) and v.ndim > 1 else v for n, v in columns.items()}
+    return bool(to_table(shaped).equals(table))
 
 
 def test_threads_give_the_planned_batches_in_order(tmp_path: Path) -> None:
     pairs = world(tmp_path)
-    tables = list(stream_here(pairs, work_of(0, 0, 9, 1), threads=2))
-    assert len(tables) == 9
-    for step, table in enumerate(tables):
-        assert table.equals(pairs(Work(step, 0, 0)))
+    batches = list(stream_here(pairs, work_of(0, 0, 9, 1), threads=2))
+    assert len(batches) == 9
+    for step, columns in enumerate(batches):
+        assert to_table(columns).equals(pairs(Work(step, 0, 0)))
 
 
 @pytest.mark.e2e
-def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(tmp_path: Path, ray_local: object) -> None:
+@pytest.mark.parametrize("decode", ["actors", "trainer"])
+def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(tmp_path: Path, ray_local: object, decode: str) -> None:
     pairs = world(tmp_path, batch=3)
-    pairs.plan = Plan.of(pairs.manifest, seed=0, batch=3, ranks=2, accumulate=2, window=2)
+    pairs.fetch.plan = Plan.of(pairs.fetch.manifest, seed=0, batch=3, ranks=2, accumulate=2, window=2)
     for rank in range(2):
         items = work_of(rank, 1, 6, 2)
-        tables = list(stream(pairs, items, actors=2))
-        assert len(tables) == len(items) == 10
-        for item, table in zip(items, tables, strict=True):
-            assert table.equals(pairs(item)), item
+        batches = list(stream(pairs, items, decode, 2))
+        assert len(batches) == len(items) == 10
+        for item, columns in zip(items, batches, strict=True):
+            assert equal(columns, pairs(item)), item
 
 
 @pytest.mark.e2e
 def test_what_an_actor_raises_for_the_user_reaches_the_driver(tmp_path: Path, ray_local: object) -> None:
     pairs = world(tmp_path, broken=tuple(range(24)))
     with pytest.raises(ValueError, match="not one of the 6 pairs"):
-        list(stream(pairs, work_of(0, 0, 2, 1), actors=1))
+        list(stream(pairs, work_of(0, 0, 2, 1), "actors", 1))
+    write_shard(f"{tmp_path}/train/00000.tar", [Record("other", "train", [Caption("c", "a red thing")], png(0), "png")])
+    with pytest.raises(ValueError, match="the shard changed after the manifest"):
+        list(stream(pairs, work_of(0, 0, 2, 1), "trainer", 1))
+
+
+@pytest.mark.e2e
+def test_a_stream_whose_reader_is_slow_leaves_the_core_to_it(tmp_path: Path, ray_local: object) -> None:
+    pairs = world(tmp_path)
+    pairs.fetch.plan = Plan.of(pairs.fetch.manifest, seed=0, batch=6, window=2)
+    batches = stream(pairs, work_of(0, 0, 40_000, 1), "trainer", 1)
+    for _ in range(100):  # until as much is read ahead as Ray Data allows
+        next(batches)
+    time.sleep(5)
+    before = time.process_time()
+    time.sleep(4)
+    assert time.process_time() - before < 2, "the scheduling loop of Ray Data spins"
+    batches.close()

@@ -188,7 +188,7 @@ def teach_noise(root: Path) -> dict[str, Any]:
     for modality in ("image", "text"):
         identity = {"kind": "noise", "of": modality}
         headers = {}
-        for info, samples in zip(pairs.manifest.shards, every_sample(pairs), strict=True):
+        for info, samples in zip(pairs.fetch.manifest.shards, every_sample(pairs), strict=True):
             rows = [(s.key, c.id) for s in samples for c in s.captions] if modality == "text" else [(s.key, "") for s in samples]
             uri = sidecar_uri(f"{stores}/{teacher_id(identity)}", info.name)
             header = Header(identity, modality, "fp32", info.name, info.sha256)

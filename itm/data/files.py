@@ -87,15 +87,19 @@ def size_of(uri: str | Path) -> int:
 
 def read_bytes(uri: str | Path) -> bytes:
     """The whole file. Raises FileNotFoundError."""
-    filesystem, path = resolve(uri)
-    with filesystem.open_input_file(path) as stream:
+    with open_file(uri) as stream:
         return stream.read()
+
+
+def open_file(uri: str | Path) -> pa.NativeFile:
+    """A file for reads at positions, by any number of threads. Raises FileNotFoundError."""
+    filesystem, path = resolve(uri)
+    return filesystem.open_input_file(path)
 
 
 def read_span(uri: str | Path, start: int, end: int) -> bytes:
     """Bytes [start, end) of a file in one range read."""
-    filesystem, path = resolve(uri)
-    with filesystem.open_input_file(path) as stream:
+    with open_file(uri) as stream:
         return stream.read_at(end - start, start)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,10 @@ class ImageInput:
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions)
 
+    def room(self, images: int) -> dict[str, np.ndarray]:
+        """Arrays for the columns of so many images, where their shapes are known beforehand: those of pixels are."""
+        return {"pixels": np.empty((images, self.size, self.size, 3), np.uint8)} if self.kind == "pixels" else {}
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -60,7 +65,7 @@ class Draw:
 def draw(seed: int, epoch: int, key: str) -> Draw:
     """Counter-based: the same numbers for the same (seed, epoch, key), whoever asks and whenever."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=20).digest()
-    return Draw(*(np.frombuffer(digest, "<u4") / 2**32).tolist())
+    return Draw(*(number / 2**32 for number in struct.unpack("<5I", digest)))
 
 
 def decode(data: bytes) -> Image.Image:
@@ -88,9 +93,12 @@ def _frame(width: int, height: int, size: int, crop: str) -> tuple[int, int, int
     return width, height, round((width - size) / 2), round((height - size) / 2)
 
 
-def fit_quickly(data: bytes, size: int, crop: str) -> np.ndarray:
-    """`fit` of a JPEG by torch's antialiased bicubic, a fifth of the time, no value off by more than 1; other formats by `fit` itself."""
-    decoded = _decode_jpeg(data)
+def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None) -> np.ndarray:
+    """`fit` of a JPEG by torch's antialiased bicubic, a fifth of the time, no value off by more than 1; other formats by `fit` itself.
+
+    A JPEG that has the size already is decoded right into `out`, where one is given.
+    """
+    decoded = _decode_jpeg(data, into=out)
     if decoded is None:
         return fit(decode(data), size, crop)
     width, height, left, top = _frame(decoded.shape[1], decoded.shape[0], size, crop)
@@ -101,13 +109,14 @@ def fit_quickly(data: bytes, size: int, crop: str) -> np.ndarray:
     return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def augment(data: bytes, image: ImageInput, numbers: Draw) -> np.ndarray:
+def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | None = None) -> np.ndarray:
     """(size,size,3) uint8 of a training image; of a random crop by scaled JPEG decode and bilinear resize, not equal to `fit`.
 
-    Random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits. Raises ValueError as `decode`.
+    Random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits. `out`, where given, is filled and
+    returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
-        pixels = fit_quickly(data, image.size, image.crop)
+        pixels = fit_quickly(data, image.size, image.crop, out)
     else:
         picture = _decode_near(data, image.size)
         area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
@@ -117,7 +126,13 @@ def augment(data: bytes, image: ImageInput, numbers: Draw) -> np.ndarray:
         left, top = numbers.left * (picture.width - width), numbers.top * (picture.height - height)
         box = (left, top, left + width, top + height)
         pixels = np.asarray(picture.resize((image.size, image.size), Image.Resampling.BILINEAR, box=box))
-    return torch.from_numpy(pixels.copy()).flip(1).numpy() if image.flip and numbers.mirror < 0.5 else pixels  # numpy is slower
+    if image.flip and numbers.mirror < 0.5:
+        pixels = torch.from_numpy(pixels.copy()).flip(1).numpy()  # numpy is slower
+    if out is None:
+        return pixels
+    if not np.may_share_memory(pixels, out):
+        out[...] = pixels
+    return out
 
 
 def _decode_near(data: bytes, size: int) -> Image.Image:
@@ -126,10 +141,11 @@ def _decode_near(data: bytes, size: int) -> Image.Image:
     return decode(data) if decoded is None else Image.fromarray(decoded)
 
 
-def _decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
+def _decode_jpeg(data: bytes, least: int | None = None, into: np.ndarray | None = None) -> np.ndarray | None:
     """(H,W,3) uint8, bit for bit as `decode` gives it; at the smallest DCT scale of at least `least` pixels a side where that is given.
 
-    None for what `decode` has to judge: another format, colours of print, a size beyond the limit, a damaged file.
+    The memory is that of `into` when the image has its size. None for what `decode` has to judge: another format, colours of print,
+    a size beyond the limit, a damaged file.
     """
     if not simplejpeg.is_jpeg(data):
         return None
@@ -139,7 +155,8 @@ def _decode_jpeg(data: bytes, least: int | None = None) -> np.ndarray | None:
         if height * width > MAX_PIXELS or header[2] not in ("YCbCr", "Gray", "RGB"):
             return None
         if least is None:
-            return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+            fits = into is not None and into.shape == (height, width, 3)
+            return np.asarray(simplejpeg.decode_jpeg(data, "RGB", buffer=into if fits else None))
         least = min(least, height, width)
         return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=True, min_height=least, min_width=least, min_factor=1))
     except ValueError:
@@ -183,16 +200,16 @@ class Inputs:
         self.image = image
         self.tokenizer = tokenizer
 
-    def image_columns(self, data: bytes, numbers: Draw | None = None) -> dict[str, np.ndarray]:
+    def image_columns(self, data: bytes, numbers: Draw | None = None, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """One image as named arrays: `pixels` (S,S,3) uint8, or `regions`, `boxes`, `mask`; augmented when `numbers` are given.
 
-        Raises ValueError when the bytes cannot be read.
+        Training pixels are written to `out["pixels"]`, where there is one. Raises ValueError when the bytes cannot be read.
         """
         if self.image.kind == "regions":
             return read_regions(data, self.image.max_regions, self.image.region_width)
         if numbers is None:
             return {"pixels": fit(decode(data), self.image.size, self.image.crop)}
-        return {"pixels": augment(data, self.image, numbers)}
+        return {"pixels": augment(data, self.image, numbers, (out or {}).get("pixels"))}
 
     def images(self, raw: Sequence[bytes], image_id: Sequence[int] | None = None) -> Images:
         """Encoded images or region files -> Images; `image_id` defaults to 0..N-1. Raises ValueError with the position of a bad one."""

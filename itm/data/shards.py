@@ -33,6 +33,7 @@ __all__ = [
     "ShardInfo",
     "copy_samples",
     "index_shard",
+    "parse_range",
     "read_manifest",
     "read_range",
     "read_samples",
@@ -119,11 +120,17 @@ def read_scattered(uri: str) -> Iterator[Sample | Problem]:
 
 def read_range(uri: str, start: int, end: int) -> Sample:
     """The sample in bytes [start, end), as `index_shard` gave them. Raises ValueError when the shard has changed since."""
-    for item in _parse(memoryview(files.read_span(uri, start, end)), files.name_of(uri), fragment=True):
+    return parse_range(files.read_span(uri, start, end), uri, start)
+
+
+def parse_range(data: bytes, uri: str, start: int) -> Sample:
+    """As `read_range`, of bytes that were read from `start` on."""
+    for item in _parse(memoryview(data), files.name_of(uri), fragment=True):
         if isinstance(item, Sample):
             return item
         if item.what != "caption":
             break
+    end = start + len(data)
     raise ValueError(f"{uri}: no usable sample in bytes {start}-{end}; the shard changed after it was indexed, read its manifest again")
 
 

@@ -198,12 +198,9 @@ def _load_hf(path: str | Path) -> Any:
 
 def _pad(rows: list[list[int]], filler: int) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows), default=0)
-    tokens = torch.full((len(rows), longest), filler, dtype=torch.int64)
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    return tokens, mask
+    tokens = torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), longest)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return tokens, torch.arange(longest) < lengths[:, None]
 
 
 def _write_settings(folder: str | Path, **settings: Any) -> None:

@@ -1,0 +1,155 @@
+"""The planned pairs as shards and sidecars hold them: encoded image or region file, caption, teacher vectors. Torch is not needed here.
+
+`Fetch` only reads; `itm/data/pairs.py` decodes. So one process can do both, or a reader on another machine sends what it read, undecoded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from itm.data import files
+from itm.data.arrow import to_table
+from itm.data.manifest import CHANGED, Manifest, SampleIndex
+from itm.data.plan import Plan
+from itm.data.records import Caption, Problem
+from itm.data.shards import Sample, index_shard, parse_range
+from itm.data.sidecar import Sidecar, Store
+
+_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Work:
+    """One per-rank batch of the plan."""
+
+    step: int
+    micro: int
+    rank: int
+
+
+class _Shard(NamedTuple):
+    """An open shard: its samples, the first caption row of each, and a file that is read at positions."""
+
+    uri: str
+    samples: list[SampleIndex]
+    begins: list[int]
+    file: Any
+
+
+class Fetch:
+    """Callable `Work -> pa.Table` of `plan.batch` rows, deterministic, for any number of threads.
+
+    Columns: image_id (number of the sample in its split), data (encoded image, or region file), teacher_image, teacher_text, key,
+    caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
+    """
+
+    def __init__(self, split: str, manifest: Manifest, plan: Plan, kind: str, stores: dict[str, Store]) -> None:
+        """kind: `pixels` or `regions`, the file of a sample that is wanted."""
+        self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
+        self.first_image = [0, *accumulate(s.samples for s in manifest.shards)]
+        self._caches()
+
+    def _caches(self) -> None:
+        """Per object, not per class: the shards and sidecars in use."""
+        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._sidecar = lru_cache(2 * _OPEN_SHARDS)(self._open_sidecar)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._caches()
+
+    def __call__(self, work: Work) -> pa.Table:
+        """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
+        samples: dict[tuple[int, int], dict[str, Any] | Problem] = {}
+        rows: list[dict[str, Any]] = []
+        for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
+            begins = self._shard(shard).begins
+            number = bisect_right(begins, row) - 1
+            if (shard, number) not in samples:
+                samples[shard, number] = self._sample(shard, number)
+            pair = self._pair(samples[shard, number], shard, row, row - begins[number])
+            rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
+        return _table(rows, work)
+
+    def _open_shard(self, shard: int) -> _Shard:
+        info = self.manifest.shards[shard]
+        uri = files.join(self.split, info.name)
+        index = index_shard(uri, info.sha256)
+        begins = [0, *accumulate(s.captions for s in index)]
+        if (len(index), begins[-1]) != (info.samples, info.captions):
+            raise ValueError(
+                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}: "
+                f"{CHANGED}"
+            )
+        return _Shard(uri, index, begins, files.open_file(uri))
+
+    def _sample(self, shard: int, number: int) -> dict[str, Any] | Problem:
+        """The columns that all pairs of an image share (and the `sample` itself), or why it cannot be used."""
+        uri, index, _, file = self._shard(shard)
+        start, end = index[number].start, index[number].end
+        sample = parse_range(file.read_at(end - start, start), uri, start)
+        name = self.manifest.shards[shard].name
+        data = sample.regions if self.kind == "regions" else sample.image
+        if data is None:
+            return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
+        columns = {"sample": sample, "data": data, "key": sample.key, "shard": name, "image_id": self.first_image[shard] + number}
+        if "image" in self.stores:
+            vector = self._vector("image", shard, number, sample, None)
+            if isinstance(vector, Problem):
+                return vector
+            columns["teacher_image"] = vector
+        return columns
+
+    def _pair(self, prepared: dict[str, Any] | Problem, shard: int, row: int, ordinal: int) -> dict[str, Any] | Problem:
+        if isinstance(prepared, Problem):
+            return prepared
+        columns = dict(prepared)
+        sample: Sample = columns.pop("sample")
+        caption = sample.captions[ordinal]
+        if "text" in self.stores:
+            vector = self._vector("text", shard, row, sample, caption)
+            if isinstance(vector, Problem):
+                return vector
+            columns["teacher_text"] = vector
+        return columns | {"caption": caption.id, "text": caption.text}
+
+    def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
+        info = self.manifest.shards[shard]
+        return self.stores[modality].sidecar(info.name, info.sha256)
+
+    def _vector(self, modality: str, shard: int, row: int, sample: Sample, caption: Caption | None) -> np.ndarray | Problem:
+        """Row `row` of a sidecar, after checking that it is this sample's (and caption's)."""
+        sidecar = self._sidecar(modality, shard)
+        theirs = (sidecar.keys[row], sidecar.captions[row] if sidecar.captions else None)
+        ours = (sample.key, caption.id if caption else None)
+        if theirs != ours:
+            raise ValueError(f"{sidecar.uri}: row {row} is of {theirs}, the shard has {ours} there: run `itm teach` again")
+        if sidecar.problems[row] is not None:
+            return Problem(sample.key, self.manifest.shards[shard].name, "teach", f"no {modality} teacher vector: {sidecar.problems[row]}")
+        return sidecar.vectors[row].astype(np.float32)
+
+
+def _table(rows: list[dict[str, Any]], work: Work) -> pa.Table:
+    """A row that cannot be used repeats the columns of a good one, beside its problem."""
+    good = next((row for row in rows if "problem" not in row), None)
+    if good is None:
+        raise unusable(rows[0]["problem"], len(rows), work.step)
+    columns: dict[str, Any] = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
+    vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
+    columns |= vectors | {"data": pa.array(columns["data"], pa.large_binary()), "image_id": np.array(columns["image_id"], np.int64)}
+    problems = pa.array([row.get("problem") for row in rows], pa.string())
+    return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
+
+
+def unusable(problem: str, rows: int, step: int) -> ValueError:
+    return ValueError(f"not one of the {rows} pairs of step {step} can be used; the first: {problem}")

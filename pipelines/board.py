@@ -1,0 +1,44 @@
+"""How far a training on Ray is: rank 0 writes it to a board, the driver reads it. A module of its own, whose actor needs no torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Board:
+    """Where rank 0 says how far it is."""
+
+    def __init__(self) -> None:
+        self.said: tuple[int, float] | None = None
+
+    def put(self, done: int, loss: float) -> None:
+        self.said = (done, loss)
+
+    def get(self) -> tuple[int, float] | None:
+        return self.said
+
+
+@contextmanager
+def watched(board: Any, show: Callable[[int, float], None]) -> Iterator[None]:
+    """Reads the board twice a second while the driver waits for the workers."""
+    import ray
+
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if said := ray.get(board.get.remote()):
+                show(*said)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+        if said := ray.get(board.get.remote()):
+            show(*said)
+    finally:
+        over.set()
+        thread.join(timeout=5)
