@@ -64,13 +64,13 @@ class Pause:
     """An execution callback of Ray Data.
 
     Its scheduling loop waits for running tasks only: when the consumer is the slower side there are none, and the loop spins on a whole
-    core, with the interpreter lock of the trainer's process. With pauses of 10 ms it still handles any number of tasks each time round.
+    core, with the interpreter lock of the trainer's process. With pauses of 30 ms it still handles any number of tasks each time round.
     """
 
     def before_execution_starts(self, executor: Any) -> None: ...
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(0.01)
+        time.sleep(0.03)
 
     def after_execution_succeeds(self, executor: Any) -> None: ...
 

@@ -11,6 +11,7 @@ process tree, Ray's daemons included. Memory is the proportional share (PSS): pa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,17 +86,18 @@ def size_of(split: Path) -> int:
 # --- loaders: iterators of (pixels (B,S,S,3) or (B,3,S,S) uint8, tokens (B,L)) -----------------------------------------------------
 
 
-def ours(split: Path, epochs: int, ray: bool) -> Iterator[Any]:
+def ours(split: Path, epochs: int, decode: str | None) -> Iterator[Any]:
+    """decode: through Ray Data, decoded there; None: without Ray."""
     from pipelines.session import connect
     from pipelines.stream import stream, stream_here, work_of
 
     manifest = read_manifest(str(split))
     plan = Plan.of(manifest, seed=0, batch=BATCH)
     pairs = Pairs(str(split), manifest, plan, make_inputs(split), {})
-    if ray:
+    work = work_of(0, 0, epochs * plan.steps_per_epoch, 1)
+    if decode:
         connect()
-    tables = (stream if ray else stream_here)(pairs, work_of(0, 0, epochs * plan.steps_per_epoch, 1), WORKERS)
-    for batch in map(to_batch, tables):
+    for batch in map(to_batch, stream(pairs, work, decode, WORKERS) if decode else stream_here(pairs, work, WORKERS)):
         yield batch.images.pixels, batch.captions.tokens
 
 
@@ -147,8 +150,9 @@ def as_bytes(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 LOADERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
-    "ours, Ray Data": lambda split, epochs: ours(split, epochs, ray=True),
-    "ours, threads": lambda split, epochs: ours(split, epochs, ray=False),
+    "ours, Ray Data": lambda split, epochs: ours(split, epochs, "trainer"),
+    "ours, decode: actors": lambda split, epochs: ours(split, epochs, "actors"),
+    "ours, without Ray": lambda split, epochs: ours(split, epochs, None),
     "WebLoader, our decoder": lambda split, epochs: web_loader(split, epochs, quick=True),
     "WebLoader, PIL": lambda split, epochs: web_loader(split, epochs, quick=False),
     "read_webdataset + map": lambda split, epochs: read_webdataset(split, 1),
@@ -156,24 +160,29 @@ LOADERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
 
 
 class Tree:
-    """CPU seconds and memory of this process and all below it."""
+    """CPU seconds and memory of this process and all below it, those that have ended included."""
 
     def __init__(self) -> None:
         self.top, self.peak = psutil.Process(), 0
+        self.spent: dict[tuple[int, float], float] = {}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Nobody waits for Ray's workers, so what they used is gone with them: look often enough."""
+        while True:
+            self.cpu()
+            time.sleep(2)
 
     def processes(self) -> list[psutil.Process]:
         return [self.top, *self.top.children(recursive=True)]
 
     def cpu(self) -> float:
-        """Processes that have ended and were waited for count with their parents."""
-        total = 0.0
+        """A process that has ended counts with what it had used when it was last seen."""
         for process in self.processes():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            total += sum(times[:4])  # user, system, and those of ended children
-        return total
+                self.spent[process.pid, process.create_time()] = times.user + times.system
+        return sum(list(self.spent.values()))
 
     def look(self) -> None:
         total = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 512
 _REGULAR = b"0\0"
@@ -13,8 +13,7 @@ _SKIPPED = b"5"  # directories carry nothing
 _EXTENDED = b"LKxgS"  # GNU long names, PAX records, sparse files
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A regular file of a tar: its content is bytes [start, start+size), its headers and padding lie within [begin, end)."""
 
     name: str
@@ -38,7 +37,7 @@ def members(tar: memoryview, fragment: bool = False) -> Iterator[Member | str]:
     `fragment`: the bytes are a run of whole members, without the end-of-archive mark.
     Raises TarProblem where the tar is truncated, corrupt or compressed, after everything before has been yielded.
     """
-    if bytes(tar[:2]) == b"\x1f\x8b" or bytes(tar[:3]) == b"BZh" or bytes(tar[:6]) == b"\xfd7zXZ\0":
+    if bytes(tar[:6]).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")):
         raise TarProblem("the tar is compressed; samples cannot be found by position in it, unpack it to a plain .tar")
     try:
         found: list[Member | str] = []
@@ -71,7 +70,8 @@ def _fast_members(tar: memoryview, fragment: bool) -> Iterator[Member | str]:
                 raise _NeedsTarfile
             continue
         if kind in _REGULAR:
-            yield _safe(_name(header)) or Member(_name(header), begin, start, size, min(position, len(tar)))
+            name = _name(header)
+            yield _safe(name) or Member(name, begin, start, size, min(position, len(tar)))
         elif kind not in _SKIPPED:
             yield f"{_name(header)!r} is a link or device, not a file"
         begin = position
@@ -114,7 +114,7 @@ def _checked_size(header: bytes, position: int) -> int:
         size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
         checksum, size = -1, 0
-    if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
+    if checksum != sum(header, 8 * 32) - sum(header[148:156]) or size < 0:
         raise TarProblem(f"corrupt header at byte {position:,}")
     return size
 
@@ -129,6 +129,6 @@ def _safe(name: str) -> str | None:
         name.encode()
     except UnicodeEncodeError:
         return f"member name {name!r} is not UTF-8"
-    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+    if name.startswith(("/", "\\")) or (".." in name and ".." in name.replace("\\", "/").split("/")):
         return f"unsafe member name {name!r}"
     return None
