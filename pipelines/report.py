@@ -58,8 +58,8 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     if trained.get("run_id"):
         from itm.registry import Tracker
 
-        with Tracker.resume(trained["run_id"]) as tracker:
-            tracker.artifact(files.local_copy(output))
+        with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
+            tracker.artifact(written)
     return output
 
 

@@ -109,7 +109,8 @@ def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
         flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
         tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
-        tracker.artifact(files.local_copy(output))
+        with files.local_copy(output) as written:
+            tracker.artifact(written)
 
 
 def absolute(uri: str) -> str:

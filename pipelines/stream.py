@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SEGMENT = 2048
 """Work items per Ray Data execution: bounds the driver's bookkeeping in runs of a million steps."""
 FETCHED_ROWS = 512
-"""Pairs that one item fetches undecoded: about 20 MB of photographs, and a task costs Ray as much as decoding 40 of them."""
+"""Pairs that one item fetches undecoded, about 20 MB of photographs: the fewer the tasks, the less Ray costs."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -37,6 +37,9 @@ B = TypeVar("B")
 
 class FetchActor:
     """Reads planned pairs as they are; holds the plan, shard indexes, open shards and sidecars."""
+
+    CPUS = 0.0
+    """What Ray reserves: where trainers hold every CPU, an actor that asked for a share would wait for ever, and they for it."""
 
     def __init__(self, fetch: Fetch) -> None:
         self.batch_of: Callable[[Work], pa.Table] = fetch
@@ -52,7 +55,9 @@ class FetchActor:
 
 
 class PrepareActor(FetchActor):
-    """Decodes, augments and tokenises as well."""
+    """Decodes, augments and tokenises as well, for which some CPU has to be left by the trainers."""
+
+    CPUS = 0.25
 
     def __init__(self, pairs: Pairs) -> None:
         import torch
@@ -95,8 +100,7 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=4),
-            # A fraction: whole CPUs held by actors would starve the trainers of a small machine, and wait for them for ever.
-            num_cpus=0.25,
+            num_cpus=actor.CPUS,
         )
         batch = given.plan.batch if isinstance(given, Fetch) else given.fetch.plan.batch
         blocks: Any = tables.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2)

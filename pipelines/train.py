@@ -43,6 +43,7 @@ from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
 from pipelines.board import Board, watched
 from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.stream import PrepareActor
 from pipelines.teach import store_for
 from pipelines.train_worker import START, Job, absolute, build_method, last_step, work
 
@@ -208,8 +209,7 @@ def execute(job: Job) -> dict[str, Any]:
 def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
-    With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again. Ray
-    then fills every whole CPU with a worker, up to `train.workers`: only nodes with more CPUs than GPUs keep some for preprocessing.
+    With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
     """
     from pipelines.session import connect
 
@@ -220,6 +220,7 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     train = job.recipe.train
+    check_room(job.recipe, ray.cluster_resources().get("CPU", 0.0))
     # On the driver's node: elsewhere it would die with a node whose workers can be replaced, and take the run with it.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
@@ -243,6 +244,17 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
             raise cause_of(error) from None
     summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return summary
+
+
+def check_room(recipe: Recipe, cpus: float) -> None:
+    """Raises ValueError where trainers on CPUs would leave none to the actors that decode for them, and both wait for ever."""
+    train, data = recipe.train, recipe.data
+    wanted = train.workers * (1 + PrepareActor.CPUS * data.decode_workers)
+    if data.decode == "actors" and not train.use_gpu and train.workers <= cpus < wanted:
+        raise ValueError(
+            f"train.workers={train.workers} and their decoding actors need {wanted:g} CPUs, the cluster has {cpus:g}: "
+            "set data.decode=trainer, or start another node"
+        )
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The same function runs as a Ray Train worker and inside the driver (`train.worke
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,7 +122,7 @@ class Worker:
             load_checkpoint(job.checkpoints, self.state, self.step)
         self.tracker = Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None
         self.clock = Clock(self.state.seconds)
-        self.problems = Problems(job, rank())
+        self.problems = Problems(job, rank(), world_size())
         self.rejected = 0
         self.seen = torch.zeros(2, dtype=torch.float64)  # pairs (used, rejected) of this rank since the last checkpoint
 
@@ -291,14 +292,28 @@ class Clock:
 class Problems:
     """The rejected pairs that a rank has met, each once; `quarantine-<rank>.jsonl` in the run's folder."""
 
-    def __init__(self, job: Job, rank: int) -> None:
+    def __init__(self, job: Job, rank: int, ranks: int) -> None:
         self.uri = files.join(job.folder, f"quarantine-{rank}.jsonl")
         self.samples, self.limit = job.manifest.samples, job.recipe.data.max_reject_rate
         self.rows: dict[str, None] = {}
-        self.written = 0
         if files.exists(self.uri):
-            self.rows = dict.fromkeys(files.read_bytes(self.uri).decode().splitlines())
-            self.written = len(self.rows)
+            self._read(self.uri)
+        self.written = len(self.rows)
+        if rank == 0:
+            self._adopt(job.folder, ranks)
+
+    def _read(self, uri: str) -> None:
+        self.rows |= dict.fromkeys(files.read_bytes(uri).decode().splitlines())
+
+    def _adopt(self, folder: str, ranks: int) -> None:
+        """Take over the lists of ranks that there are no longer: what they met counts as well."""
+        lists = {name: re.fullmatch(r"quarantine-(\d+)\.jsonl", name) for name in files.sizes(folder, ".jsonl")}
+        left = [files.join(folder, name) for name, found in lists.items() if found and int(found[1]) >= ranks]
+        for uri in left:
+            self._read(uri)
+        self.write()
+        for uri in left:
+            files.delete(uri)
 
     def add(self, rows: list[str]) -> None:
         """Raises ValueError when more samples of the split were rejected than `data.max_reject_rate` allows."""

@@ -54,10 +54,10 @@ class Cluster:
         self.nodes: list[subprocess.Popen[bytes]] = []
         self.joined = 0
 
-    def start(self, cpus: int, labels: str = "") -> subprocess.Popen[bytes]:
+    def start(self, cpus: int) -> subprocess.Popen[bytes]:
         """The head, or one more node; returns when it has joined. Ray gives it 30 s: on a busy machine it is tried again."""
         for _ in range(3):
-            node, log = self._launch(cpus, labels)
+            node, log = self._launch(cpus)
             while node.poll() is None:
                 if "block forever" in log.read_text():
                     self.joined += 1
@@ -66,14 +66,14 @@ class Cluster:
             self.end(node)
         raise AssertionError(log.read_text()[-3000:])
 
-    def _launch(self, cpus: int, labels: str) -> tuple[subprocess.Popen[bytes], Path]:
+    def _launch(self, cpus: int) -> tuple[subprocess.Popen[bytes], Path]:
         number = len(self.nodes) + 1
         where = f"--address 127.0.0.1:{self.port} --node-ip-address 127.0.0.{number}"
         if not self.joined:
             where = f"--head --port {self.port} --include-dashboard false --no-monitor --temp-dir {self.folder}"
             where += f" --ray-client-server-port {self.client_port}"
         command = f"""{Path(sys.executable).parent}/ray start --block --disable-usage-stats {where} --include-log-monitor false
-            --num-cpus {cpus} --labels={labels} --object-store-memory {100 << 20} --min-worker-port 0 --max-worker-port 0"""
+            --num-cpus {cpus} --object-store-memory {100 << 20} --min-worker-port 0 --max-worker-port 0"""
         log = self.logs / f"node{number}.log"
         with log.open("wb") as out:
             node = subprocess.Popen(command.split(), env=os.environ | HEALTH, stdout=out, stderr=out, start_new_session=True)
@@ -114,13 +114,6 @@ def cluster(registry: Path, tmp_path: Path) -> Iterator[Cluster]:
         yield found
     finally:
         found.stop()
-
-
-# Half a CPU of the node `data` is taken, the rest has room for preprocessing and for no worker: Ray Train fills what it can.
-HOLD = """import ray; from pipelines.session import connect; connect()
-Held = ray.remote(num_cpus=0.5, label_selector={"ray-subcluster": "data"})(type("Held", (), {}))
-held = Held.remote()
-"""
 
 
 def training(cluster: Cluster, log: Path, path: Path, code: str = TRAIN, **environment: str) -> subprocess.Popen[bytes]:
@@ -179,12 +172,9 @@ def test_the_workers_that_are_left_finish_every_pass_when_no_node_takes_over(clu
     path = tmp_path / "shrunk.json"
     path.write_text(recipe(tmp_path, name="shrunk", workers=2, min_workers=1, max_failures=1, **given).model_dump_json())
     head, victim = cluster.start(cpus=1), cluster.start(cpus=1)
-    driver = training(
-        cluster, log, path, code=HOLD + TRAIN, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3"
-    )  # else it waits a minute for another node
+    driver = training(cluster, log, path, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")  # else it waits a minute for another node
     try:
         until(lambda: cluster.processes(victim, "RayTrainWorker"), log, driver)
-        cluster.start(cpus=1, labels="ray-subcluster=data")
         until(lambda: (folder / "checkpoints" / "000000004.json").exists(), log, driver)
         left = cluster.processes(head, "RayTrainWorker")
         assert len(left) == 1
@@ -215,3 +205,34 @@ def whole(root: Path, name: str) -> State:
     found = latest(str(root / "runs" / name / "checkpoints"))
     assert found is not None
     return found
+
+
+# Ray Train looks for room once a minute; a test looks every two seconds.
+IMPATIENT = """import functools; import ray.train
+ray.train.ScalingConfig = functools.partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=2)
+"""
+
+
+def test_a_run_that_began_with_too_few_nodes_grows_when_another_joins(cluster: Cluster, tmp_path: Path) -> None:
+    """One worker holds the only CPU; a second one takes half of the pairs from a checkpoint on, and none is lost or taken twice."""
+    splits(tmp_path, shards=1, samples=24)
+    folder, log, epochs = tmp_path / "runs" / "grown", tmp_path / "train.log", 30
+    given: dict[str, Any] = {"batch_size": 3, "steps": None, "epochs": epochs, "data": {"val_split": ""}}
+    path = tmp_path / "grown.json"
+    path.write_text(recipe(tmp_path, name="grown", workers=2, min_workers=1, max_failures=1, **given).model_dump_json())
+    head = cluster.start(cpus=1)
+    driver = training(cluster, log, path, code=IMPATIENT + TRAIN, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")
+    try:
+        until(lambda: (folder / "checkpoints" / "000000004.json").exists(), log, driver)
+        assert len(cluster.processes(head, "RayTrainWorker")) == 1
+        joined = cluster.start(cpus=1)
+        until(lambda: cluster.processes(joined, "RayTrainWorker"), log, driver)
+        alone = whole(tmp_path, "grown")
+        assert driver.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+        driver.wait()
+    grown = whole(tmp_path, "grown")
+    assert alone.position.epoch < epochs, "it joined too late"
+    assert (grown.pairs, grown.used, grown.position.epoch) == (epochs * 48, epochs * 48, epochs)
+    assert grown.position.step < epochs * 16, "it never had two workers"

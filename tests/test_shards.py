@@ -251,7 +251,8 @@ def test_files_are_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert files.read_bytes(uri) == b"old"
     assert files.list_files(tmp_path / "deep") == [uri]
     assert files.read_span(uri, 1, 3) == b"ld"
-    assert files.local_copy(tmp_path / "deep") == tmp_path / "deep"
+    with files.local_copy(tmp_path / "deep") as local:
+        assert local == tmp_path / "deep"
 
 
 def test_any_fsspec_filesystem_holds_shards(tmp_path):
@@ -262,7 +263,9 @@ def test_any_fsspec_filesystem_holds_shards(tmp_path):
     assert manifest.shards == [info]
     row = scan_shard(uri)[0][2]
     assert read_range(uri, row.start, row.end).key == "k2"
-    assert (files.local_copy("memory://bucket/train") / "00000.tar").read_bytes() == files.read_bytes(uri)
+    with files.local_copy("memory://bucket/train") as local:
+        assert (local / "00000.tar").read_bytes() == files.read_bytes(uri)
+    assert not local.exists()
 
 
 def test_a_manifest_fingerprint_follows_the_content(tmp_path):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 import itm
 from itm.config import Recipe, load_recipe, parse_recipe
+from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.folder import load_matcher_folder
 from itm.training.step import Step
-from pipelines.train import train
+from pipelines.train import check_room, train
 from tests.test_pairs import every_sample, small_split, world
 
 
@@ -150,6 +151,25 @@ def test_a_rejected_pair_is_counted_and_written_down_until_the_limit(tmp_path: P
     assert [(row["key"], row["shard"], row["stage"]) for row in rows] == [("k004", "00000.tar", "train")]
     with pytest.raises(ValueError, match=r"1 of 24 samples were rejected, more than data\.max_reject_rate=0\.01.*quarantine-0"):
         train(recipe(tmp_path, name="strict", data={"val_split": ""}))
+
+
+@pytest.mark.e2e
+def test_what_ranks_rejected_that_are_gone_still_counts(tmp_path: Path) -> None:
+    small_split(tmp_path / "shards", "train", broken=(4,))
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    for number in (1, 3):
+        (folder / f"quarantine-{number}.jsonl").write_text(Problem(f"k00{number}", "00000.tar", "train", "met by a rank").row() + "\n")
+    assert train(recipe(tmp_path, data={"val_split": "", "max_reject_rate": 0.2}))["rejected"] == 3
+    assert [path.name for path in folder.glob("quarantine-*")] == ["quarantine-0.jsonl"]
+
+
+def test_trainers_that_leave_no_cpu_to_the_decoding_actors_are_refused(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, workers=2, data={"decode": "actors"})
+    with pytest.raises(ValueError, match=r"need 2\.5 CPUs, the cluster has 2: set data\.decode=trainer"):
+        check_room(asked, 2.0)
+    for fine, cpus in ((asked, 2.5), (asked, 0.0), (recipe(tmp_path, workers=2), 2.0)):  # 0: a cluster that is still to grow
+        check_room(fine, cpus)
 
 
 def test_too_few_pairs_are_refused_with_numbers_before_the_start(tmp_path: Path) -> None:

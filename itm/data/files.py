@@ -272,15 +272,18 @@ def check_writable(uri: str | Path) -> None:
         raise ValueError(f"cannot write below {uri}: {error}; choose another folder or mend its permissions") from None
 
 
-def local_copy(uri: str | Path) -> Path:
-    """A local folder (or file) with the content of `uri`: itself when local, else a fresh temporary copy."""
+@contextlib.contextmanager
+def local_copy(uri: str | Path) -> Iterator[Path]:
+    """A local folder (or file) with the content of `uri`: itself when local, else a temporary copy, gone when the block ends."""
     filesystem, path = resolve(uri)
     if filesystem.type_name == "local":
         if not os.path.exists(path):
             raise FileNotFoundError(f"nothing at {uri}")
-        return Path(path)
-    target = Path(tempfile.mkdtemp(prefix="itm-")) / name_of(path)
-    if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        target.mkdir()
-    fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-    return target
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="itm-") as folder:
+        target = Path(folder) / name_of(path)
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            target.mkdir()
+        fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        yield target
