@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SEGMENT = 2048
 """Work items per Ray Data execution: bounds the driver's bookkeeping in runs of a million steps."""
-FETCHED_ROWS = 512
-"""Pairs that one item fetches undecoded, about 20 MB of photographs: the fewer the tasks, the less Ray costs."""
+FETCHED_ROWS, FETCHED_BYTES = 512, 32 << 20
+"""What one item fetches undecoded, at most: the fewer the tasks the less Ray costs, but some have to fit its store together."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -77,7 +77,9 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
     Raises ValueError as `Pairs` does.
     """
     if decode == "trainer":
-        together = max(1, FETCHED_ROWS // pairs.fetch.plan.batch)
+        shards = pairs.fetch.manifest.shards
+        rows = min(FETCHED_ROWS, FETCHED_BYTES * sum(s.samples for s in shards) // sum(s.bytes for s in shards))
+        together = max(1, rows // pairs.fetch.plan.batch)
         yield from in_threads(pairs.prepare, _tables(FetchActor, pairs.fetch, work, together, 1), workers)
     else:
         yield from map(to_columns, _tables(PrepareActor, pairs, work, 1, workers))
