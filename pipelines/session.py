@@ -52,7 +52,6 @@ def set_up_data() -> Any:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]  # by its four methods: their class would import Ray here

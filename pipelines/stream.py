@@ -90,7 +90,7 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
     import ray
     from ray.data import ActorPoolStrategy
 
-    set_up_data()
+    set_up_data().execution_options.preserve_order = True
     groups = [work[i : i + together] for i in range(0, len(work), together)]
     for begin in range(0, len(groups), SEGMENT):
         segment = [{"work": [vars(w) for w in group]} for group in groups[begin : begin + SEGMENT]]
