@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from itm.data.arrow import Columns, to_columns, to_table
+from itm.data.buffers import Buffers
 from itm.data.fetch import Fetch, Work, unusable
 from itm.data.manifest import Manifest
 from itm.data.plan import Plan
@@ -32,6 +33,7 @@ class Pairs:
     def __init__(self, split: str, manifest: Manifest, plan: Plan, inputs: Inputs, stores: dict[str, Store]) -> None:
         self.fetch = Fetch(split, manifest, plan, inputs.image.kind, stores)
         self.inputs = inputs
+        self.buffers = Buffers()
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
@@ -55,7 +57,7 @@ class Pairs:
     def _images(self, rows: Columns) -> Columns:
         """Image columns; an image that cannot be read turns its rows into problems."""
         epoch = self.fetch.plan.locate(int(rows["step"][0])).epoch
-        columns = self.inputs.image.room(len(rows["key"]))
+        columns = {name: self.buffers.empty(shape) for name, shape in self.inputs.image.shapes(len(rows["key"])).items()}
         first: dict[int, int] = {}
         for i, number in enumerate(rows["image_id"].tolist()):
             if rows["problem"][i] is not None:

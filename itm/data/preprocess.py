@@ -46,9 +46,9 @@ class ImageInput:
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions)
 
-    def room(self, images: int) -> dict[str, np.ndarray]:
-        """Arrays for the columns of so many images, where their shapes are known beforehand: those of pixels are."""
-        return {"pixels": np.empty((images, self.size, self.size, 3), np.uint8)} if self.kind == "pixels" else {}
+    def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
+        """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
+        return {"pixels": (images, self.size, self.size, 3)} if self.kind == "pixels" else {}
 
 
 @dataclass(frozen=True)
