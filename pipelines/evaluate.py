@@ -33,6 +33,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
+from itm.distributed import own_device
 from itm.evaluation.dataset import EncodedSplit, Names, checked, encode_shard, exact_relevance, names_of, shard_uris
 from itm.evaluation.metrics import TIES
 from itm.evaluation.protocols import PROTOCOLS, Scored, run_protocol
@@ -189,9 +190,8 @@ def evaluate_scores(
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
     """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
     size, shards = recipe.evaluation.batch_size, shard_uris(split_uri, manifest)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
-        pieces = [encode_shard(matcher, uri, size, device=device) for uri in shards]
+        pieces = [encode_shard(matcher, uri, size, device=own_device()) for uri in shards]
     else:
         pieces = _encode_by_tasks(matcher, shards, size)
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
@@ -200,11 +200,11 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
 def _encode_by_tasks(matcher: Any, shards: list[str], batch_size: int) -> list[EncodedSplit]:
     import ray
 
-    from pipelines.session import connect
+    from pipelines.session import connect, core
 
     connect()
     gpu = ray.cluster_resources().get("GPU", 0) > 0
-    task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(encode_shard)
+    task = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
     shared = ray.put(matcher.cpu())
     return ray.get([task.remote(shared, uri, batch_size, None, "cuda" if gpu else "cpu") for uri in shards])
 

@@ -138,10 +138,10 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
     from tqdm import tqdm
 
-    from pipelines.session import connect
+    from pipelines.session import connect, core
 
     connect()
-    task = ray.remote(num_cpus=1, max_retries=3)(pack_shard)
+    task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
     pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
     with tqdm(total=sum(job.stop - job.start for job in jobs), desc=title, unit="image", mininterval=1) as bar:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import torch
 
+from itm.distributed import own_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import PRECISIONS, score_matrix
@@ -105,7 +106,7 @@ def score_split(
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
     if how.compile:
-        check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_compiler(torch.device(own_device()))
     _set_pruning(members, how.prune)
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
@@ -115,9 +116,8 @@ def score_split(
         with compiled(how.compile):
             return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         with compiled(how.compile):
-            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=device, **options)
+            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=own_device(), **options)
     spread, put, options["device"] = by_tasks()
     options["compile"] = how.compile
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
@@ -154,8 +154,7 @@ def described(result: dict[str, Any]) -> str:
 
 def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"precision": how.precision, "device": device}
+    options = {"precision": how.precision, "device": own_device()}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:
@@ -181,15 +180,15 @@ def by_tasks() -> tuple[Spread, Callable[[Any], Any], str]:
     """`spread` and `put` by Ray, and the device of scoring: tasks of one CPU thread, or of one GPU each where the cluster has them."""
     import ray
 
-    from pipelines.session import connect
+    from pipelines.session import connect, core
 
     connect()
     resources = ray.cluster_resources()
     device = "cuda" if resources.get("GPU", 0) > 0 else "cpu"
-    window = 2 * max(1, int(resources.get("CPU", 1)))
+    window = 2 * max(1, int(resources.get("CPU", 1) / core()))
 
     def spread(work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        task = ray.remote(num_cpus=1, num_gpus=1 if work is score_tile and device == "cuda" else 0)(work)
+        task = ray.remote(num_cpus=core(), num_gpus=1 if work is score_tile and device == "cuda" else 0)(work)
         running: deque[Any] = deque()
         for job in jobs:
             running.append(task.remote(*job))

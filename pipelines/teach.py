@@ -30,10 +30,12 @@ from itm.data import files, sidecar
 from itm.data.manifest import check_present
 from itm.data.records import Problem
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest, read_samples
+from itm.distributed import own_device
 from itm.teachers.identity import Modality, Teacher, build_teacher, choice_of, embed_in_batches
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from pipelines.cli import recipe_arguments, recipe_from
 
+ACTOR_CPUS = 0.25
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 
@@ -231,30 +233,30 @@ def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any]
 def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, prepare: Callable[[Any], bytes]) -> Iterator[Written]:
     """Score the shards in any order; yields each as its sidecar is written.
 
-    A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Tasks and actors ask for
-    fractions of a CPU: actors that hold every slot would starve the tasks that feed them.
+    A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,
+    a quarter each: if they held all of them they would wait for ever for the tasks that feed them.
     """
     if not todo:
         return
     import ray
 
-    from pipelines.session import connect
+    from pipelines.session import connect, core
 
     connect()
     teachers = job.recipe.teachers
-    actors = min(teachers.actors, len(todo))
-    gpus = ray.cluster_resources().get("GPU", 0)
+    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    actors = max(1, min(teachers.actors, len(todo), int(cpus / 2 / ACTOR_CPUS)))
     rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus / 2))
         .map_batches(
             Score,
             fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size),
             compute=ray.data.ActorPoolStrategy(size=actors),
             batch_size=None,
             batch_format="pyarrow",
-            num_cpus=0.25,
+            num_cpus=ACTOR_CPUS,
             num_gpus=min(1.0, gpus / actors) if gpus else None,
         )
     )
@@ -316,9 +318,7 @@ class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
     def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
-        import torch
-
-        self.teacher = build_teacher(part, modality).to("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = build_teacher(part, modality).to(own_device())
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:
