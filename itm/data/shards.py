@@ -98,15 +98,15 @@ def read_samples(uri: str, sha256: str | None = None) -> Iterator[Sample | Probl
 
     Raises ValueError when the shard has another sha256 than the one given (that of its manifest).
     """
-    data = files.read_bytes(uri)
+    data = files.read_view(uri)
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{uri} has sha256 {found[:12]}, its manifest says {sha256[:12]}: {CHANGED}")
-    yield from _parse(memoryview(data), files.name_of(uri))
+    yield from _parse(data, files.name_of(uri))
 
 
 def read_scattered(uri: str) -> Iterator[Sample | Problem]:
     """As `read_samples`, but the members of a sample are gathered wherever they lie in the tar; of two of one name the first counts."""
-    tar, shard = memoryview(files.read_bytes(uri)), files.name_of(uri)
+    tar, shard = files.read_view(uri), files.name_of(uri)
     groups, problems = _groups(tar, shard, fragment=False)
     gathered: dict[str, dict[str, Member]] = {}
     for key, parts in groups:
@@ -151,10 +151,10 @@ def index_shard(uri: str, sha256: str | None = None) -> list[SampleIndex]:
 
 def scan_shard(uri: str) -> tuple[list[SampleIndex], list[Problem], str]:
     """One pass over a shard: (index, problems, sha256 of its bytes)."""
-    return scan_bytes(files.read_bytes(uri), files.name_of(uri))
+    return scan_bytes(files.read_view(uri), files.name_of(uri))
 
 
-def scan_bytes(data: bytes, name: str) -> tuple[list[SampleIndex], list[Problem], str]:
+def scan_bytes(data: bytes | memoryview, name: str) -> tuple[list[SampleIndex], list[Problem], str]:
     """As `scan_shard`, of the bytes of a shard called `name`."""
     index: list[SampleIndex] = []
     problems: list[Problem] = []
