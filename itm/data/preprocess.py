@@ -172,11 +172,11 @@ def read_regions(data: bytes, limit: int, width: int | None = None) -> dict[str,
     held = Regions.from_npz(data)
     if width is not None and held.features.shape[1] != width:
         raise ValueError(f"its region features are {held.features.shape[1]} wide, those of this matcher {width}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-        features, rows = held.features.astype(np.float32), min(limit, len(held.features))
-    regions = np.zeros((limit, features.shape[1]), np.float32)
+    rows = min(limit, len(held.features))
+    regions = np.zeros((limit, held.features.shape[1]), np.float32)
     boxes = np.zeros((limit, 7), np.float32)
-    regions[:rows] = features[:rows]
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        regions[:rows] = held.features[:rows]
     if held.boxes is not None:
         if held.width <= 0 or held.height <= 0:
             raise ValueError(f"a region file with boxes needs the width and height of its image, not {held.width} x {held.height}")

@@ -19,6 +19,7 @@ MAX_CAPTION = 20_000
 """Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
 MAX_REGION_BYTES = 64 << 20
 """Unpacked: 100 regions of 2048 float32 are 0.8 MB; a compressed npz of a few KB can claim gigabytes."""
+_REGION_ARRAYS = ("features", "boxes", "conf", "width", "height")
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Regions:
             with zipfile.ZipFile(io.BytesIO(data)) as held:
                 if (size := sum(info.file_size for info in held.infolist())) > MAX_REGION_BYTES:
                     raise ValueError(f"it unpacks to {size:,} bytes, the limit is {MAX_REGION_BYTES:,}")
-            with np.load(io.BytesIO(data), allow_pickle=False) as npz:
-                arrays = {name: npz[name] for name in ("features", "boxes", "conf", "width", "height") if name in npz.files}
+                inside = set(held.namelist())
+                arrays = {name: _array(held, f"{name}.npy") for name in _REGION_ARRAYS if f"{name}.npy" in inside}
         except Exception as error:  # crafted archives make zipfile and numpy raise almost anything
             raise ValueError(f"not a region file: {error}") from None
         if "features" not in arrays:
@@ -115,6 +116,12 @@ class Record:
     image_format: str = "jpg"
     regions: Regions | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+def _array(held: zipfile.ZipFile, name: str) -> np.ndarray:
+    with held.open(name) as file:
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+        return array
 
 
 def _whole_number(name: str, array: np.ndarray | None) -> int:
