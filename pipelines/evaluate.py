@@ -34,7 +34,7 @@ from itm.data import files
 from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.distributed import own_device
-from itm.evaluation.dataset import EncodedSplit, Names, checked, encode_shard, exact_relevance, names_of, shard_uris
+from itm.evaluation.dataset import EncodedSplit, Names, checked, encode_shard, exact_relevance, names_of, shards_of
 from itm.evaluation.metrics import TIES
 from itm.evaluation.protocols import PROTOCOLS, Scored, run_protocol
 from pipelines.cli import recipe_arguments, recipe_from
@@ -189,15 +189,15 @@ def evaluate_scores(
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
     """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
-    size, shards = recipe.evaluation.batch_size, shard_uris(split_uri, manifest)
+    size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
     if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
-        pieces = [encode_shard(matcher, uri, size, device=own_device()) for uri in shards]
+        pieces = [encode_shard(matcher, uri, sha256, size, device=own_device()) for uri, sha256 in shards]
     else:
         pieces = _encode_by_tasks(matcher, shards, size)
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
 
 
-def _encode_by_tasks(matcher: Any, shards: list[str], batch_size: int) -> list[EncodedSplit]:
+def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: int) -> list[EncodedSplit]:
     import ray
 
     from pipelines.session import connect, core
@@ -206,7 +206,10 @@ def _encode_by_tasks(matcher: Any, shards: list[str], batch_size: int) -> list[E
     gpu = ray.cluster_resources().get("GPU", 0) > 0
     task = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
     shared = ray.put(matcher.cpu())
-    return ray.get([task.remote(shared, uri, batch_size, None, "cuda" if gpu else "cpu") for uri in shards])
+    try:
+        return ray.get([task.remote(shared, *shard, batch_size, None, "cuda" if gpu else "cpu") for shard in shards])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def score(

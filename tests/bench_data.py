@@ -45,6 +45,7 @@ from itm.data.text import build_tokenizer
 SENTENCE = "a photo of two small dogs that run over green grass near the old red house by blue water"
 WORDS = SENTENCE.split()
 BATCH, WORKERS, SHARDS, SAMPLES = 128, 2, 8, 256
+TITLES = {"packed": "photos packed at 256x256, not resized", "loaders": "photos of 500x375, cut to 224x224"}
 PACKED = 256  # pixels a side of shards that were packed at the size of training, as img2dataset writes them
 
 
@@ -217,7 +218,10 @@ def measure(loader: str, split: Path, epochs: int) -> dict[str, float]:
     return found | {"mb": tree.peak / 1e6, "whole": (time.perf_counter() - born) / (whole * BATCH)}
 
 
-def loaders(root: Path, rounds: int, epochs: int, side: int | None = None) -> str:
+Loaders = dict[str, dict[str, float]]  # loader -> the medians of its figures
+
+
+def loaders(root: Path, rounds: int, epochs: int, side: int | None = None) -> Loaders:
     make_split(root, side)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
     for _ in range(rounds):
@@ -227,7 +231,10 @@ def loaders(root: Path, rounds: int, epochs: int, side: int | None = None) -> st
             said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             found[name].append(json.loads(said.splitlines()[-1]))
             print(f"  {name:<24}" + "  ".join(f"{key} {value:.4g}" for key, value in found[name][-1].items()), file=sys.stderr, flush=True)
-    middle = {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+    return {name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()}
+
+
+def loader_table(middle: Loaders) -> str:
     peer = middle["WebLoader, our decoder"], middle["WebLoader, PIL"]
     lines = [
         "| loader | images/s | CPU-ms/image | first batch s | peak MB | x images/s (same decoder, PIL) | x CPU |",
@@ -238,6 +245,25 @@ def loaders(root: Path, rounds: int, epochs: int, side: int | None = None) -> st
         figures = f"{row['images_s']:.0f} | {row['cpu_ms']:.2f} | {row['first']:.1f} | {row['mb']:.0f} | {speed} | {cost}"
         lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
+
+
+def plot(found: dict[str, Loaders], path: str) -> None:
+    """Bars of images/s and of CPU-ms an image, a column of charts for each kind of photo."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(found), 5), layout="constrained")
+    charts = figure.subplots(2, len(found), squeeze=False)
+    for column, (title, rows) in enumerate(found.items()):
+        for line, (key, label, form) in enumerate((("images_s", "images/s", "%.0f"), ("cpu_ms", "CPU-ms an image, all processes", "%.2f"))):
+            colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in rows]
+            charts[line, column].bar_label(
+                charts[line, column].barh(list(rows), [row[key] for row in rows.values()], color=colours), fmt=form
+            )
+            charts[line, column].invert_yaxis()
+            charts[line, column].margins(x=0.15)
+            charts[line, column].set_xlabel(label)
+        charts[0, column].set_title(title)
+    figure.savefig(path)
 
 
 def ratios(row: dict[str, float], peer: dict[str, float]) -> tuple[float, float]:
@@ -346,17 +372,26 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help=f"of {SHARDS * SAMPLES} images; packed: six times as many")
     parser.add_argument("--loader", choices=LOADERS, help="of the command `one`")
     parser.add_argument("--side", type=int, help="of the command `one`: square photos of so many pixels, not resized")
+    parser.add_argument("--plot", metavar="SVG", help="also draw the tables of loaders")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == ["one"]:
         print(json.dumps(measure(args.loader, make_split(args.root, args.side), args.epochs)), flush=True)
         return
     print(f"{os.cpu_count()} cores, {WORKERS} loader workers, batch {BATCH}, medians of {args.rounds} runs in turn", flush=True)
+    of_photos: dict[str, Callable[[], Loaders]] = {
+        "loaders": lambda: loaders(args.root, args.rounds, args.epochs),
+        "packed": lambda: loaders(args.root, args.rounds, 6 * args.epochs, PACKED),  # a third of the time an image
+    }
+    found: dict[str, Loaders] = {}
     for what in args.what:
-        work = {"loaders": lambda: loaders(args.root, args.rounds, args.epochs), "regions": lambda: regions(args.root, args.rounds)}
-        work["packed"] = lambda: loaders(args.root, args.rounds, 6 * args.epochs, PACKED)  # a third of the time an image
-        work["sidecars"] = lambda: sidecars(args.root, args.rounds)
-        print(work[what]() + "\n", flush=True)
+        if what in of_photos:
+            found[TITLES[what]] = of_photos[what]()
+            print(loader_table(found[TITLES[what]]) + "\n", flush=True)
+        else:
+            print({"regions": regions, "sidecars": sidecars}[what](args.root, args.rounds) + "\n", flush=True)
+    if args.plot:
+        plot(found, args.plot)
 
 
 if __name__ == "__main__":

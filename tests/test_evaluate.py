@@ -90,6 +90,19 @@ def test_too_many_rejected_images_fail_the_stage_and_name_the_first(tmp_path):
     assert not Path(recipe.folder, "evaluation.json").exists()
 
 
+def change(shard):
+    before = shard.read_bytes()
+    shard.write_bytes(before.replace(b"captions", b"captiona", 1))
+    assert shard.read_bytes() != before
+
+
+def test_a_shard_that_changed_after_its_manifest_is_refused_although_it_has_its_size(tmp_path):
+    recipe = small_run(tmp_path)
+    change(tmp_path / "shards" / "test" / "00001.tar")
+    with pytest.raises(ValueError, match=r"00001\.tar has sha256 \w+, its manifest says \w+: the shard changed after the manifest"):
+        evaluate.evaluate(recipe)
+
+
 def test_saved_scores_read_back_as_a_foreign_model_give_the_same_recalls(tmp_path):
     recipe = small_run(tmp_path)
     path = str(tmp_path / "scores.npy")
@@ -155,6 +168,9 @@ def test_encoding_by_ray_tasks_gives_the_vectors_of_one_process(tmp_path, ray_lo
     assert spread.names.image_keys == alone.names.image_keys
     assert torch.equal(spread.images.vector, alone.images.vector)
     assert torch.equal(spread.captions.vector, alone.captions.vector)
+    change(tmp_path / "shards" / "test" / "00001.tar")
+    with pytest.raises(ValueError, match=r"^\S*00001\.tar has sha256"):
+        evaluate.encode(matcher, uri, manifest, recipe)
 
 
 @pytest.mark.e2e

@@ -111,16 +111,17 @@ def encode_split(
     matcher: as `itm.load_matcher` gives it, with `.inputs`. Raises ValueError when a larger share than `max_reject_rate` is rejected.
     """
     pieces: list[EncodedSplit] = []
-    for uri in shard_uris(split_uri):
+    for uri, sha256 in shards_of(split_uri):
         left = None if limit is None else limit - sum(len(p.names.image_keys) for p in pieces)
         if left is not None and left <= 0:
             break
-        pieces.append(encode_shard(matcher, uri, batch_size, left, device))
+        pieces.append(encode_shard(matcher, uri, sha256, batch_size, left, device))
     return checked(pieces, split_uri, max_reject_rate)
 
 
-def shard_uris(split_uri: str, manifest: Manifest | None = None) -> list[str]:
-    return [files.join(split_uri, shard.name) for shard in (manifest or read_manifest(split_uri)).shards]
+def shards_of(split_uri: str, manifest: Manifest | None = None) -> list[tuple[str, str]]:
+    """URI, and sha256 by its manifest, of every shard of a split."""
+    return [(files.join(split_uri, shard.name), shard.sha256) for shard in (manifest or read_manifest(split_uri)).shards]
 
 
 def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: float) -> EncodedSplit:
@@ -135,14 +136,17 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
 
 
 def encode_shard(
-    matcher: Any, shard_uri: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Any, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
 ) -> EncodedSplit:
-    """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems."""
+    """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
+
+    Raises ValueError when the shard has another sha256.
+    """
     problems: list[Problem] = []
     samples: list[Sample] = []
     images: list[Encoded] = []
     with scoring_mode(matcher, device):
-        for batch in batches(read_samples(shard_uri), batch_size, limit, problems):
+        for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
             good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
             images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]

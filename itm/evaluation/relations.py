@@ -15,7 +15,7 @@ from torch import Tensor
 from itm.data import files
 from itm.data.records import Caption, Problem
 from itm.data.shards import read_samples
-from itm.evaluation.dataset import batches, prepare, shard_uris
+from itm.evaluation.dataset import batches, prepare, shards_of
 from itm.evaluation.protocols import Outcome
 from itm.evaluation.scoring import scoring_mode
 from itm.losses.relation import isd, isda
@@ -53,8 +53,8 @@ def _matched_pairs(
     matcher: Any, split_uri: str, batch_size: int, device: Any, problems: list[Problem]
 ) -> Iterator[tuple[list[Caption], Relations]]:
     tap = find_tap(matcher)
-    for uri in shard_uris(split_uri):
-        for batch in batches(read_samples(uri), batch_size, None, problems):
+    for uri, sha256 in shards_of(split_uri):
+        for batch in batches(read_samples(uri, sha256), batch_size, None, problems):
             samples, prepared = prepare(matcher.inputs, batch, files.name_of(uri), problems)
             if not samples:
                 continue
