@@ -185,7 +185,7 @@ def by_tasks() -> tuple[Spread, Callable[[Any], Any], str]:
     connect()
     resources = ray.cluster_resources()
     device = "cuda" if resources.get("GPU", 0) > 0 else "cpu"
-    window = 2 * max(1, int(resources.get("CPU", 1) / core()))
+    window = 2 * max(1, int(resources.get("CPU", 1)) // core())
 
     def spread(work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         task = ray.remote(num_cpus=core(), num_gpus=1 if work is score_tile and device == "cuda" else 0)(work)

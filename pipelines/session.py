@@ -47,15 +47,15 @@ def connect() -> None:
     set_up_data()
 
 
-def core() -> float:
-    """Ray's CPUs of a task that keeps one core busy: a local session has more of them than a small machine has cores.
+def core() -> int:
+    """Ray's CPUs (whole ones) of a task that keeps one core busy: a local session has more of them than a small machine has cores.
 
     More such tasks than cores would win nothing, and each process takes 2 to 5 CPU-seconds to start.
     """
     import ray
 
     alone = not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1
-    return max(1.0, ray.cluster_resources().get("CPU", 1.0) / (os.cpu_count() or 1)) if alone else 1.0
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // (os.cpu_count() or 1)) if alone else 1
 
 
 def set_up_data() -> Any:

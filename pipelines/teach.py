@@ -249,7 +249,7 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], 
     rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus / 2))
+        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
         .map_batches(
             Score,
             fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size),
