@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
 
 _ALONE = 2
-"""References to an array that only the list of its pool holds: the list's, and the argument of the function that counts."""
+"""References to an array that only its pool holds: the pool's, and the argument of the function that counts."""
 
 
 class Buffers:
@@ -20,12 +21,11 @@ class Buffers:
     """
 
     def __init__(self, most: int = 8) -> None:
-        self.most = most
-        self.arrays: list[np.ndarray] = []
+        self.arrays: deque[np.ndarray] = deque(maxlen=most)
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Buffers, (self.most,)
+        return Buffers, (self.arrays.maxlen,)
 
     def empty(self, shape: tuple[int, ...]) -> np.ndarray:
         """(*shape) uint8, contents arbitrary."""
@@ -34,5 +34,5 @@ class Buffers:
                 if self.arrays[i].shape == shape and sys.getrefcount(self.arrays[i]) == _ALONE:
                     return self.arrays[i]
             array = np.empty(shape, np.uint8)
-            self.arrays = [*self.arrays[1 - self.most :], array]
+            self.arrays.append(array)
             return array
