@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -17,16 +19,30 @@ from itm.config import Part
 from itm.data import files
 from itm.data.preprocess import Inputs
 from itm.models import MODELS
-from itm.parts import build_part
+from itm.models.encoders import IMAGE_ENCODERS
+from itm.parts import build_part, find_part
 
 FORMAT = 1
 
 
 def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
     """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
-    matcher: nn.Module = build_part(MODELS, part.kind, part.options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    options = _with_image_size(part, inputs.image.size)
+    matcher: nn.Module = build_part(MODELS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
     matcher.inputs = inputs  # type: ignore[assignment]
     return matcher
+
+
+def _with_image_size(part: Part, size: int) -> dict[str, Any]:
+    """The options of the model, with the size of the data's images for an image encoder that is built for one size and is told none."""
+    usual = getattr(find_part(MODELS, part.kind, "model"), "image_kind", None)
+    given = part.options.get("image") or {}
+    kind = given.get("kind", usual) if isinstance(given, dict) else None
+    if kind not in IMAGE_ENCODERS or "image_size" in given:
+        return part.options
+    if "image_size" not in inspect.signature(find_part(IMAGE_ENCODERS, kind, "image encoder")).parameters:
+        return part.options
+    return {**part.options, "image": {"kind": kind, **given, "image_size": size}}
 
 
 def take_weights(matcher: nn.Module, uri: str) -> None:

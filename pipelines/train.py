@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import itm
@@ -38,6 +39,7 @@ from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.folder import save_matcher
 from itm.lineage import DatasetRef, git_commit
+from itm.precision import warn_if_slow
 from itm.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
@@ -125,12 +127,26 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
+    if not train.use_gpu:
+        warn_if_slow(train.precision, torch.device("cpu"))
     if train.compile and not train.use_gpu:
         check_compiler(torch.device("cpu"))
+    if first:
+        try_out(method.matcher, inputs, first)  # type: ignore[arg-type]
     if first and train.cache_chunk is not None:
         check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
     stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
     return Job(recipe, manifest, plan, inputs, stores, steps, run_id="", tracking_uri="")
+
+
+def try_out(matcher: nn.Module, inputs: Inputs, first: tuple[bytes, str]) -> None:
+    """Encode one pair, without a trace in the matcher. Raises ValueError where its sizes do not fit the data: before a worker starts."""
+    training = matcher.training
+    with torch.no_grad():
+        matcher.eval()
+        matcher.encode_images(inputs.images([first[0]]))  # type: ignore[operator]
+        matcher.encode_captions(inputs.captions([first[1]]))  # type: ignore[operator]
+    matcher.train(training)
 
 
 def started_from(recipe: Recipe) -> Any:

@@ -100,7 +100,7 @@ def test_dropout_is_replayed_in_the_second_pass() -> None:
     from itm.training import cached as module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "checkpoint", lambda encode, rows, use_reentrant: encode(rows))
+        patch.setattr(module, "checkpoint", lambda encode, *rows, use_reentrant: encode(*rows))
         kept = gradients(method, 4)
     for name, gradient in kept.items():
         torch.testing.assert_close(cached[name], gradient, rtol=1e-6, atol=1e-7)

@@ -74,3 +74,20 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_model_option_names_the_near_one() -> None:
     with pytest.raises(ValueError, match="did you mean 'width'"):
         build_matcher(Part(kind="dual", options={**DUAL.options, "widht": 3}), inputs())
+
+
+@pytest.mark.parametrize(
+    "part", [Part(kind="dual"), Part(kind="dual", options={"image": {"hidden": 8}}), Part(kind="scan", options={"image": {"kind": "conv"}})]
+)
+def test_the_conv_tower_follows_the_size_of_the_data_and_the_folder_keeps_it(tmp_path, part):
+    matcher = build_matcher(part, Inputs(ImageInput(size=48), build_tokenizer(Text(), ["a dog"])))
+    assert len(matcher.encode_images(matcher.inputs.images([png(0)] * 2))) == 2
+    save_matcher(matcher, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["options"]["image"]["image_size"] == 48
+
+
+def test_a_size_that_the_recipe_gives_is_kept():
+    part = Part(kind="dual", options={"image": {"kind": "conv", "image_size": 32}})
+    matcher = build_matcher(part, Inputs(ImageInput(size=48), build_tokenizer(Text(), ["a dog"])))
+    with pytest.raises(ValueError, match=r"32 pixels a side got \(48, 48\)"):
+        matcher.eval().encode_images(matcher.inputs.images([png(0)]))

@@ -15,6 +15,7 @@ FLOORS = {
     "itm.distributed": 1,
     "itm.parts": 1,
     "itm.lineage": 1,
+    "itm.precision": 1,
     "itm.models": 2,
     "itm.losses": 2,
     "itm.data": 2,

@@ -1,5 +1,6 @@
 """What a precision and a block size may change in a score, for every late-interaction matcher, as stated in `score_matrix`."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from itm.models.attention import full, gram, guarded_norm, raw_scores
 from itm.models.scan import SCAN
 from itm.models.sgraf import SAF, SGR
 from itm.models.uarda import UARDA
+from itm.precision import bf16_cost, warn_if_slow
 from tests.late_worlds import captions_of, images_of
 
 WIDE: dict[str, Any] = {"vocab_size": 20, "image": {"in_width": 7, "width": 64}, "text": {"word_dim": 6, "width": 64, "dropout": 0.0}}
@@ -65,3 +67,17 @@ def test_scoring_leaves_the_number_of_threads_and_the_precision_of_products_as_t
     for precision in ("fp32", "tf32", "bf16"):
         score_matrix(matcher, images, captions, precision=precision)
         assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+@pytest.mark.parametrize(("cost", "warned"), [(1.7, 1), (0.6, 0)])
+def test_bf16_warns_on_a_cpu_where_it_is_slower_than_fp32(cost, warned, monkeypatch):
+    monkeypatch.setattr("itm.precision.bf16_cost", lambda: cost)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for precision, device in (("bf16", "cpu"), ("fp32", "cpu"), ("bf16", "cuda")):
+            warn_if_slow(precision, torch.device(device))
+    assert [str(w.message) for w in said] == ["bf16 is slower than fp32 on this CPU (1.7 x the time of a product): use fp32"] * warned
+
+
+def test_the_cost_of_bf16_is_a_ratio_of_measured_times():
+    assert 0.05 < bf16_cost() < 500

@@ -1,6 +1,10 @@
 """The tiled scores without gradient against two independent forms: the plain one that training uses, and the published loops."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,3 +117,25 @@ def test_compiled_tiles_give_the_scores_of_eager_ones():
         with tiled.compiled(True):
             torch.testing.assert_close(score_matrix(matcher, images, captions), eager, atol=2e-6, rtol=1e-5)
         assert counters["stats"]["unique_graphs"] > before
+
+
+OLD_CPU = """
+import torch
+from itm.evaluation.scoring import score_matrix
+from itm.models.tiled import has_product
+from tests.late_worlds import captions_of, images_of
+from tests.test_precision import KINDS, WIDE
+assert not has_product(torch.bfloat16), "the setting has no effect: this test shows nothing"
+with torch.no_grad():
+    for kind, options in KINDS:
+        matcher = kind(**WIDE, **options).eval()
+        images, captions = images_of(6, 5), captions_of([2, 3, 4, 5])
+        exact, rough = (score_matrix(matcher, images, captions, precision=p) for p in ("fp32", "bf16"))
+        assert 0 < float((exact - rough).abs().max()) < float(exact.std())
+"""
+
+
+def test_bf16_scores_come_from_torch_where_onednn_has_no_kernel_for_them():
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", OLD_CPU], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -195,6 +195,13 @@ def test_missing_splits_and_lengths_are_refused(tmp_path: Path) -> None:
         train(recipe(tmp_path, data={"val_split": ""}, steps=None))
 
 
+def test_a_model_of_another_image_size_is_refused_before_anything_is_tracked(tmp_path: Path) -> None:
+    splits(tmp_path)
+    with pytest.raises(ValueError, match=r"conv tower for 16 pixels a side got \(24, 24\): set its image_size to data.image_size"):
+        train(recipe(tmp_path, data={"image_size": 24}))
+    assert not (tmp_path / "runs" / "run" / "started.json").exists()
+
+
 def test_an_unknown_recipe_key_names_the_near_one(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: x\nmodel: {kind: dual}\ntrain: {bach_size: 3}\n")
     with pytest.raises(ValueError, match=r"'train\.bach_size'; did you mean 'batch_size'"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from itm.precision import warn_if_slow
 from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
@@ -78,6 +79,7 @@ def scoring_mode(matcher: Any, device: str | torch.device = "cpu") -> Iterator[N
 def _scoring(matcher: Any, device: torch.device, precision: str) -> Iterator[None]:
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    warn_if_slow(precision, device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

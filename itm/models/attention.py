@@ -5,7 +5,7 @@ Symbols: I images, T captions, R regions, L words, D width; Q queries and C cont
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,7 @@ class LateInteraction(nn.Module):
     Encoded: parts (N,K,D), padding exactly zero; mask (N,K); vector (N,D) = mean of the parts.
     """
 
+    image_kind: ClassVar[str] = "regions"
     gru_dropout: float = 0.0
 
     def __init__(self, *, vocab_size: int, image: dict[str, Any] | None, text: dict[str, Any] | None) -> None:
@@ -118,7 +119,7 @@ class LateInteraction(nn.Module):
             text = {"dropout": self.gru_dropout, **text}
         words: Any = build_text_encoder(vocab_size=vocab_size, **text)
         self.text, self.width = words, int(words.width)
-        image = {"kind": "regions", **(image or {})}
+        image = {"kind": self.image_kind, **(image or {})}
         if image["kind"] == "regions":
             image = {"width": self.width, **image}
         self.image = build_image_encoder(**image)

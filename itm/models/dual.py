@@ -55,6 +55,7 @@ class DualEncoder(nn.Module):
     """Encoders, one linear layer each to `width`, optional heads, L2 normalisation. score = cosine."""
 
     kind: ClassVar[str] = "dual"
+    image_kind: ClassVar[str] = "conv"
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class DualEncoder(nn.Module):
     ) -> None:
         """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}. Raises ValueError as they do."""
         super().__init__()
-        image, text, heads = image or {"kind": "conv"}, text or {"kind": "pooled_gru"}, read_heads(heads)
+        image, text, heads = image or {"kind": self.image_kind}, text or {"kind": "pooled_gru"}, read_heads(heads)
         self.image_encoder = build_image_encoder(**image)
         self.text_encoder = build_text_encoder(vocab_size=vocab_size, **text)
         self.image_linear = nn.Linear(_pooled_width(self.image_encoder), width)

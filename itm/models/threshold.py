@@ -26,7 +26,8 @@ def relevance_threshold(mu_pos: Number, sigma_pos: Number, mu_neg: Number, sigma
     root, then to 0. A result strictly between 0 and 1 is interior; elsewhere the gradient is 0. Raises ValueError for sigma or alpha <= 0.
     """
     given = (mu_pos, sigma_pos, mu_neg, sigma_neg, alpha)
-    values = [x.to(torch.float64) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in given]
+    device = next((x.device for x in given if isinstance(x, Tensor)), None)
+    values = [torch.as_tensor(x, dtype=torch.float64, device=device) for x in given]
     mp, sp, mn, sn, a = torch.broadcast_tensors(*values)
     if bool((torch.stack([sp, sn, a]) <= 0).any()):
         raise ValueError("relevance_threshold needs standard deviations and alpha above 0")

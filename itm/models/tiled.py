@@ -62,9 +62,26 @@ def product_dtype(parts: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parts.dtype
 
 
+@functools.cache
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies numbers of this type here, found out by one small product.
+
+    Its flags describe the CPU: under ONEDNN_MAX_CPU_ISA they promise what the library then refuses.
+    """
+    ones = torch.ones(16, 16, dtype=dtype)
+    try:
+        torch.ops.mkldnn._linear_pointwise(ones, ones, None, "none", [], "")
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(M,K), (N,K) -> left right' + bias, without gradient; on CPUs by oneDNN, whose float32 kernels use all that the CPU has."""
-    if left.device.type == "cpu" and left.dtype != torch.float64 and torch.backends.mkldnn.is_available():
+    """(M,K), (N,K) -> left right' + bias, without gradient; on CPUs by oneDNN, whose float32 kernels use all that the CPU has.
+
+    Where oneDNN has no kernel for the type, as for bfloat16 on a CPU with AVX2 only, torch multiplies.
+    """
+    if left.device.type == "cpu" and has_product(left.dtype):
         found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
         return found
     return F.linear(left, right, bias)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from itm.types import Captions, Encoded, Images
+from itm.types import Captions, Encoded, Images, Rows
 
 _SIDES = ("encode_images", "encode_captions")
 
@@ -38,8 +38,15 @@ def encoding_in_chunks(matcher: Any, chunk: int | None) -> Iterator[None]:
 
 
 def _chunked(encode: Callable[[Any], Encoded], chunk: int, rows: Images | Captions) -> Encoded:
-    pieces = [checkpoint(encode, rows[start : start + chunk], use_reentrant=False) for start in range(0, len(rows), chunk)]
+    pieces = [seen_by_checkpoint(encode, rows[start : start + chunk]) for start in range(0, len(rows), chunk)]
     return Encoded.cat(pieces)
+
+
+def seen_by_checkpoint(run: Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """`checkpoint` puts back the generators of the devices of the tensors that it is given, and does not look into a `Rows`: it gets one
+    tensor of each beside it. Without, the second pass on a GPU would drop other units than the first."""
+    shown = [next(iter(rows._present().values())) for rows in given if isinstance(rows, Rows)]
+    return checkpoint(lambda *_: run(*given), *shown, *(x for x in given if isinstance(x, torch.Tensor)), use_reentrant=False, **options)
 
 
 def check_cached(matcher: nn.Module, images: Images, captions: Captions) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from itm.models.encoders import joint_layers, towers_of
+from itm.training.cached import seen_by_checkpoint
 
 
 def recompute_activations(matcher: nn.Module) -> None:
@@ -46,13 +46,13 @@ def _recompute(module: nn.Module, name: str) -> None:
 
 
 def _again(run: Callable[..., Any], *given: Any) -> Any:
-    return checkpoint(run, *given, use_reentrant=False) if torch.is_grad_enabled() else run(*given)
+    return seen_by_checkpoint(run, *given) if torch.is_grad_enabled() else run(*given)
 
 
 def _again_at_rest(norms: list[_BatchNorm], run: Callable[..., Any], *given: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*given)
-    return checkpoint(run, *given, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))
+    return seen_by_checkpoint(run, *given, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))
 
 
 @contextlib.contextmanager
