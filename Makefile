@@ -35,15 +35,15 @@ check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/python -m pytest tests/test_house.py
 
 golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line a case
-	$(BIN)/python -m tests.replay $(GOLDEN)
+	$(BIN)/python -m tests.support.replay $(GOLDEN)
 
 bench: $(READY)  ## speed against named peers measured in the same run
-	$(BIN)/python -m itm.evaluation.bench
-	$(BIN)/python -m tests.bench_data
-	$(BIN)/python -m tests.bench_steps
+	$(BIN)/python -m itm.benchmarks.scoring
+	$(BIN)/python -m tests.support.bench_data
+	$(BIN)/python -m tests.support.bench_steps
 
 chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
-	$(BIN)/python -m tests.chaos
+	$(BIN)/python -m tests.support.chaos
 
 clean:  ## remove what runs and the demo made
 	rm -rf runs data mlruns mlflow.db

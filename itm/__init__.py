@@ -12,10 +12,10 @@ def load_matcher(uri: str | Path) -> Any:
     `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry.
     Raises ValueError naming what is missing and what exists.
     """
-    from itm.folder import load_matcher_folder
+    from itm.matchers.folder import load_matcher_folder
 
     if str(uri).startswith(("models:/", "runs:/")):
-        from itm.registry import download
+        from itm.tracking.registry import download
 
         uri = download(str(uri))
     return load_matcher_folder(uri)

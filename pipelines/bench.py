@@ -4,10 +4,10 @@
     itm bench scoring --kinds SGR SAF --rounds 7 --json bench.json --plot bench.svg
     itm bench scoring --device cuda --images 1000 --captions 5000 --every 100
 
-Needs `itm/` only: `python -m itm.evaluation.bench` is the same.
+Needs `itm/` only: `python -m itm.benchmarks.scoring` is the same.
 """
 
-from itm.evaluation.bench import add_arguments, run
+from itm.benchmarks.scoring import add_arguments, run
 
 __all__ = ["add_arguments", "run"]
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from pipelines import evaluate, pack, register, report, search, teach, train
-    from pipelines.session import connect
+    from pipelines.on_ray.session import connect
 
     recipes = [load_recipe(RECIPES / f"{name}.yaml", args.overrides) for name in RUNS]
     clock = Clock()

@@ -38,11 +38,11 @@ from itm.evaluation.dataset import EncodedSplit, Names, checked, encode_shard, e
 from itm.evaluation.metrics import TIES
 from itm.evaluation.protocols import PROTOCOLS, Scored, run_protocol
 from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.probe import PROBES, probe
-from pipelines.probe import add_arguments as add_probe_arguments
-from pipelines.result import FORMAT, absolute, content, output_of, stored, table, track, weights_hash
-from pipelines.score import IN_MEMORY, How, described, notes, score_split
-from pipelines.score import add_arguments as add_scoring_arguments
+from pipelines.evaluating.matcher_protocols import PROBES, probe
+from pipelines.evaluating.matcher_protocols import add_arguments as add_probe_arguments
+from pipelines.evaluating.result import FORMAT, absolute, content, output_of, stored, table, track, weights_hash
+from pipelines.on_ray.scoring import IN_MEMORY, How, described, notes, score_split
+from pipelines.on_ray.scoring import add_arguments as add_scoring_arguments
 
 # Below this many captions one process is done before workers have imported torch.
 IN_PROCESS_CAPTIONS = 20_000
@@ -200,7 +200,7 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
 def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: int) -> list[EncodedSplit]:
     import ray
 
-    from pipelines.session import connect, core
+    from pipelines.on_ray.session import connect, core
 
     connect()
     gpu = ray.cluster_resources().get("GPU", 0) > 0
@@ -215,7 +215,7 @@ def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: in
 def score(
     matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY, screen: Any = None
 ) -> Scored:
-    """All pairs, or those a screen proposes, in memory or in a store of tiles (see `pipelines.score`); the mean over several matchers."""
+    """All pairs, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`); the mean over matchers."""
     identity = {"split_hash": manifest.fingerprint(), "matcher_hash": "+".join(map(weights_hash, matchers))}
     scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), absolute(recipe.folder), identity, screen)
     first = seen[0]

@@ -19,8 +19,8 @@ from torch import nn
 
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.text import HFTokenizer, WordVocabulary
-from itm.folder import save_matcher
-from itm.models.official import load_official
+from itm.importers.load import load_official
+from itm.matchers.folder import save_matcher
 
 MAX_LENGTH = {"uniter": 60, "clip": 77}
 """Tokens a caption, start and end included. SCAN and SGRAF never cut a caption; 256 is beyond any."""

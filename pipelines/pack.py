@@ -24,7 +24,7 @@ from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt,
 from itm.data.records import Caption, Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
-from itm.parts import build_part
+from itm.kinds import build_part
 from pipelines.cli import recipe_arguments, recipe_from
 
 CLAIM = "pack.json"  # written first: whose shards these are going to be
@@ -103,8 +103,8 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
 
 def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
     """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
-    from itm.lineage import DatasetRef
-    from itm.registry import Tracker
+    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.registry import Tracker
 
     params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
     data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]
@@ -138,7 +138,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
     from tqdm import tqdm
 
-    from pipelines.session import connect, core
+    from pipelines.on_ray.session import connect, core
 
     connect()
     task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)

@@ -14,14 +14,17 @@ import argparse
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
-from itm.registry import promote, register_matcher
+from itm.tracking.registry import promote, register_matcher
 from pipelines.cli import recipe_arguments, recipe_from
 from pipelines.evaluate import weights_hash
+
+SERVED = Path(itm.__file__).with_name("pyfunc.py")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     with files.local_copy(files.join(folder, "matcher")) as matcher:
         if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher)):
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
-        version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated))
+        version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated), code=SERVED)
     gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")
     return Registered(gate.model, version, bool(gained), gained.reason)
 

@@ -22,7 +22,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.preprocess import decode
 from itm.data.shards import index_shard, read_range
-from itm.evaluation.report import Page, render
+from itm.report.page import Page, render
 from pipelines.cli import recipe_arguments, recipe_from
 
 THUMBNAIL = 160
@@ -56,7 +56,7 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     output = files.join(recipe.folder, "report.html")
     files.write_atomic(output, render(page).encode())
     if trained.get("run_id"):
-        from itm.registry import Tracker
+        from itm.tracking.registry import Tracker
 
         with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
             tracker.artifact(written)

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
-from itm.lineage import git_commit, tracking_uri
+from itm.tracking.lineage import git_commit, tracking_uri
 from pipelines.cli import RECIPES, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]

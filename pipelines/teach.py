@@ -206,8 +206,8 @@ def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
 
 def _track(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> None:
     """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
-    from itm.lineage import DatasetRef
-    from itm.registry import Tracker
+    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.registry import Tracker
 
     params = {f"teacher.{name}": value for name, value in identity.items()} | {"split": job.split, "modality": job.modality, "store": uri}
     data = [DatasetRef(job.split, job.manifest.fingerprint(), job.split_uri, "teaching")]
@@ -240,7 +240,7 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], 
         return
     import ray
 
-    from pipelines.session import connect, core
+    from pipelines.on_ray.session import connect, core
 
     connect()
     teachers = job.recipe.teachers

@@ -37,17 +37,17 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
-from itm.folder import save_matcher
-from itm.lineage import DatasetRef, git_commit
+from itm.matchers.folder import save_matcher
 from itm.precision import warn_if_slow
-from itm.registry import Tracker, tracking_uri
+from itm.tracking.lineage import DatasetRef, git_commit
+from itm.tracking.registry import Tracker, tracking_uri
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
-from pipelines.board import Board, watched
 from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.stream import PrepareActor
+from pipelines.on_ray.progress import Board, watched
+from pipelines.on_ray.stream import PrepareActor
 from pipelines.teach import store_for
-from pipelines.train_worker import START, Job, absolute, build_method, last_step, work
+from pipelines.training.worker import START, Job, absolute, build_method, last_step, work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +227,7 @@ def execute_on_ray(job: Job, show: Callable[[int, float], None]) -> dict[str, An
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
     """
-    from pipelines.session import connect
+    from pipelines.on_ray.session import connect
 
     connect()
     import ray

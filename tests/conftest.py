@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pipelines.session import quiet
+from pipelines.on_ray.session import quiet
 
 quiet()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,7 +34,7 @@ def ray_local():
     """A real local Ray instance with 4 logical CPUs, shared by the session."""
     import ray
 
-    from pipelines.session import connect
+    from pipelines.on_ray.session import connect
 
     connect()
     yield ray

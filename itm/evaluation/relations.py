@@ -19,8 +19,8 @@ from itm.evaluation.dataset import batches, prepare, shards_of
 from itm.evaluation.protocols import Outcome
 from itm.evaluation.scoring import scoring_mode
 from itm.losses.relation import isd, isda
+from itm.matchers.joint.pairs import Relations
 from itm.methods.iais_taps import find_tap
-from itm.models.uniter_pairs import Relations
 from itm.types import Images
 
 

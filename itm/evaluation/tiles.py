@@ -26,7 +26,7 @@ from torch import Tensor
 
 from itm.data import files
 from itm.evaluation.scoring import by_length, score_matrix, trim
-from itm.models.tiled import compiled
+from itm.matchers.late.tiles import compiled
 from itm.types import Encoded
 
 FORMAT = 1

@@ -19,6 +19,8 @@ from itm.config import Strict
 from itm.distributed import gather_rows
 from itm.losses.contrastive import Reduction
 from itm.losses.soft_label import Divergence, Mode, cosine_matrix, mixed_similarity, soft_label_loss
+from itm.matchers.dual import Head
+from itm.matchers.norms import masked_mean
 from itm.methods.matching import (
     ContrastiveOptions,
     ContrastiveTerm,
@@ -31,8 +33,6 @@ from itm.methods.matching import (
     read_options,
     widened,
 )
-from itm.models.dual import Head
-from itm.models.towers import masked_mean
 from itm.types import Batch, Encoded
 
 Options = dict[str, Any] | bool | None

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from itm.config import Strict
 from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
 from itm.losses.triplet import triplet_loss
+from itm.matchers.joint.pairs import Relations
 from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
 from itm.methods.iais_taps import find_tap
 from itm.methods.matching import auxiliary_losses, read_options
-from itm.models.uniter_pairs import Relations
 from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
 
 SCHEDULES = ("exp", "linear", "log", "constant")

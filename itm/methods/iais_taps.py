@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itm.models.attention import LateInteraction
-from itm.models.dual import DualEncoder
-from itm.models.uniter_pairs import Relations, inner_words, parts_of
+from itm.matchers.dual import DualEncoder
+from itm.matchers.joint.pairs import Relations, inner_words, parts_of
+from itm.matchers.late.base import LateInteraction
 from itm.types import Captions, Encoded, Images
 
 COSINE_SMOOTHING = 9.0  # SCAN's lambda_softmax for attention between words and regions

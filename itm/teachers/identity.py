@@ -16,7 +16,7 @@ from torch import nn
 from itm.config import Part
 from itm.data.records import Caption
 from itm.data.shards import Sample
-from itm.parts import build_part, find_part
+from itm.kinds import build_part, find_part
 from itm.teachers import TEACHERS
 
 Modality = Literal["image", "text"]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from itm.models.encoders import joint_layers, layers_of, towers_of
+from itm.matchers.encoders.build import joint_layers, layers_of, towers_of
 
 BACKEND = "inductor"
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from itm.models.encoders import joint_layers, towers_of
+from itm.matchers.encoders.build import joint_layers, towers_of
 from itm.training.cached import seen_by_checkpoint
 
 

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from itm.config import Train
 from itm.distributed import all_reduce_sum, rank, world_size
-from itm.models.encoders import joint_layers, layers_of, towers_of
+from itm.matchers.encoders.build import joint_layers, layers_of, towers_of
 from itm.training.optim import build_optimizer
 from itm.training.step import Step
 from itm.types import Batch

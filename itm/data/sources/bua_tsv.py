@@ -12,7 +12,7 @@ import numpy as np
 
 from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
-from itm.parts import build_part
+from itm.kinds import build_part
 
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 

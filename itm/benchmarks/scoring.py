@@ -1,0 +1,318 @@
+"""Scoring speed against the published loops, and the time of a COCO 5K evaluation: `itm bench`, or `python -m itm.benchmarks.scoring`.
+
+Ours and the peer (`itm.benchmarks.published_loops`) run in turns on the same random parts of the published size (36 x 1024 regions, 14 to
+15 tokens); medians are compared. A loop over captions costs the same for each, so the peer takes every n-th caption. `bound` is what the
+matrix products of our form alone would allow at the rate of one large product measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.benchmarks.published_loops import naaf_loop, scan_loop, sgraf_loop
+from itm.data.files import write_atomic
+from itm.evaluation.dataset import names_of
+from itm.evaluation.metrics import retrieval_metrics
+from itm.evaluation.protocols import Scored, run_protocol
+from itm.evaluation.scoring import score_matrix
+from itm.matchers.late.base import parts_of
+from itm.matchers.late.scan import SCAN
+from itm.matchers.late.sgraf import SAF, SGR
+from itm.matchers.late.tiles import compiled, product
+from itm.matchers.late.uarda import UARDA
+from itm.types import Encoded
+
+REGIONS, WIDTH, SIMILARITY, STEPS = 36, 1024, 256, 3
+THRESHOLD = 0.1
+COCO_5K_PAIRS = 5_000 * 25_000
+KINDS = ("SCAN t2i", "SCAN i2t", "SGR", "SAF", "UARDA")
+WHATS = ("scoring", "metrics", "all")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: pairs per second of CPU and wall time, ours and the peer's; memory in MB above the inputs."""
+
+    name: str
+    precision: str
+    peer: str
+    ours_cpu: float
+    ours_wall: float
+    peer_cpu: float
+    peer_wall: float
+    ratio_cpu: float
+    ratio_wall: float
+    bound: float
+    difference: float
+    r_at_k: float
+    ours_mb: float
+    peer_mb: float
+
+    @property
+    def of_bound(self) -> float:
+        """Share of the bound that ours reaches."""
+        return self.ours_cpu / self.bound
+
+    @property
+    def coco_5k(self) -> float:
+        """Minutes that 5,000 x 25,000 pairs would take at our rate."""
+        return COCO_5K_PAIRS / self.ours_wall / 60
+
+
+@dataclass(frozen=True)
+class World:
+    images: Encoded
+    captions: Encoded
+    ragged: list[Tensor]
+    every: int
+
+
+def world(images: int, captions: int, every: int, device: str) -> World:
+    """Unit parts with a common mean; lengths 6 + Poisson(8.5), start and end included. Caption n describes image n mod `images`."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator)
+    common = 0.8 * random(1, 1, WIDTH)
+    regions = F.normalize(random(images, REGIONS, WIDTH) + common, dim=-1)
+    lengths = (6 + torch.poisson(torch.full((captions,), 8.5), generator=generator)).long().clamp(max=33)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    own = regions[torch.arange(captions) % images][:, torch.randint(0, REGIONS, (mask.shape[1],), generator=generator)]
+    words = F.normalize(random(captions, mask.shape[1], WIDTH) + common + 32 * own, dim=-1) * mask[..., None]
+    ragged = [row[:n].contiguous().to(device) for row, n in zip(words, lengths.tolist(), strict=True)]
+    left = Encoded(parts=regions, mask=torch.ones(images, REGIONS, dtype=torch.bool))
+    return World(left.to(device), Encoded(parts=words, mask=mask).to(device), ragged[::every], every)
+
+
+def competitors(kind: str, where: World) -> tuple[Any, Callable[[torch.dtype], Tensor]]:
+    """(our matcher, the published loop in a type) of a kind."""
+    regions = parts_of(where.images)[0]
+    matcher: Any
+    if kind.startswith("SCAN"):
+        direction, smooth = kind.split()[1], 9.0 if kind.endswith("t2i") else 4.0
+        matcher = SCAN(vocab_size=4, cross_attn=direction, agg_func="Mean", lambda_softmax=smooth)  # type: ignore[arg-type]
+        loop = lambda r, c: scan_loop(r, c, direction, smooth)
+    elif kind == "UARDA":
+        matcher = UARDA(vocab_size=4, eval_threshold=THRESHOLD)
+        loop = lambda r, c: naaf_loop(r, c, THRESHOLD, 20.0)
+    else:
+        matcher = {"SGR": SGR, "SAF": SAF}[kind](vocab_size=4)
+        loop = lambda r, c: sgraf_loop(matcher, r, c)
+    matcher.eval().to(regions.device)
+    typed: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}
+
+    def peer(dtype: torch.dtype) -> Tensor:
+        if dtype not in typed:  # casting is not timed: the warm-up run does it
+            typed[dtype] = regions.to(dtype), [row.to(dtype) for row in where.ragged]
+        return loop(*typed[dtype])
+
+    return matcher, peer
+
+
+@torch.no_grad()
+def compare(kind: str, where: World, rounds: int, rates: dict[str, float]) -> list[Row]:
+    """Rows of one kind: our float32 and bfloat16 against each published loop (SCAN in float64, as published, and float32)."""
+    matcher, peer = competitors(kind, where)
+    device = parts_of(where.images)[0].device.type
+    peers = {"float32": torch.float32} | ({"float64": torch.float64} if kind.startswith("SCAN") else {})
+    works: dict[str, Callable[[], Tensor]] = {
+        precision: lambda precision=precision: score_matrix(matcher, where.images, where.captions, device=device, precision=precision)  # type: ignore[misc]
+        for precision in ("fp32", "bf16")
+    }
+    works |= {name: lambda dtype=dtype: peer(dtype) for name, dtype in peers.items()}  # type: ignore[misc]
+    spans, memory, results = alternate(works, rounds, device)
+    pairs = {name: len(where.images) * (len(where.captions) if name in ("fp32", "bf16") else len(where.ragged)) for name in works}
+    rate = {name: [pairs[name] / statistics.median(times) for times in zip(*spans[name], strict=True)] for name in works}
+    truth = torch.arange(len(where.images)), torch.arange(len(where.captions)) % len(where.images)
+    recalls = {p: retrieval_metrics(results[p], truth) for p in ("fp32", "bf16")}
+    moved = max(abs(recalls["fp32"][k] - recalls["bf16"][k]) for k in recalls["fp32"] if k[4:] in ("r1", "r5", "r10"))
+    length = float(parts_of(where.captions)[1].sum(1).float().mean())
+    return [
+        Row(
+            kind,
+            precision,
+            name,
+            rate[precision][0],
+            rate[precision][1],
+            rate[name][0],
+            rate[name][1],
+            rate[precision][0] / rate[name][0],
+            rate[precision][1] / rate[name][1],
+            rates[precision] / flops(kind, length),
+            float((results[precision][:, :: where.every] - results[name].cpu()).abs().max()),
+            moved if precision == "bf16" else 0.0,
+            memory[precision],
+            memory[name],
+        )
+        for precision in ("fp32", "bf16")
+        for name in peers
+    ]
+
+
+def alternate(
+    works: dict[str, Callable[[], Tensor]], rounds: int, device: str
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float], dict[str, Tensor]]:
+    """(CPU, wall) seconds of every round, peak MB above the start, and the results, by name; one warm-up round, which is not timed."""
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    memory, results = {}, {}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            before = _peak(device, reset=True)
+            _wait(device)
+            cpu, wall = time.process_time(), time.perf_counter()
+            results[name] = work()
+            _wait(device)
+            if turn:
+                spans[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+            memory[name] = (_peak(device) - before) / 1e6
+    return spans, memory, results
+
+
+def flops(kind: str, length: float) -> float:
+    """Floating-point operations of the large products that our form needs for a pair (SGRAF spec 8.1, with 8.4)."""
+    attention, nodes = 2 * REGIONS * WIDTH * length, length + 1
+    if kind not in ("SGR", "SAF"):
+        return attention
+    common = 2 * attention + 2 * WIDTH * SIMILARITY * nodes
+    return common + (STEPS - 1) * (4 * SIMILARITY**2 * nodes + 4 * SIMILARITY * nodes**2) * (kind == "SGR")
+
+
+def product_rates(device: str, rounds: int) -> dict[str, float]:
+    """Operations per second of CPU time (GPU: wall time) of one large product, by precision."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = (torch.randn(rows, WIDTH, device=device).to(dtype) for rows in (3600, 960))
+        spans, _, _ = alternate({name: lambda left=left, right=right: product(left, right)}, 2 * rounds, device)  # type: ignore[misc]
+        found[name] = 2 * 3600 * 960 * WIDTH / statistics.median(span[device != "cpu"] for span in spans[name])
+    return found
+
+
+@torch.no_grad()
+def coco_5k(rounds: int, device: str) -> dict[str, float]:
+    """Median seconds and MB of a dual encoder's evaluation, 5,000 x 25,000 vectors of width 512: scores, coco-5k, coco-1k-5fold.
+
+    MB: peak above the vectors and the score matrix (500 MB), which are not counted.
+    """
+    images = F.normalize(torch.randn(5000, 512), dim=1)
+    captions = F.normalize(images.repeat_interleave(5, 0) + 0.15 * torch.randn(25000, 512), dim=1)
+    sides = Encoded(vector=images), Encoded(vector=captions)
+    matrix: list[Tensor] = []
+
+    class Dual:
+        def score(self, images: Encoded, captions: Encoded) -> Tensor:
+            return images.vector @ captions.vector.T  # type: ignore[operator,union-attr]
+
+    def scoring() -> Tensor:
+        matrix[:] = [score_matrix(Dual(), *sides, device=device)]  # type: ignore[arg-type]
+        return matrix[0]
+
+    def metrics() -> Tensor:
+        scored = Scored(matrix[0], names_of(5000, torch.arange(25000) // 5))
+        return torch.tensor([run_protocol(name, scored).metrics["rsum"] for name in ("coco-5k", "coco-1k-5fold")])
+
+    spans, memory, _ = alternate({"scores": scoring, "metrics": metrics}, rounds, device)
+    found = {f"{name}_{kind}": statistics.median(s[k] for s in spans[name]) for name in spans for k, kind in enumerate(("cpu", "wall"))}
+    return found | {"metrics_mb": memory["metrics"], "scores_mb": memory["scores"]}
+
+
+def _peak(device: str, reset: bool = False) -> float:
+    """Largest memory in bytes since the last reset; a reset gives what is held now. 0 where the system does not tell."""
+    if device != "cpu":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def table(rows: list[Row]) -> str:
+    heads = ["ours/CPU-s", "peer/CPU-s", "x CPU", "x wall", "of bound", "COCO 5K min", "max |d|", "R@K moved", "ours MB", "peer MB"]
+    lines = [f"{'':<9} {'ours':<5} {'peer':<8}" + "".join(f"{head:>12}" for head in heads)]
+    for r in rows:
+        rates = f"{r.ours_cpu:>12,.0f}{r.peer_cpu:>12,.0f}{r.ratio_cpu:>12.1f}{r.ratio_wall:>12.1f}{r.of_bound:>12.0%}{r.coco_5k:>12.1f}"
+        rest = f"{r.difference:>12.1e}{r.r_at_k:>12.2f}{r.ours_mb:>12.0f}{r.peer_mb:>12.0f}"
+        lines.append(f"{r.name:<9} {r.precision:<5} {r.peer:<8}{rates}{rest}")
+    return "\n".join(lines)
+
+
+def plot(rows: list[Row], path: str) -> None:
+    """Bars of the CPU ratios. Raises ValueError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(8, 0.4 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([f"{r.name} {r.precision} / {r.peer}" for r in rows], [r.ratio_cpu for r in rows])
+    axes.bar_label(bars, fmt="%.1f")
+    axes.invert_yaxis()
+    axes.set_xlabel("pairs per CPU second, times the published loop")
+    figure.savefig(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=WHATS, default="all", help="scoring against published loops, metrics at COCO 5K size")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--every", type=int, default=5, help="the peer scores every n-th caption: by default 100 x 100, as published")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile; the first round, which is not timed, compiles")
+    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure")
+    parser.add_argument("--plot", metavar="SVG", help="also draw the ratios")
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    rates = product_rates(args.device, args.rounds)
+    about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "device": args.device, "rounds": args.rounds, **rates}
+    print(f"one thread, medians of {args.rounds} alternating runs; one large product: " + _rates(rates), flush=True)
+    rows: list[Row] = []
+    if args.what != "metrics":
+        where = world(args.images, args.captions, args.every, args.device)
+        tokens = float(parts_of(where.captions)[1].sum(1).float().mean())
+        print(f"{args.images} images x {REGIONS} x {WIDTH}, {args.captions} captions of {tokens:.1f} tokens")
+        for kind in args.kinds:
+            with compiled(args.compile):
+                rows += compare(kind, where, args.rounds, rates)
+            print(table(rows[-(4 if kind.startswith("SCAN") else 2) :]), flush=True)
+    metrics = coco_5k(args.rounds, args.device) if args.what != "scoring" else {}
+    if metrics:
+        print("COCO 5K, 5,000 x 25,000, width 512: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    if args.json:
+        write_atomic(args.json, json.dumps({"about": about, "rows": [asdict(row) for row in rows], "metrics": metrics}, indent=1).encode())
+    if args.plot:
+        plot(rows, args.plot)
+    return 0
+
+
+def _rates(rates: dict[str, float]) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    raise SystemExit(run(parser.parse_args()))

@@ -1,0 +1,93 @@
+"""The authors' SCAN and SGRAF checkpoints (`model_best.pth.tar`): list of state dicts [image, text(, similarity)] plus their options.
+
+Layout: SCAN spec 5, SGRAF spec 5. Sizes come from the tensors; what the tensors cannot tell (direction, norms, temperatures) from `opt`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from itm.importers.state import fill
+from itm.matchers.late.scan import SCAN
+from itm.matchers.late.sgraf import SAF, SGR
+
+SCORING = ("cross_attn", "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse")
+
+
+def own_name(part: int, key: str) -> str:
+    """The name a tensor of part 0 (image), 1 (text) or 2 (similarity) of the authors' list has in our matcher."""
+    if part == 1:
+        key = key.removeprefix("cap_")
+    return ("image.", "text.", "")[part] + key
+
+
+def load_scan(checkpoint: dict[str, Any], **needed: Any) -> nn.Module:
+    """SCAN, SGR or SAF with the weights of a checkpoint, in evaluation mode. `needed` overrules or supplies options of `opt`.
+
+    Raises ValueError naming missing options, missing or unexpected keys, tensors of another shape, and a `vocab_size` that differs.
+    """
+    options = {**_as_dict(checkpoint.get("opt")), **needed}
+    parts = checkpoint["model"]
+    state = {own_name(i, key): value for i, part in enumerate(parts) for key, value in part.items()}
+    words = _tensor(state, "text.embed.weight")
+    wanted = needed.get("vocab_size")
+    if wanted is not None and wanted != words.shape[0]:
+        raise ValueError(f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use its own vocabulary file")
+    towers = {"vocab_size": words.shape[0], "image": _image(state, options), "text": _text(state, options)}
+    matcher = _scan(towers, options) if len(parts) == 2 else _sgraf(towers, state)
+    fill(matcher, state)
+    return matcher.eval()
+
+
+def _as_dict(opt: Any) -> dict[str, Any]:
+    return dict(opt) if isinstance(opt, dict) else dict(vars(opt)) if opt is not None else {}
+
+
+def _tensor(state: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(f"checkpoint does not fit SCAN or SGRAF: missing {key}. Is it whole, and of this family?")
+    return state[key]
+
+
+def _image(state: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    weight_norm = "image.fc.weight_v" in state
+    weight = _tensor(state, "image.fc.weight_v" if weight_norm else "image.fc.weight")
+    if weight_norm and "image.fc.weight_g" in state:
+        state["image.fc.weight_g"] = state["image.fc.weight_g"].reshape(())
+    width, in_width = weight.shape
+    return {"kind": "regions", "in_width": in_width, "width": width, "normalize": not options.get("no_imgnorm"), "weight_norm": weight_norm}
+
+
+def _text(state: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    layers = sum(key.startswith("text.rnn.weight_hh_l") and not key.endswith("_reverse") for key in state)
+    return {
+        "kind": "gru",
+        "word_dim": state["text.embed.weight"].shape[1],
+        "width": _tensor(state, "text.rnn.weight_hh_l0").shape[1],
+        "layers": layers,
+        "bidirectional": "text.rnn.weight_hh_l0_reverse" in state,
+        "normalize": not options.get("no_txtnorm"),
+    }
+
+
+def _scan(towers: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    absent = [name for name in SCORING if name not in options]
+    if absent:
+        raise ValueError(f"the SCAN checkpoint does not say {', '.join(absent)}: pass them, e.g. load_official(path, {absent[0]}=...)")
+    return SCAN(**towers, **{name: options[name] for name in SCORING})
+
+
+def _sgraf(towers: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    sizes: dict[str, Any] = {
+        "sim_dim": _tensor(state, "sim_tranloc_w.weight").shape[0],
+        "regions": _tensor(state, "v_global_w.embedding_local.1.weight").shape[0],
+    }
+    towers["text"]["dropout"] = 0.4
+    if any(key.startswith("SAF_module.") for key in state):
+        return SAF(**towers, **sizes)
+    steps = {key.split(".")[1] for key in state if key.startswith("SGR_module.")}
+    if not steps:
+        raise ValueError("the third part of the checkpoint holds neither SGR_module nor SAF_module: only SGR and SAF are known")
+    return SGR(**towers, **sizes, steps=len(steps))

@@ -1,0 +1,69 @@
+"""The authors' UNITER and IAIS checkpoints (`.pt`): pre-trained (230 tensors for base) and fine-tuned for retrieval (214).
+
+Our UNITER has their names, so loading is a check: every key is consumed or belongs to a named pre-training head. Sizes come from the
+tensors; only the number of heads cannot be seen in them (64 numbers a head in both published sizes).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from itm.importers.state import fill
+from itm.matchers.joint.uniter import UNITER
+
+PRETRAINING_HEADS = ("cls.", "feat_regress.", "region_classifier.")
+HEAD_WIDTH = 64
+
+
+def load_uniter(state: dict[str, Any], **needed: Any) -> UNITER:
+    """The matcher of a flat state dict, float32, in evaluation mode; `matcher.dropped` names the pre-training keys that were left out.
+
+    `rank_output`, absent from pre-trained files, is copied from row 1 (match) of `itm_output`. `needed`: `heads` for a hidden size that
+    is no multiple of 64, `vocab_size` to be compared with the file, and any other option of UNITER (dropout, score_tokens, ...).
+    Raises ValueError naming missing or unexpected keys, shapes that do not fit, another vocabulary size, or `heads` when it is needed.
+    """
+    tensors = {_own_name(key): value.float() for key, value in state.items() if isinstance(value, Tensor)}
+    dropped = sorted(key for key in tensors if key.startswith(PRETRAINING_HEADS))
+    kept = {key: value for key, value in tensors.items() if key not in set(dropped)}
+    for part in ("weight", "bias"):
+        if f"rank_output.{part}" not in kept and f"itm_output.{part}" in kept:
+            kept[f"rank_output.{part}"] = kept[f"itm_output.{part}"][1:2].clone()
+    matcher = UNITER(**{**_sizes(kept, needed), **{k: v for k, v in needed.items() if k != "vocab_size"}})
+    fill(matcher, kept)
+    matcher.dropped = dropped
+    return matcher.eval()
+
+
+def _own_name(key: str) -> str:
+    """Without the prefix of a wrapper, and with today's names for the two parameters of a LayerNorm."""
+    parts = key.removeprefix("module.").split(".")
+    return ".".join({"gamma": "weight", "beta": "bias"}.get(part, part) for part in parts)
+
+
+def _sizes(state: dict[str, Tensor], needed: dict[str, Any]) -> dict[str, Any]:
+    words = _tensor(state, "uniter.embeddings.word_embeddings.weight")
+    vocab_size, hidden = words.shape
+    wanted = needed.get("vocab_size", vocab_size)
+    if wanted != vocab_size:
+        raise ValueError(f"the checkpoint embeds {vocab_size} word pieces, the tokenizer has {wanted}: use bert-base-cased, as UNITER does")
+    if "heads" not in needed and hidden % HEAD_WIDTH:
+        raise ValueError(f"the number of heads cannot be told from a hidden size of {hidden}: give heads=<number>")
+    layers = {int(found[1]) for key in state if (found := re.match(r"uniter\.encoder\.layer\.(\d+)\.", key))}
+    return {
+        "vocab_size": vocab_size,
+        "hidden": hidden,
+        "layers": max(layers, default=0) + 1,
+        "heads": hidden // HEAD_WIDTH,
+        "intermediate": _tensor(state, "uniter.encoder.layer.0.intermediate.dense.weight").shape[0],
+        "positions": _tensor(state, "uniter.embeddings.position_embeddings.weight").shape[0],
+        "region_dim": _tensor(state, "uniter.img_embeddings.img_linear.weight").shape[1],
+    }
+
+
+def _tensor(state: dict[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise ValueError(f"checkpoint does not fit UNITER: missing {key}. Is it whole, and of this family?")
+    return state[key]

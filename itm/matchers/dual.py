@@ -1,0 +1,120 @@
+"""Dual encoder (VSE): any image encoder and any text encoder, projected to one space; a score is a cosine.
+
+With heads (CUSA spec 2.1) the retrieval vector goes through a `cross` head, and `uni` heads add vectors for image-image and text-text
+similarity. The heads belong to the matcher, so they are evaluated, saved and registered with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from itm.matchers.encoders.build import build_image_encoder, build_text_encoder
+from itm.matchers.norms import masked_mean
+from itm.types import Captions, Encoded, Images
+
+
+class Head(nn.Module):
+    """Linear(LayerNorm(z)), width to width; Linear weight N(0, 0.02), LayerNorm eps 1e-5 (CUSA spec 2.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+        nn.init.normal_(self.linear.weight, std=0.02)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear(self.norm(z))
+
+
+class Heads(nn.Module):
+    """The heads of one modality. `vector` = normalised cross head (or the normalised feature), `uni` = normalised uni head."""
+
+    def __init__(self, width: int, cross: bool, uni: bool) -> None:
+        super().__init__()
+        self.cross = Head(width) if cross else nn.Identity()
+        self.uni = Head(width) if uni else None
+
+    def forward(self, z: Tensor) -> Encoded:
+        """(N,D) features -> Encoded with unit rows."""
+        return Encoded(vector=F.normalize(self.cross(z), dim=-1), uni=None if self.uni is None else F.normalize(self.uni(z), dim=-1))
+
+
+def read_heads(heads: dict[str, bool] | None) -> dict[str, bool]:
+    """`{"cross": ..., "uni": ...}` with both filled in. Raises ValueError for another key."""
+    given = {"cross": False, "uni": False, **(heads or {})}
+    if set(given) != {"cross", "uni"}:
+        raise ValueError(f"heads takes cross and uni (true or false), not {sorted(set(given) - {'cross', 'uni'})}")
+    return given
+
+
+class DualEncoder(nn.Module):
+    """Encoders, one linear layer each to `width`, optional heads, L2 normalisation. score = cosine."""
+
+    kind: ClassVar[str] = "dual"
+    image_kind: ClassVar[str] = "conv"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        image: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        width: int = 128,
+        heads: dict[str, bool] | None = None,
+    ) -> None:
+        """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}. Raises ValueError as they do."""
+        super().__init__()
+        image, text, heads = image or {"kind": self.image_kind}, text or {"kind": "pooled_gru"}, read_heads(heads)
+        self.image_encoder = build_image_encoder(**image)
+        self.text_encoder = build_text_encoder(vocab_size=vocab_size, **text)
+        self.image_linear = nn.Linear(_pooled_width(self.image_encoder), width)
+        self.text_linear = nn.Linear(_pooled_width(self.text_encoder), width)
+        self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
+        self.vector_width, self.uni_width = width, width if heads["uni"] else 0
+        self.options = {
+            "image": {"kind": image["kind"], **_options(self.image_encoder, image)},
+            "text": {"kind": text["kind"], **_options(self.text_encoder, text)},
+            "width": width,
+            "heads": heads,
+        }
+
+    def encode_images(self, images: Images) -> Encoded:
+        return self.image_heads(self.image_linear(_pooled(self.image_encoder(images))))
+
+    def encode_captions(self, captions: Captions) -> Encoded:
+        return self.text_heads(self.text_linear(_pooled(self.text_encoder(captions))))
+
+    def score(self, images: Encoded, captions: Encoded) -> Tensor:
+        """(I,T) cosines."""
+        return cosines(images, captions)
+
+
+def cosines(images: Encoded, captions: Encoded) -> Tensor:
+    """(I,T) products of unit vectors, at least float32 whatever the autocast: temperatures enlarge their rounding."""
+    assert images.vector is not None
+    assert captions.vector is not None
+    kind = torch.promote_types(images.vector.dtype, torch.float32)
+    with torch.autocast(images.vector.device.type, enabled=False):
+        return images.vector.to(kind) @ captions.vector.to(kind).T
+
+
+def _pooled(encoded: Encoded) -> Tensor:
+    """The encoder's own vector, else the mean of its real parts."""
+    if encoded.vector is not None:
+        return encoded.vector
+    assert encoded.parts is not None, "an encoder returns a vector or parts"
+    return masked_mean(encoded.parts, encoded.mask)
+
+
+def _pooled_width(encoder: Any) -> int:
+    return int(encoder.vector_width or encoder.width)
+
+
+def _options(encoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """An encoder that was loaded from a path knows the configuration that rebuilds it without the path."""
+    known: dict[str, Any] = getattr(encoder, "options", given)
+    return {key: value for key, value in known.items() if key != "kind"}

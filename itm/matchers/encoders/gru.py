@@ -1,0 +1,52 @@
+"""Words of a caption through embedding and (bi-)GRU, as SCAN and SGRAF read them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from itm.matchers.encoders.towers import check_tokens
+from itm.matchers.norms import l2, masked_mean
+from itm.types import Captions, Encoded
+
+
+class WordGRU(nn.Module):
+    """parts (N,L,width): embedding, dropout, packed GRU, mean of the two directions of the last layer, l2 (SGRAF spec 2.2).
+
+    vector (N,width) = mean over the valid words, start and end included. normalize=False is `no_txtnorm`; SCAN has no dropout, SGRAF 0.4.
+    """
+
+    scan_family = True
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        word_dim: int = 300,
+        width: int = 1024,
+        layers: int = 1,
+        bidirectional: bool = True,
+        dropout: float = 0.0,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.options = dict(
+            word_dim=word_dim, width=width, layers=layers, bidirectional=bidirectional, dropout=dropout, normalize=normalize
+        )
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+        self.dropout = nn.Dropout(dropout)
+        self.rnn = nn.GRU(word_dim, width, layers, batch_first=True, bidirectional=bidirectional)
+        self.normalize = normalize
+        self.width = self.vector_width = width
+
+    def forward(self, captions: Captions) -> Encoded:
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.embed.num_embeddings)
+        lengths, words = captions.mask.sum(1).cpu(), captions.tokens.shape[1]
+        packed = pack_padded_sequence(self.dropout(self.embed(captions.tokens)), lengths, batch_first=True, enforce_sorted=False)
+        parts, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=words)
+        if self.rnn.bidirectional:
+            parts = (parts[..., : self.width] + parts[..., self.width :]) / 2
+        parts = l2(parts) if self.normalize else parts
+        return Encoded(vector=masked_mean(parts, captions.mask), parts=parts, mask=captions.mask)

@@ -1,0 +1,267 @@
+"""Image and text encoders that work from pixels and token ids: a small ConvNet, a max-pooled BiGRU, any Hugging Face backbone.
+
+Each is called with Images or Captions and returns `Encoded` with `parts` (grid cells, patches or words) and `vector`. `options` holds
+what rebuilds the same architecture without a network connection.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from itm.matchers.norms import masked_mean
+from itm.types import Captions, Encoded, Images
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+class Normalise(nn.Module):
+    """uint8 (B,3,H,W) -> float ((x / 255 - mean) / std), on the device of the pixels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Images) -> Tensor:
+        """Raises ValueError when the images hold regions only."""
+        if images.pixels is None:
+            raise ValueError("this image encoder reads pixels, the data hold none: set data.image=pixels or use the encoder `regions`")
+        return (images.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+class ConvTower(nn.Module):
+    """Three convolutions and a linear layer: 4x4/4-48, 3x3/2-96, 3x3/2-128 (BatchNorm, ReLU), flatten, linear `hidden`, ReLU.
+
+    parts = the last grid (N, K, 128); vector = (N, hidden).
+    """
+
+    def __init__(self, *, image_size: int = 64, hidden: int = 256) -> None:
+        super().__init__()
+        self.options = {"image_size": image_size, "hidden": hidden}
+        self.image_size = image_size
+        self.normalise = Normalise((0.5,) * 3, (0.25,) * 3)
+        self.grid = nn.Sequential(_conv(3, 48, 4, 4, 0), _conv(48, 96, 3, 2, 1), _conv(96, 128, 3, 2, 1))
+        side = (image_size // 4 + 3) // 4
+        self.linear = nn.Linear(side * side * 128, hidden)
+        self.width, self.vector_width = 128, hidden
+
+    def forward(self, images: Images) -> Encoded:
+        """Raises ValueError when the pixels are not `image_size` a side."""
+        pixels = self.normalise(images)
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"conv tower for {self.image_size} pixels a side got {tuple(pixels.shape[-2:])}: set its image_size to data.image_size"
+            )
+        grid = self.grid(pixels)
+        vector = torch.relu(self.linear(grid.flatten(1)))
+        parts = grid.flatten(2).transpose(1, 2)
+        return Encoded(vector=vector, parts=parts, mask=parts.new_ones(parts.shape[:2], dtype=torch.bool))
+
+
+def _conv(inside: int, outside: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inside, outside, kernel, stride, padding, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
+
+
+class PooledGRU(nn.Module):
+    """Word embedding, bidirectional GRU. parts = both directions concatenated (N, L, 2*hidden); vector = their maximum over words."""
+
+    def __init__(self, *, vocab_size: int, word_dim: int = 64, hidden: int = 128) -> None:
+        super().__init__()
+        self.options = {"word_dim": word_dim, "hidden": hidden}
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        self.gru = nn.GRU(word_dim, hidden, batch_first=True, bidirectional=True)
+        self.width = self.vector_width = 2 * hidden
+
+    def forward(self, captions: Captions) -> Encoded:
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.embed.num_embeddings)
+        lengths = captions.mask.sum(1)
+        packed = pack_padded_sequence(self.embed(captions.tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        parts, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=captions.tokens.shape[1])
+        vector = parts.masked_fill(~captions.mask.unsqueeze(-1), -torch.inf).amax(1)
+        return Encoded(vector=vector, parts=parts, mask=captions.mask)
+
+
+class HFVision(nn.Module):
+    """Any Hugging Face vision backbone, by `path` (hub name or folder) or by `config` ({"model_type": ...}, random weights).
+
+    parts = patch tokens without class or register tokens, or the cells of a convolutional grid; vector = the model's pooled output,
+    else the mean of the parts. `mean` and `std` default to the preprocessor_config.json of `path`, else to ImageNet's.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        freeze: bool = False,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        """Raises ValueError unless exactly one of `path` and `config` is given."""
+        super().__init__()
+        self.model = load_backbone(path, config, "vision_config", "image encoder hf_vision")
+        known_mean, known_std = _pixel_statistics(path)
+        mean, std = tuple(mean or known_mean), tuple(std or known_std)
+        self.normalise = Normalise(mean, std)
+        self.frozen = freeze
+        self.options = {"config": as_config(self.model), "freeze": freeze, "mean": list(mean), "std": list(std)}
+        self.model.requires_grad_(not freeze)
+        widths = getattr(self.model.config, "hidden_sizes", None)
+        self.width = self.vector_width = int(widths[-1] if widths else self.model.config.hidden_size)
+
+    def train(self, mode: bool = True) -> HFVision:
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self, images: Images) -> Encoded:
+        """Raises ValueError when the backbone cannot take this image size."""
+        pixels = self.normalise(images)
+        try:
+            out = self.model(pixel_values=pixels)
+        except ValueError as error:
+            wanted = getattr(self.model.config, "image_size", None)
+            raise ValueError(f"vision backbone refuses {tuple(pixels.shape[-2:])} pixels; set data.image_size={wanted} ({error})") from None
+        hidden = out.last_hidden_state
+        parts = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, self._extra_tokens(hidden, pixels) :]
+        pooled = out.get("pooler_output")
+        vector = parts.mean(1) if pooled is None else pooled.flatten(1)
+        return Encoded(vector=vector, parts=parts, mask=parts.new_ones(parts.shape[:2], dtype=torch.bool))
+
+    def _extra_tokens(self, hidden: Tensor, pixels: Tensor) -> int:
+        """Class and register tokens stand before the patches: what the patch grid does not explain."""
+        patch = getattr(self.model.config, "patch_size", None)
+        if not isinstance(patch, int):
+            return 0
+        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
+        return max(0, hidden.shape[1] - patches)
+
+
+class HFText(nn.Module):
+    """Any Hugging Face text model, by `path` or by `config`. parts = the last hidden states.
+
+    vector: `mean` of the real tokens, `first` (class token), or `last` (CLIP: the end token).
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        freeze: bool = False,
+        pool: Literal["mean", "first", "last"] = "mean",
+    ) -> None:
+        """Raises ValueError unless exactly one of `path` and `config` is given, or when the tokenizer has more ids than the model."""
+        super().__init__()
+        if config is not None:
+            config = {"vocab_size": vocab_size, **config}
+        self.model = load_backbone(path, config, "text_config", "text encoder hf_text")
+        check_vocabulary(vocab_size, self.model.config.vocab_size)
+        self.frozen, self.pool = freeze, pool
+        self.options = {"config": as_config(self.model), "freeze": freeze, "pool": pool}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not freeze and "pooler" not in name)
+        self.width = self.vector_width = int(self.model.config.hidden_size)
+
+    def train(self, mode: bool = True) -> HFText:
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self, captions: Captions) -> Encoded:
+        """Raises ValueError as `check_tokens`."""
+        check_tokens(captions, self.model.config.vocab_size)
+        parts = self.model(input_ids=captions.tokens, attention_mask=captions.mask.long()).last_hidden_state
+        return Encoded(vector=pool_tokens(parts, captions.mask, self.pool), parts=parts, mask=captions.mask)
+
+
+def pool_tokens(parts: Tensor, mask: Tensor, pool: str) -> Tensor:
+    """(N,L,D) -> (N,D): `mean` of real tokens, the `first`, or the `last` real one."""
+    if pool == "mean":
+        return masked_mean(parts, mask)
+    position = mask.sum(1) - 1 if pool == "last" else mask.new_zeros(len(mask), dtype=torch.int64)
+    return parts[torch.arange(len(parts), device=parts.device), position]
+
+
+def load_backbone(path: str | None, config: dict[str, Any] | None, inner: str, what: str) -> Any:
+    """A Hugging Face model in float32; of a two-tower checkpoint (CLIP, SigLIP) the tower whose configuration is `inner`."""
+    from transformers import AutoConfig, AutoModel
+
+    if (path is None) == (config is None):
+        raise ValueError(f"{what} needs either path (hub name or folder) or config (a dict with model_type)")
+    if config is not None:
+        choices = dict(config)
+        if "model_type" not in choices:
+            raise ValueError(f"{what}: config needs model_type, for instance vit, clip_vision_model or bert")
+        return AutoModel.from_config(AutoConfig.for_model(choices.pop("model_type"), **choices), dtype=torch.float32)
+    assert path is not None
+    try:
+        found = AutoConfig.from_pretrained(path)
+        return AutoModel.from_pretrained(path, config=getattr(found, inner, found), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{what}: path={path!r} holds no model: {error}") from None
+
+
+def as_config(model: Any) -> dict[str, Any]:
+    """The JSON-able configuration of a Hugging Face model, without what only concerns its file."""
+    found: dict[str, Any] = model.config.to_diff_dict()
+    for key in ("architectures", "transformers_version", "dtype", "_name_or_path"):
+        found.pop(key, None)
+    return {"model_type": model.config.model_type, **found}
+
+
+def check_vocabulary(tokens: int, embeddings: int) -> None:
+    """Raises ValueError when the tokenizer makes ids that the text model has no embedding for."""
+    if tokens > embeddings:
+        raise ValueError(
+            f"the tokenizer has {tokens} ids, the text model embeds {embeddings}: use the tokenizer that came with it (text.path)"
+        )
+
+
+def check_tokens(captions: Captions, embeddings: int) -> None:
+    """Raises ValueError for a caption without a token, or a token id that the model has no embedding for."""
+    if torch.compiler.is_compiling():
+        return
+    empty = (~captions.mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"caption rows {empty[:8]} of the batch have no word at all: the tokenizer must add start and end")
+    if int(captions.tokens.max()) >= embeddings:
+        raise ValueError(f"token id {int(captions.tokens.max())} in a vocabulary of {embeddings}: use the model's own vocabulary")
+
+
+def _pixel_statistics(path: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    if path is None:
+        return IMAGENET
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    except OSError:
+        return IMAGENET
+    return tuple(found.get("image_mean", IMAGENET[0])), tuple(found.get("image_std", IMAGENET[1]))
+
+
+def load_clip(path: str | None, config: dict[str, Any] | None) -> Any:
+    """CLIPModel in float32, by `path` or by `config` of CLIPConfig. Raises ValueError unless exactly one is given and holds one."""
+    from transformers import CLIPConfig, CLIPModel
+
+    if (path is None) == (config is None):
+        raise ValueError("model clip needs either path (hub name or folder) or config (a dict with text_config and vision_config)")
+    if config is not None:
+        return CLIPModel(CLIPConfig(**{key: value for key, value in config.items() if key != "model_type"})).float()
+    try:
+        return CLIPModel.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model clip: path={path!r} holds no CLIP model: {error}") from None

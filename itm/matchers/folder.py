@@ -1,0 +1,121 @@
+"""A matcher on disk: config.json (architecture), model.safetensors (weights), inputs.json and tokenizer/ (preparation). No pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from itm.config import Part
+from itm.data import files
+from itm.data.preprocess import Inputs
+from itm.kinds import build_part, find_part
+from itm.matchers import MATCHERS
+from itm.matchers.encoders.build import IMAGE_ENCODERS
+
+FORMAT = 1
+
+
+def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
+    """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
+    options = _with_image_size(part, inputs.image.size)
+    matcher: nn.Module = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    matcher.inputs = inputs  # type: ignore[assignment]
+    return matcher
+
+
+def _with_image_size(part: Part, size: int) -> dict[str, Any]:
+    """The options of the model, with the size of the data's images for an image encoder that is built for one size and is told none."""
+    usual = getattr(find_part(MATCHERS, part.kind, "model"), "image_kind", None)
+    given = part.options.get("image") or {}
+    kind = given.get("kind", usual) if isinstance(given, dict) else None
+    if kind not in IMAGE_ENCODERS or "image_size" in given:
+        return part.options
+    if "image_size" not in inspect.signature(find_part(IMAGE_ENCODERS, kind, "image encoder")).parameters:
+        return part.options
+    return {**part.options, "image": {"kind": kind, **given, "image_size": size}}
+
+
+def take_weights(matcher: nn.Module, uri: str) -> None:
+    """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
+    other = load_matcher_folder(uri)
+    if other.kind != matcher.kind:
+        raise ValueError(
+            f"{uri} holds a {other.kind!r}, model.kind is {matcher.kind!r}: take model.kind and model.options from its config.json"
+        )
+    try:
+        matcher.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise ValueError(f"{uri} does not fit model.options, take them from its config.json: {error}") from None
+
+
+def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
+    """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
+    target = str(folder)
+    local = "://" not in target
+    if local:
+        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(Path(target).absolute() if local else None) as scratch:
+        written = scratch / "matcher"
+        written.mkdir()
+        save_model(matcher, str(written / "model.safetensors"))
+        matcher.inputs.save(written)  # type: ignore[union-attr,operator]
+        config = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        (written / "config.json").write_text(json.dumps(config, indent=1))
+        if local:
+            _replace(written, Path(target))
+        else:
+            _upload(written, target)
+
+
+@contextlib.contextmanager
+def _scratch(target: Path | None) -> Iterator[Path]:
+    """A folder beside the target, whose name tells the next run when its writer died; without one, anywhere."""
+    if target is None:
+        with tempfile.TemporaryDirectory() as anywhere:
+            yield Path(anywhere)
+        return
+    beside = Path(files.temporary(str(target)))
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(written: Path, target: Path) -> None:
+    """A folder cannot be renamed over a full one: the old one steps aside first."""
+    aside = written.parent / "old"
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(written, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _upload(written: Path, target: str) -> None:
+    paths = sorted((p for p in written.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
+    for path in paths:
+        files.write_atomic(files.join(target, *path.relative_to(written).parts), path.read_bytes())
+
+
+def load_matcher_folder(folder: str | Path) -> nn.Module:
+    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing."""
+    with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
+        for name in ("config.json", "model.safetensors"):
+            if not (path / name).exists():
+                raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
+        config = json.loads((path / "config.json").read_text())
+        if config["format"] > FORMAT:
+            raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")
+        matcher = build_matcher(Part(kind=config["kind"], options=config["options"]), Inputs.load(path))
+        load_model(matcher, str(path / "model.safetensors"))
+    return matcher.eval()

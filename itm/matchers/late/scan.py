@@ -1,0 +1,129 @@
+"""SCAN, stacked cross attention (Lee et al., ECCV 2018), as in the authors' code: every direction, norm and aggregation, batched.
+
+Cosines with attended vectors come from the raw scores and the Gram matrix of the context, so no attended vector is built; the numbers
+are the authors' up to rounding. One image and one word work, and so do the two l1 norms, all of which fail in the original.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores, zero_padding
+from itm.matchers.late.tiles import attended_squares, can_tile, fusible, tiled_relevance
+from itm.matchers.norms import EPS, guarded_norm, l1, l2
+from itm.types import Encoded
+
+Direction = Literal["t2i", "i2t"]
+RawNorm = Literal["clipped_l2norm", "l2norm", "clipped", "no_norm", "softmax", "clipped_l1norm", "l1norm"]
+Aggregation = Literal["LogSumExp", "Mean", "Max", "Sum"]
+MOST_SMOOTHING = 64  # exp(64)^2 x regions is still a float32
+
+
+@fusible
+def attend(raw: Tensor, grams: Tensor, context_mask: Tensor | None, clipped: bool, smooth: float) -> Tensor:
+    """(3,Nc,Q,Nq): w'raw, w'Gw and sum w for weights w that the softmax would divide by their sum; in (-1,1) x smooth, exp is safe.
+
+    raw (Nc,C,Q,Nq), grams (Nc,C,C), context_mask (Nc,C): a tile of `itm.matchers.late.tiles`.
+    """
+    weights = F.leaky_relu(raw, 0.1) if clipped else raw.clone()
+    norms = weights.square().sum(2, keepdim=True).sqrt_()
+    weights.mul_(smooth / norms.add_(EPS)).exp_()
+    if context_mask is not None:
+        weights.mul_(context_mask[:, :, None, None])
+    squares, total = attended_squares(weights, grams), weights.sum(1)
+    return torch.stack([weights.mul_(raw).sum(1), squares, total])
+
+
+class SCAN(LateInteraction):
+    """The options beside `image` and `text` (see LateInteraction) have the authors' names and meanings."""
+
+    kind: ClassVar[str] = "scan"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        image: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        cross_attn: Direction = "t2i",
+        raw_feature_norm: RawNorm = "clipped_l2norm",
+        agg_func: Aggregation = "LogSumExp",
+        lambda_softmax: float = 9.0,
+        lambda_lse: float = 6.0,
+    ) -> None:
+        """Raises ValueError for an unknown choice."""
+        super().__init__(vocab_size=vocab_size, image=image, text=text)
+        chosen = {"cross_attn": cross_attn, "raw_feature_norm": raw_feature_norm, "agg_func": agg_func}
+        for (name, choice), known in zip(chosen.items(), (Direction, RawNorm, Aggregation), strict=True):
+            if choice not in get_args(known):
+                raise ValueError(f"SCAN has no {name}={choice!r}; known: {', '.join(get_args(known))}")
+        self.cross_attn, self.raw_feature_norm, self.agg_func = cross_attn, raw_feature_norm, agg_func
+        self.lambda_softmax, self.lambda_lse = lambda_softmax, lambda_lse
+        self.options = {**self.towers, **chosen, "lambda_softmax": lambda_softmax, "lambda_lse": lambda_lse}
+
+    def score(self, images: Encoded, captions: Encoded) -> Tensor:
+        """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions (spec 3)."""
+        if self.cuts_tiles(captions):
+            return self._tiled(images, captions)
+        query, context = (captions, images) if self.cross_attn == "t2i" else (images, captions)
+        scores = aggregate(self._relevance(query, context), parts_of(query)[1], self.agg_func, self.lambda_lse)
+        return scores if self.cross_attn == "t2i" else scores.T
+
+    def cuts_tiles(self, captions: Encoded) -> bool:
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: without gradient, for the norms that allow it."""
+        normed = self.raw_feature_norm in ("clipped_l2norm", "l2norm") and abs(self.lambda_softmax) < MOST_SMOOTHING
+        return normed and can_tile(captions)
+
+    def _tiled(self, images: Encoded, captions: Encoded) -> Tensor:
+        """The same scores without gradient."""
+        t2i, parts = self.cross_attn == "t2i", parts_of(images)[0]
+        scores = parts.new_empty(len(images), len(captions))
+        norms = guarded_norm(parts_of(captions if t2i else images)[0]).squeeze(-1)
+        weigh = functools.partial(attend, clipped=self.raw_feature_norm.startswith("clipped"), smooth=self.lambda_softmax)
+        for rows, chosen, (dots, squares, total), mask in tiled_relevance(images, captions, self.cross_attn, weigh):
+            length = norms[chosen, : mask.shape[1]] if t2i else norms[rows]
+            relevance = dots / torch.maximum(length * squares.sqrt(), EPS * total)
+            found = aggregate(relevance, mask, self.agg_func, self.lambda_lse)
+            scores[rows, chosen] = found if t2i else found.T
+        return scores
+
+    def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
+        """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (spec 2 and 3)."""
+        (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
+        queries = zero_padding(queries, query_mask)
+        raw = raw_scores(queries, items)
+        attention = normalise_raw(raw, self.raw_feature_norm, query_mask)
+        logits = (self.lambda_softmax * attention).masked_fill(~context_mask[:, None, None, :], -torch.inf)
+        weights = logits.softmax(-1)
+        norms = guarded_norm(queries).squeeze(-1) * attended_norm(weights, gram(items))
+        return (weights * raw).sum(-1) / norms.clamp(min=EPS)
+
+
+def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:
+    """The raw norm over the query axis, per context item (spec 2, step 2). raw (Nc,Nq,Q,C) with zero rows at padded queries."""
+    if kind.startswith("clipped"):
+        raw = F.leaky_relu(raw, 0.1)
+    if kind.endswith("l2norm"):
+        return l2(raw, dim=2)
+    if kind.endswith("l1norm"):
+        return l1(raw, dim=2)
+    if kind == "softmax":
+        return raw.masked_fill(~query_mask[None, :, :, None], -torch.inf).softmax(2)
+    return raw
+
+
+def aggregate(relevance: Tensor, query_mask: Tensor, kind: Aggregation, lambda_lse: float) -> Tensor:
+    """(Nc,Nq,Q) -> (Nc,Nq) over the real query items. LogSumExp = log(sum exp(lambda r)) / lambda (spec 3)."""
+    padded = ~query_mask[None]
+    if kind == "LogSumExp":
+        return (lambda_lse * relevance).masked_fill(padded, -math.inf).logsumexp(-1) / lambda_lse
+    if kind == "Max":
+        return relevance.masked_fill(padded, -math.inf).amax(-1)
+    total = relevance.masked_fill(padded, 0.0).sum(-1)
+    return total / query_mask.sum(-1) if kind == "Mean" else total

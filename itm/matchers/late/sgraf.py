@@ -1,0 +1,315 @@
+"""SGR and SAF (Diao et al., AAAI 2021): similarity vectors of words and of the whole pair, reasoned over or filtered.
+
+As in the authors' code, module names included, with the exact transformations of SGRAF spec 8.4: captions are scored in chunks of like
+length against all images of the block, masked where padded. SGRAF is the mean of the scores of one SGR and one SAF:
+`score_matrix([sgr, saf], ...)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores
+from itm.matchers.late.sgraf_tiles import tiled_scores
+from itm.matchers.late.tiles import can_tile
+from itm.matchers.norms import full, l1, l2, masked_mean, xavier
+from itm.types import Encoded, Images
+
+LAMBDA = 9.0
+"""Temperature of the text-to-image attention, fixed in the authors' code."""
+
+
+class SlotNorm(nn.BatchNorm1d):
+    """Batch norm over the region slot: channel = position of the region, statistics over images and width together (spec 2.3).
+
+    Padded regions are left out of the statistics; a slot that no image of the batch fills keeps its running values.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (N,R,D), mask (N,R) bool."""
+        if mask is None or not self.training or bool(mask.all()):
+            return super().forward(x)
+        real = mask.unsqueeze(-1)
+        count = (mask.sum(0) * x.shape[2])[:, None].clamp(min=1)
+        mean = (x * real).sum((0, 2), keepdim=True)[0] / count
+        variance = ((x - mean).square() * real).sum((0, 2), keepdim=True)[0] / count
+        self._track(mask.any(0), mean.squeeze(1), (variance * count / (count - 1).clamp(min=1)).squeeze(1))
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight[:, None] + self.bias[:, None]
+
+    @torch.no_grad()
+    def _track(self, filled: Tensor, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        step = filled * (self.momentum or 0.0)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step.to(self.running_mean.dtype))
+        self.running_var.lerp_(variance.to(self.running_var.dtype), step.to(self.running_var.dtype))
+        self.num_batches_tracked += 1
+
+
+class ImageGlobal(nn.Module):
+    """v_global_w: one unit vector an image, the regions weighted by their agreement with the mean region (spec 2.3)."""
+
+    def __init__(self, width: int, regions: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding_local = nn.Sequential(xavier(width, width), SlotNorm(regions), nn.Tanh(), nn.Dropout(dropout))
+        self.embedding_global = nn.Sequential(xavier(width, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(dropout))
+        self.embedding_common = nn.Sequential(xavier(width, 1))
+
+    def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
+        linear, norm, tanh, dropout = self.embedding_local
+        local = dropout(tanh(norm(linear(parts), mask)))
+        whole = self.embedding_global(masked_mean(parts, mask))
+        return _weighted(self.embedding_common(local * whole.unsqueeze(1)).squeeze(-1), parts, mask)
+
+
+class TextGlobal(nn.Module):
+    """t_global_w: the same for words, without batch norm; start and end count as words."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding_local = nn.Sequential(xavier(width, width), nn.Tanh(), nn.Dropout(dropout))
+        self.embedding_global = nn.Sequential(xavier(width, width), nn.Tanh(), nn.Dropout(dropout))
+        self.embedding_common = nn.Sequential(xavier(width, 1))
+
+    def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
+        whole = self.embedding_global(masked_mean(parts, mask))
+        return _weighted(self.embedding_common(self.embedding_local(parts) * whole.unsqueeze(1)).squeeze(-1), parts, mask)
+
+
+def _weighted(logits: Tensor, parts: Tensor, mask: Tensor) -> Tensor:
+    weights = full(logits).masked_fill(~mask, -torch.inf).softmax(-1)
+    return l2((weights.unsqueeze(1) @ parts).squeeze(1))
+
+
+class GraphReasoning(nn.Module):
+    """One SGR step: Z <- relu(Lin(softmax(q(Z) k(Z)') Z)), dense graph with self edges, no scaling, no residual (spec 3.3)."""
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        self.graph_query_w, self.graph_key_w, self.sim_graph_w = (xavier(sim_dim, sim_dim) for _ in range(3))
+
+    def forward(self, nodes: Tensor, mask: Tensor, last: bool) -> Tensor:
+        """nodes (P,K,S), mask (P,K). The last step needs node 0 only."""
+        asking = nodes[:, :1] if last else nodes
+        edges = self._queries(asking) @ nodes.transpose(1, 2) if not torch.is_grad_enabled() else self._edges(asking, nodes)
+        weights = full(edges).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+        return self.sim_graph_w(weights @ nodes).relu()
+
+    def _edges(self, asking: Tensor, nodes: Tensor) -> Tensor:
+        return self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
+
+    def _queries(self, asking: Tensor) -> Tensor:
+        """Query and key layer as one: terms constant in a row vanish in the softmax (8.4, item 6). No gradient for the key bias."""
+        return F.linear(asking, self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight)
+
+
+class AttentionFiltration(nn.Module):
+    """SAF: sum of the nodes weighted by l1(sigmoid(BN(Lin(Z)))), then l2 (spec 3.4)."""
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        self.attn_sim_w = xavier(sim_dim, 1)
+        self.bn = nn.BatchNorm1d(1)
+
+    def forward(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """nodes (I,T,K,S), mask (T,K) -> vectors (I,T,S) and, in training, mean and unbiased variance a caption (T,2).
+
+        In training a caption is normalised by its own values over all images of the block (spec 3.6).
+        """
+        logits, norm = self.attn_sim_w(nodes).squeeze(-1), self.bn
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, variance, statistics = norm.running_mean, norm.running_var, logits.new_zeros(len(mask), 2)
+        if self.training:
+            count = len(nodes) * mask.sum(1)
+            mean = (logits * mask).sum((0, 2)) / count
+            variance = ((logits - mean[:, None]).square() * mask).sum((0, 2)) / count
+            statistics = torch.stack([mean, variance * count / (count - 1).clamp(min=1)], 1).detach()
+            mean, variance = mean[:, None], variance[:, None]
+        gates = ((logits - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
+        return l2((l1(gates * mask).unsqueeze(-2) @ nodes).squeeze(-2)), statistics
+
+    @torch.no_grad()
+    def track(self, statistics: Tensor) -> None:
+        """One momentum update a caption, in order, in closed form: run <- (1-m)^M run + sum_j m (1-m)^(M-1-j) stat_j (spec 3.6)."""
+        norm, captions = self.bn, len(statistics)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        momentum = norm.momentum or 0.0
+        ages = torch.arange(captions - 1, -1, -1, device=statistics.device, dtype=statistics.dtype)
+        added = (momentum * (1 - momentum) ** ages) @ statistics
+        for running, share in zip((norm.running_mean, norm.running_var), added, strict=True):
+            running.mul_((1 - momentum) ** captions).add_(share.to(running.dtype))
+        norm.num_batches_tracked += captions
+
+
+class SimilarityMatcher(LateInteraction):
+    """The common part of SGR and SAF: attention, similarity vectors, chunking. `regions` is the number of batch-norm slots.
+
+    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
+    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
+    backward pass instead of keeping their activations. Neither changes a number.
+    """
+
+    gru_dropout = 0.4
+    chunk_elements: int = 1 << 24
+    recompute: bool = False
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        image: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        sim_dim: int = 256,
+        regions: int = 36,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, image=image, text=text)
+        self.regions = regions
+        self.v_global_w = ImageGlobal(self.width, regions, dropout)
+        self.t_global_w = TextGlobal(self.width, dropout)
+        self.sim_tranloc_w, self.sim_tranglo_w = xavier(self.width, sim_dim), xavier(self.width, sim_dim)
+        self.sim_eval_w = xavier(sim_dim, 1)
+        self.options = {**self.towers, "sim_dim": sim_dim, "regions": regions, "dropout": dropout}
+
+    def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """nodes (I,T,K,S) with the global node first, mask (T,K) -> score vectors (I,T,S) and batch statistics a caption (T,2)."""
+        raise NotImplementedError
+
+    def track(self, statistics: Tensor) -> None:
+        """Running statistics of a training block; rows are captions, longest first."""
+
+    def encode_images(self, images: Images) -> Encoded:
+        """Raises ValueError when the number of region slots is not the one the batch norm was built for."""
+        encoded = super().encode_images(images)
+        self._check_slots(encoded)
+        return encoded
+
+    def score(self, images: Encoded, captions: Encoded) -> Tensor:
+        """(I,T) in (0,1). In training batch norm sees this block (spec 3.6). Raises ValueError for one image in training."""
+        (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
+        self._check_slots(images)
+        if self.training and len(images) < 2:
+            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        if self.cuts_tiles(captions):
+            return tiled_scores(self, images, captions)
+        whole_images = self.v_global_w(regions, region_mask)
+        whole_captions = self.t_global_w(words, word_mask)
+        lengths = word_mask.sum(1)
+        order = lengths.argsort(descending=True, stable=True)
+        scores, statistics = [], []
+        for chosen in self._chunks(order, lengths[order].tolist(), len(images)):
+            longest = int(lengths[chosen[0]])
+            chunk = words[chosen, :longest], word_mask[chosen, :longest], whole_captions[chosen]
+            inputs = (regions, region_mask, whole_images), chunk
+            keep_less = self.recompute and torch.is_grad_enabled()
+            block, block_statistics = checkpoint(self._block, *inputs, use_reentrant=False) if keep_less else self._block(*inputs)
+            scores.append(block)
+            statistics.append(block_statistics)
+        if self.training:
+            self.track(torch.cat(statistics))
+        return torch.cat(scores, 1)[:, order.argsort()]
+
+    def cuts_tiles(self, captions: Encoded) -> bool:
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
+        return not self.training and can_tile(captions)
+
+    def _check_slots(self, images: Encoded) -> None:
+        assert images.parts is not None
+        if images.parts.shape[1] != self.regions:
+            raise ValueError(
+                f"{images.parts.shape[1]} regions an image, but the batch norm of {type(self).__name__} has {self.regions} slots: "
+                f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
+            )
+
+    def _chunks(self, order: Tensor, lengths: list[int], images: int) -> list[Tensor]:
+        """Rows of `order` (longest first) cut where images x words x width would pass `chunk_elements`, or padding 15 % of a chunk."""
+        budget = max(1, self.chunk_elements // (images * self.width))
+        starts = [0]
+        for end, length in enumerate(lengths):
+            longest = lengths[starts[-1]]
+            wide = (end + 1 - starts[-1]) * longest > budget
+            padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
+            if end > starts[-1] and (wide or padded):
+                starts.append(end)
+        return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+
+    def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2). Spec 3.1 to 3.5."""
+        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
+        local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
+        glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
+        nodes = torch.cat([glob.unsqueeze(2), local], 2)
+        vectors, statistics = self.reason(nodes, F.pad(word_mask, (1, 0), value=True))
+        with torch.autocast(vectors.device.type, enabled=False):  # a bfloat16 score has 8 bits: many pairs would tie
+            return self.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
+
+    def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word (spec 3.1). Padded words are zero."""
+        images, captions, length, width = len(parts), *words.shape
+        attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
+        weights = (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
+        attended = weights.flatten(1, 2) @ parts
+        return attended.view(images, captions, length, width) - words
+
+
+class SGR(SimilarityMatcher):
+    """Similarity graph reasoning: `steps` graph steps over the nodes; the score is read from the global node."""
+
+    kind: ClassVar[str] = "sgr"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        image: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        sim_dim: int = 256,
+        regions: int = 36,
+        dropout: float = 0.4,
+        steps: int = 3,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, image=image, text=text, sim_dim=sim_dim, regions=regions, dropout=dropout)
+        self.SGR_module = nn.ModuleList(GraphReasoning(sim_dim) for _ in range(steps))
+        self.options["steps"] = steps
+
+    def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        images, captions = nodes.shape[:2]
+        z, real = nodes.flatten(0, 1), mask.repeat(images, 1)
+        for k, step in enumerate(self.SGR_module):
+            z = step(z, real, last=k == len(self.SGR_module) - 1)
+        return z[:, 0].view(images, captions, -1), nodes.new_zeros(captions, 2)
+
+
+class SAF(SimilarityMatcher):
+    """Similarity attention filtration: the nodes weighted by gates."""
+
+    kind: ClassVar[str] = "saf"
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        image: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        sim_dim: int = 256,
+        regions: int = 36,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, image=image, text=text, sim_dim=sim_dim, regions=regions, dropout=dropout)
+        self.SAF_module = AttentionFiltration(sim_dim)
+
+    def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.SAF_module(nodes, mask)
+
+    def track(self, statistics: Tensor) -> None:
+        self.SAF_module.track(statistics)

@@ -1,0 +1,118 @@
+"""SGR and SAF scores without gradient: one image against captions of one length, so that what is built stays in the cache.
+
+The same numbers as the plain form up to rounding (SGRAF spec 8.4, items 1 to 6).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.matchers.late.base import gram, parts_of
+from itm.matchers.late.tiles import attended_squares, equal_lengths, fusible, product, product_dtype
+from itm.matchers.norms import EPS, l1, l2
+from itm.types import Encoded
+
+LAMBDA = 9.0
+# Words of one tile; the difference of each to its attended image vector is as wide as the parts.
+WORDS = {"cpu": 1024, "cuda": 1 << 14}
+NODES = {"cpu": 1 << 12, "cuda": 1 << 18}
+
+
+@fusible
+def unit_weights(raw: Tensor, grams: Tensor, region_mask: Tensor | None) -> Tensor:
+    """(I,R,L,T) raw scores -> weights such that weights @ regions are unit vectors (SGRAF spec 3.1)."""
+    weights = F.leaky_relu(raw, 0.1)
+    weights.mul_(LAMBDA / weights.square().sum(2, keepdim=True).sqrt_().add_(EPS)).exp_()
+    if region_mask is not None:
+        weights.mul_(region_mask[:, :, None, None])
+    weights.div_(weights.sum(1, keepdim=True))
+    return weights.div_(attended_squares(weights, grams).sqrt_().add_(EPS).unsqueeze(1))
+
+
+def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
+    """(I,T) of a matcher in evaluation mode."""
+    (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
+    device, kind = regions.device.type, product_dtype(regions)
+    whole_images, whole_captions = matcher.v_global_w(regions, region_mask), matcher.t_global_w(words, word_mask)
+    scores = regions.new_empty(len(images), len(captions))
+    with torch.autocast(device, enabled=False):
+        block = _Block(matcher, kind, regions, region_mask)
+        for chosen, length in equal_lengths(word_mask, WORDS.get(device, 1024)):
+            texts = words.transpose(0, 1)[:length, chosen].flatten(0, 1)
+            together = max(1, NODES.get(device, 1 << 14) // ((length + 1) * len(chosen)))
+            for rows in torch.arange(len(images)).split(together):
+                attended = block.attention(texts, rows, length)
+                local = block.local(texts.to(kind), attended, rows, max(1, WORDS.get(device, 1024) // len(texts)))
+                glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
+                nodes = _nodes(block.glob(glob), local, length, len(chosen))
+                scores[rows[:, None], chosen] = block.reason(nodes).view(len(rows), len(chosen)).to(scores.dtype)
+    return scores
+
+
+class _Block:
+    """The weights in the type of the products, and what is known of the images."""
+
+    def __init__(self, matcher: Any, kind: torch.dtype, regions: Tensor, region_mask: Tensor) -> None:
+        self.matcher, self.kind = matcher, kind
+        self.regions, self.grams = regions.to(kind), gram(regions)
+        self.mask = None if bool(region_mask.all()) else region_mask
+
+    def _linear(self, x: Tensor, layer: Any) -> Tensor:
+        return product(x, layer.weight.to(self.kind), layer.bias.to(self.kind))
+
+    def glob(self, x: Tensor) -> Tensor:
+        return self._linear(x, self.matcher.sim_tranglo_w)
+
+    def attention(self, texts: Tensor, rows: Tensor, length: int) -> Tensor:
+        """texts (L*T,D), word by word -> weights (I,L*T,R) such that weights @ regions are unit vectors."""
+        ours = self.regions[rows]
+        raw = product(ours.flatten(0, 1), texts.to(self.kind)).to(self.grams.dtype).view(*ours.shape[:2], length, -1)
+        weights = unit_weights(raw, self.grams[rows], None if self.mask is None else self.mask[rows])
+        return weights.flatten(2).mT.to(self.kind)
+
+    def local(self, texts: Tensor, weights: Tensor, rows: Tensor, together: int) -> Tensor:
+        """(I,L*T,S): squared differences, projected `together` images at a time."""
+        found = []
+        for ours, images in zip(weights.split(together), rows.split(together), strict=True):
+            difference = texts.new_empty(len(images), *texts.shape)
+            for place, row in enumerate(images.tolist()):
+                torch.mm(ours[place], self.regions[row], out=difference[place]).sub_(texts).square_()
+            found.append(self._linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
+        return torch.cat(found).view(len(rows), len(texts), -1)
+
+    def reason(self, nodes: Tensor) -> Tensor:
+        """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
+        vectors = self._graph(nodes) if hasattr(self.matcher, "SGR_module") else self._filtration(nodes)
+        last = self.matcher.sim_eval_w
+        return F.linear(vectors.to(last.weight.dtype), last.weight, last.bias).squeeze(-1).sigmoid()
+
+    def _graph(self, nodes: Tensor) -> Tensor:
+        steps = self.matcher.SGR_module
+        for k, step in enumerate(steps):
+            asking = nodes[:, :1] if k == len(steps) - 1 else nodes
+            weight, bias = step.graph_key_w.weight.T @ step.graph_query_w.weight, step.graph_query_w.bias @ step.graph_key_w.weight
+            queries = product(asking.flatten(0, 1), weight.to(self.kind), bias.to(self.kind)).view_as(asking)
+            mixed = (queries @ nodes.mT).softmax(-1) @ nodes
+            nodes = self._linear(mixed.flatten(0, 1), step.sim_graph_w).relu_().view_as(asking)
+        return nodes[:, 0]
+
+    def _filtration(self, nodes: Tensor) -> Tensor:
+        module, norm = self.matcher.SAF_module, self.matcher.SAF_module.bn
+        logits = (nodes @ module.attn_sim_w.weight[0].to(self.kind) + module.attn_sim_w.bias).to(norm.weight.dtype)
+        gates = ((logits - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
+        return l2((l1(gates).to(self.kind).unsqueeze(1) @ nodes).squeeze(1).to(norm.weight.dtype))
+
+
+def _nodes(glob: Tensor, local: Tensor, length: int, captions: int) -> Tensor:
+    """glob (I*T,S), local (I,L*T,S) -> unit nodes (I*T,1+L,S), in the type of the products."""
+    images, width = len(local), local.shape[2]
+    nodes = local.new_empty(images, captions, length + 1, width)
+    nodes[:, :, 0] = glob.view(images, captions, width)
+    nodes[:, :, 1:] = local.view(images, length, captions, width).transpose(1, 2)
+    nodes = nodes.flatten(0, 1)
+    wide = nodes if nodes.dtype != torch.bfloat16 else nodes.float()
+    return nodes.div_(wide.square().sum(-1, keepdim=True).sqrt_().add_(EPS))

@@ -1,0 +1,55 @@
+"""How UARDA's fragments attend to what is more similar than the threshold t, for training and for tiles without gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itm.matchers.late.tiles import attended_squares, fusible
+from itm.matchers.norms import l2
+
+MOST_GROWTH = 40  # (exp(40) x regions)^2 is still a float32
+
+
+@fusible
+def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
+    """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.matchers.late.tiles`: raw (Nc,C,Q,Nq). smooth (1 - t) is below MOST_GROWTH."""
+    if context_mask is not None:
+        raw = raw.masked_fill(~context_mask[:, :, None, None], t)
+    # Relative to the weight of exactly t, what passes weighs more than 1: no row maximum is needed, and the weight itself is the mask.
+    e = F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
+    square = attended_squares(e, grams)
+    return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
+
+
+@dataclass
+class Attention:
+    """How a query attends to its context above t. weights: softmax | expm1 (continuous in t) | scan (l2 over queries, lambda 9)."""
+
+    weights: str
+    lambda_softmax: float
+
+    def relevance(self, raw: Tensor, grams: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
+        """r (Nc,Nq,Q) = (sum_c e_c s_c) / sqrt(e' G e), 0 where nothing passes t (spec 3.2). raw (Nc,Nq,Q,C), grams (Nc,C,C)."""
+        e = self.unnormalised(raw, context_mask, t)
+        flat = e.flatten(1, 2)
+        with torch.autocast(raw.device.type, enabled=False):
+            square = (flat @ grams * flat).sum(-1).view(raw.shape[:3])
+        alive = square > 1e-16
+        return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
+
+    def unnormalised(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
+        """e (Nc,Nq,Q,C) >= 0: weights up to a factor a row, 0 for s <= t. The row maximum is taken out, so that e <= 1."""
+        keep = (raw > t) & context_mask[:, None, None, :]
+        if self.weights == "scan":
+            above = l2((raw - t).relu() * keep, dim=2)
+            return torch.exp(9.0 * (above - 1.0)) * keep
+        top = raw.masked_fill(~keep, -torch.inf).amax(-1, keepdim=True).detach()
+        top = torch.where(top > -torch.inf, top, 0.0)
+        e = torch.exp(self.lambda_softmax * (raw - top).clamp(max=0.0))
+        if self.weights == "expm1":
+            e = e - torch.exp(self.lambda_softmax * (t - top).clamp(max=0.0))
+        return e * keep

@@ -1,0 +1,117 @@
+"""What `itm evaluate` writes: under which name, with which identity, and how it is shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from itm.config import Recipe
+from itm.data import files
+from itm.evaluation.dataset import Names
+from itm.evaluation.protocols import Outcome, Scored
+from itm.report.gallery import examples, histogram
+
+FORMAT = 1
+
+
+def weights_hash(matcher: torch.nn.Module) -> str:
+    """12 hex digits over the names, shapes and values of all parameters and buffers, and the options."""
+    digest = hashlib.sha256(repr((getattr(matcher, "kind", type(matcher).__name__), getattr(matcher, "options", None))).encode())
+    for name, value in sorted(matcher.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The metrics both ways, with chance, readable in a terminal."""
+    metrics, chance = result["metrics"], result["chance"]
+    ways = [way for way in ("i2t", "t2i", "i2i", "t2t") if any(n.startswith(f"{way}_") for n in metrics)]
+    names = list(dict.fromkeys(n.partition("_")[2] for n in metrics if n.startswith(tuple(f"{way}_" for way in ways))))
+    lines = [result["protocol"], "  ".join(f"{key} {value:,}" for key, value in result["counts"].items()), ""]
+    lines.append(f"{'':<18}" + "".join(f"{way:>12}{'chance':>12}" for way in ways))
+    for name in names:
+        cells = (f"{_number(metrics.get(f'{way}_{name}')):>12}{_number(chance.get(f'{way}_{name}')):>12}" for way in ways)
+        lines.append(f"{name:<18}" + "".join(cells))
+    for name in metrics:
+        if name == "rsum" or not ways:
+            lines.append(f"{name:<18}{_number(metrics[name]):>12}{_number(chance.get(name)):>12}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]:
+    names = scored.names
+    shown = {way: [_named(row, names, way) for row in rows] for way, rows in examples(scored).items()}
+    return {
+        "protocol": outcome.protocol,
+        "score_type": score_type,
+        "metrics": outcome.metrics,
+        "chance": outcome.chance,
+        "counts": outcome.counts,
+        "examples": shown,
+        "histogram": histogram(scored),
+    }
+
+
+def _named(row: dict[str, Any], names: Names, way: str) -> dict[str, Any]:
+    """An example with keys and texts in place of row numbers."""
+    asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
+    hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
+    return {**row, **asked(names, row["query"]), "hits": hits}
+
+
+def _image(names: Names, row: int) -> dict[str, Any]:
+    return {"image": names.image_keys[row], "shard": names.image_shards[row] if names.image_shards else None}
+
+
+def _caption(names: Names, row: int) -> dict[str, Any]:
+    return {"caption": names.caption_ids[row], "text": names.texts[row] if names.texts else names.caption_ids[row]}
+
+
+def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str) -> str:
+    """`evaluation.json` for what the recipe says; another split, protocol or matcher gets a name of its own.
+
+    A matcher is named by the last words of its folder and a digest of its whole name, an ensemble by all its members.
+    """
+    words = ["evaluation"] + [split] * (split != recipe.data.test_split) + [protocol] * (protocol != recipe.evaluation.protocol)
+    if len(matchers) > 1:
+        words += [re.sub(r"\W+", "_", uri.removesuffix("/matcher").rsplit("/", 1)[-1])[:40] for uri in matchers]
+    if matchers:
+        words.append(hashlib.sha256(" ".join(matchers).encode()).hexdigest()[:8])
+    return files.join(recipe.folder, "-".join(words) + ".json")
+
+
+def stored(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    if not files.exists(output):
+        return None
+    result: dict[str, Any] = json.loads(files.read_bytes(output))
+    return result if all(result.get(key) == value for key, value in identity.items()) else None
+
+
+def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
+    """Metrics and file into the MLflow run of the training, where there is one."""
+    receipt = files.join(recipe.folder, "run.json")
+    if not files.exists(receipt):
+        return
+    from itm.tracking.registry import Tracker
+
+    with Tracker.resume(json.loads(files.read_bytes(receipt))["run_id"]) as tracker:
+        flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
+        tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
+        tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
+        with files.local_copy(output) as written:
+            tracker.artifact(written)
+
+
+def absolute(uri: str) -> str:
+    return uri if "://" in uri else os.path.abspath(uri)

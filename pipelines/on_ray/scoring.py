@@ -1,0 +1,200 @@
+"""Scoring at scale for `itm evaluate`: where the pairs of a split are scored, and which of them.
+
+The default scores all pairs in one matrix in this process. Past `DENSE_BYTES` of scores or `IN_PROCESS_PAIRS` costly pairs, or with
+--distributed, tiles are scored by Ray tasks into the store <output>/<name>/scores-<hash>; a run that was stopped computes only the tiles
+that are missing, and metrics are streamed from the tiles. On several machines <output> must be a folder or URI that all of them see.
+--screen scores only what cheap vectors propose, and says what that loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+
+from itm.distributed import own_device
+from itm.evaluation.dataset import EncodedSplit
+from itm.evaluation.metrics import Scores
+from itm.evaluation.scoring import PRECISIONS, score_matrix
+from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
+from itm.evaluation.streamed import TiledScores
+from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.matchers.late.tiles import compiled
+from itm.matchers.late.uarda_pruned import Prune, Pruning
+from itm.training.compiled import check_compiler
+
+# Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
+DENSE_BYTES = 4 << 30
+IN_PROCESS_PAIRS = 50_000_000
+
+
+@dataclass(frozen=True)
+class How:
+    """The choices of `itm evaluate` about scoring.
+
+    block: images per score tile, unset = from the memory budget. screen: candidates of every image and caption, `auto` = as many as keep
+    the loss of recall below `screen_loss` (a share) on `screen_queries` random queries; screen_matcher: whose vectors propose them.
+    """
+
+    precision: str = "fp32"
+    compile: bool = False
+    block: int | None = None
+    distributed: bool = False
+    prune: Prune = "off"
+    screen: str | None = None
+    screen_loss: float = 0.02
+    screen_queries: int = 500
+    screen_matcher: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.screen is not None and self.screen != "auto" and not (self.screen.isdigit() and int(self.screen)):
+            raise ValueError(f"--screen takes a number of candidates or auto, not {self.screen!r}")
+        if not (0 < self.screen_loss < 1 and self.screen_queries > 0):
+            raise ValueError("--screen-loss is a share between 0 and 1, --screen-queries at least 1")
+        if self.screen and self.distributed:
+            raise ValueError("--screen scores a few pairs in this process, --distributed all pairs in tiles: choose one of them")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> How:
+        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "block"})
+
+    def identity(self, screener: str | None = None) -> dict[str, Any]:
+        """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
+        pruned = {} if self.prune == "off" else {"prune": self.prune}
+        fused = {"compile": True} if self.compile else {}
+        screened = {"screened": [self.screen, self.screen_loss, self.screen_queries, screener]} if self.screen else {}
+        return {"precision": self.precision} | pruned | fused | screened
+
+    def named(self, name: str) -> str:
+        """The name of a result, marked when it is approximate: it never stands where the exact one would."""
+        return re.sub(r"(\.json)?$", r"-screened\1", name, count=1) if self.screen else name
+
+
+IN_MEMORY = How()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
+    parser.add_argument("--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile")
+    parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
+    parser.add_argument("--prune", choices=get_args(Prune), default="off", help="UARDA: skip fragments below the threshold; same scores")
+    parser.add_argument("--screen", metavar="K|auto", help="score only the K candidates a side that vectors propose (approximate)")
+    parser.add_argument(
+        "--screen-loss", type=float, default=0.02, metavar="SHARE", help="with --screen auto: queries that may lose their hit"
+    )
+    parser.add_argument("--screen-queries", type=int, default=500, metavar="N", help="random queries on which the loss is measured")
+    parser.add_argument(
+        "--screen-matcher", metavar="URI", help="a matcher whose vectors screen (default: the matcher's own pooled vectors)"
+    )
+
+
+def score_split(
+    members: Sequence[Any],
+    encoded: Sequence[EncodedSplit],
+    how: How,
+    root: str,
+    identity: dict[str, Any],
+    screen: EncodedSplit | None = None,
+) -> Scores:
+    """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
+
+    root: where stores lie. identity: what the scores depend on besides `how`, for the store.
+    """
+    if how.compile:
+        check_compiler(torch.device(own_device()))
+    _set_pruning(members, how.prune)
+    sides = [(split.images, split.captions) for split in encoded]
+    pairs = len(sides[0][0]) * len(sides[0][1])
+    costly = any(images.parts is not None for images, _ in sides)
+    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
+    if how.screen:
+        with compiled(how.compile):
+            return _screened(members, sides, how, screen or encoded[0])
+    if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
+        with compiled(how.compile):
+            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=own_device(), **options)
+    spread, put, options["device"] = by_tasks()
+    options["compile"] = how.compile
+    # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
+    images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
+    identity = {**identity, **options, "prune": how.prune, "torch": torch.__version__}
+    store = TileStore.create(root, identity, Grid.of(members, images, captions, how.block), captions)
+    names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
+    return TiledScores(store, spread)
+
+
+def notes(members: Sequence[Any], scores: Scores) -> dict[str, Any]:
+    """What the result says besides its numbers: shares and times of members that prune, candidates and loss of a screen."""
+    reports = [member.pruning.report() for member in members if getattr(member, "pruning", None) is not None]
+    screened = {"screen": scores.report} if isinstance(scores, ScreenedScores) else {}
+    return ({"pruning": reports} if reports else {}) | screened
+
+
+def described(result: dict[str, Any]) -> str:
+    """The notes of a result, readable in a terminal; empty where there are none."""
+    lines = []
+    for row in result.get("pruning", []):
+        share = "seen by the tasks only" if row["p"] is None else f"{row['p']:.1%} of fragments pruned"
+        times = ", ".join(f"{part} {value:.0%}" for part, value in row["share_of_time"].items())
+        lines.append(f"pruning: {share}; engine {row['engine']}; CPU time: {times}")
+    if "screen" in result:
+        screen = result["screen"]
+        lines.append(f"screen: APPROXIMATE, {screen['k']} candidates a side, {screen['scored']:.2%} of the pairs scored")
+        for way, row in screen["loss"].items():
+            parts = (f"{at} {row[at]['lost']:.2f} % ({row[at]['low']:.2f}-{row[at]['high']:.2f})" for at in row if at != "queries")
+            lines.append(f"  {way} hits lost among {row['queries']} queries (95 % interval): {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
+    vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
+    options = {"precision": how.precision, "device": own_device()}
+    if how.screen == "auto":
+        k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
+    else:
+        k = int(how.screen or 0)
+    scores = screened_scores(members, sides, k, vectors, options)
+    # A sample of its own: the one that chose k flatters it.
+    loss = probe(members, sides, vectors, (owners, how.screen_queries, 2), options)
+    pairs = scores.shape[0] * scores.shape[1]
+    scores.report = {"k": k, "scored": len(scores.values) / pairs, "loss": {p.way: p.report(k) for p in loss}}
+    return scores
+
+
+def _set_pruning(members: Sequence[Any], prune: Prune) -> None:
+    able = [member for member in members if hasattr(member, "pruning")]
+    if prune != "off" and not able:
+        kinds = ", ".join(type(member).__name__ for member in members)
+        raise ValueError(f"--prune {prune} needs a UARDA matcher, which has a threshold to prune by; this is {kinds}: leave --prune out")
+    for member in able:
+        member.pruning = None if prune == "off" else Pruning(prune)
+
+
+def by_tasks() -> tuple[Spread, Callable[[Any], Any], str]:
+    """`spread` and `put` by Ray, and the device of scoring: tasks of one CPU thread, or of one GPU each where the cluster has them."""
+    import ray
+
+    from pipelines.on_ray.session import connect, core
+
+    connect()
+    resources = ray.cluster_resources()
+    device = "cuda" if resources.get("GPU", 0) > 0 else "cpu"
+    window = 2 * max(1, int(resources.get("CPU", 1)) // core())
+
+    def spread(work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        task = ray.remote(num_cpus=core(), num_gpus=1 if work is score_tile and device == "cuda" else 0)(work)
+        running: deque[Any] = deque()
+        for job in jobs:
+            running.append(task.remote(*job))
+            if len(running) >= window:
+                yield ray.get(running.popleft())
+        while running:
+            yield ray.get(running.popleft())
+
+    return spread, ray.put, device

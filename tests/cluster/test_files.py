@@ -1,0 +1,193 @@
+"""The cluster files against the schemas of what reads them. KubeRay's own schema accepts unknown keys, so the fields are listed here."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.cli import RECIPES, STAGES
+from pipelines.submit import EXCLUDES
+from tests.support import ROOT
+
+CLUSTER = ROOT / "cluster"
+
+# Fields of ray.io/v1 in KubeRay 1.6. None = any value; ... = free names whose values are scalars; [x] = a list of x.
+POD: dict[str, Any] = {
+    "spec": {
+        "containers": [
+            {
+                "name": None,
+                "image": None,
+                "envFrom": [{"configMapRef": {"name": None}, "secretRef": {"name": None}}],
+                "ports": [{"containerPort": None, "name": None}],
+                "resources": {"requests": ..., "limits": ...},
+                "volumeMounts": [{"name": None, "mountPath": None}],
+            }
+        ],
+        "volumes": [{"name": None, "emptyDir": {"medium": None, "sizeLimit": None}}],
+        "tolerations": [{"key": None, "operator": None, "effect": None}],
+    }
+}
+CLUSTER_SPEC = {
+    "rayVersion": None,
+    "authOptions": {"mode": None},
+    "enableInTreeAutoscaling": None,
+    "autoscalerOptions": {"version": None, "idleTimeoutSeconds": None},
+    "headGroupSpec": {"rayStartParams": ..., "template": POD},
+    "workerGroupSpecs": [
+        {
+            "groupName": None,
+            "replicas": None,
+            "minReplicas": None,
+            "maxReplicas": None,
+            "labels": ...,
+            "rayStartParams": ...,
+            "template": POD,
+        }
+    ],
+}
+JOB_SPEC = {
+    "submissionMode": None,
+    "entrypoint": None,
+    "runtimeEnvYAML": None,
+    "shutdownAfterJobFinishes": None,
+    "ttlSecondsAfterFinished": None,
+    "activeDeadlineSeconds": None,
+    "preRunningDeadlineSeconds": None,
+    "backoffLimit": None,
+    "submitterConfig": {"backoffLimit": None},
+    "suspend": None,
+    "rayClusterSpec": CLUSTER_SPEC,
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def cluster_specs() -> list[dict[str, Any]]:
+    return [manifest("raycluster.yaml")["spec"], manifest("rayjob.yaml")["spec"]["rayClusterSpec"]]
+
+
+def unknown_keys(value: Any, known: Any, where: str = "") -> list[str]:
+    if known is None:
+        return [] if not isinstance(value, dict | list) else [f"{where} should be a scalar"]
+    if known is ...:
+        return [f"{where}.{k} should be a scalar" for k, v in value.items() if isinstance(v, dict | list)]
+    if isinstance(known, list):
+        if not isinstance(value, list):
+            return [f"{where} should be a list"]
+        return [problem for n, item in enumerate(value) for problem in unknown_keys(item, known[0], f"{where}[{n}]")]
+    if not isinstance(value, dict):
+        return [f"{where} should be a mapping"]
+    wrong = [f"{where}.{key}" for key in value if key not in known]
+    return wrong + [problem for key in value if key in known for problem in unknown_keys(value[key], known[key], f"{where}.{key}")]
+
+
+def test_the_walk_finds_a_misspelt_key_at_any_depth():
+    spec = cluster_specs()[0]
+    spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
+    assert unknown_keys(spec, CLUSTER_SPEC) == [".workerGroupSpecs[0].template.spec.containers[0].imagee"]
+
+
+@pytest.mark.parametrize(("name", "kind", "known"), [("raycluster.yaml", "RayCluster", CLUSTER_SPEC), ("rayjob.yaml", "RayJob", JOB_SPEC)])
+def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: str, known: dict[str, Any]):
+    document = manifest(name)
+    assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
+    assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
+    assert unknown_keys(document["spec"], known) == []
+
+
+def test_job_and_standing_cluster_are_the_same_cluster():
+    standing, of_job = cluster_specs()
+    assert standing == of_job
+
+
+def test_a_cluster_runs_the_pinned_ray_with_authentication_and_no_work_on_the_head():
+    for spec in cluster_specs():
+        assert spec["rayVersion"] == version("ray")
+        assert spec["authOptions"] == {"mode": "token"}
+        assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+        for group in spec["workerGroupSpecs"]:
+            assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    assert f"rayproject/ray:{version('ray')}-py311\n" in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_every_pod_mounts_its_object_store_in_memory_and_reads_settings_that_exist():
+    settings = {document["metadata"]["name"] for document in yaml.safe_load_all((CLUSTER / "settings.yaml").read_text())}
+    for spec in cluster_specs():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            pod = group["template"]["spec"]
+            memory = {v["name"] for v in pod["volumes"] if v["emptyDir"]["medium"] == "Memory"}
+            for container in pod["containers"]:
+                assert any(m["mountPath"] == "/dev/shm" and m["name"] in memory for m in container["volumeMounts"])
+                assert container["resources"]["requests"] == container["resources"]["limits"]
+                assert {next(iter(source.values()))["name"] for source in container["envFrom"]} == settings
+
+
+def test_the_entry_point_of_the_job_is_a_stage_with_a_shipped_recipe_and_shared_places():
+    words = shlex.split(manifest("rayjob.yaml")["spec"]["entrypoint"])
+    assert words[:2] == ["python", "-m"]
+    assert words[2].removeprefix("pipelines.") in STAGES
+    assert (RECIPES / f"{words[words.index('-c') + 1]}.yaml").exists()
+    places = dict(word.split("=", 1) for word in words if "=" in word)
+    assert all("://" in places[key] for key in ("data.root", "output"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_launcher_file_passes_the_schema_of_ray():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text()))
+    validate_config(config)
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert any("ray start" in c and "RAY_AUTH_MODE=token" in c for c in commands)
+
+
+def test_the_launcher_schema_rejects_a_misspelt_key():
+    import jsonschema
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
+    config["setup_comands"] = []
+    config = prepare_config(config)
+    with pytest.raises(jsonschema.ValidationError, match="setup_comands"):
+        validate_config(config)
+
+
+def test_the_image_copies_what_exists_and_both_packages():
+    copied = {
+        word
+        for line in (CLUSTER / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY")
+        for word in line.split()[1:-1]
+        if not word.startswith("--")
+    }
+    assert {"itm", "pipelines", "constraints.txt"} <= copied
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_a_job_leaves_the_same_things_at_home_however_it_is_submitted():
+    ignored = [line for line in (ROOT / ".rayignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert set(EXCLUDES) <= set(ignored)
+
+
+def test_the_tracking_server_of_compose_is_the_pinned_mlflow():
+    services = yaml.safe_load((ROOT / "mlflow" / "compose.yaml").read_text())["services"]
+    assert set(services) == {"database", "objects", "bucket", "mlflow"}
+    assert f"mlflow=={version('mlflow')} " in (ROOT / "mlflow" / "Dockerfile").read_text()
+    variables = {line.partition("=")[0] for line in (ROOT / "mlflow" / "example.env").read_text().splitlines() if "=" in line}
+    required = set(re.findall(r"\$\{(\w+):\?", (ROOT / "mlflow" / "compose.yaml").read_text()))
+    assert required <= variables
+
+
+def test_the_python_in_the_documents_is_python():
+    for line in (ROOT / "mlflow" / "README.md").read_text().splitlines():
+        if found := re.search(r'python -c "(.+)"$', line):
+            ast.parse(found.group(1))

@@ -1,0 +1,249 @@
+"""Tar shards: what is written reads back, agrees with tarfile and webdataset, and bad content becomes a named problem."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from itm.data import files
+from itm.data.records import Caption, Problem, Record, Regions, check_image
+from itm.data.shards import Sample, index_shard, read_manifest, read_range, read_samples, scan_shard, write_shard
+from itm.data.tar import Member, members
+from tests.support.tars import pair, png, records, tar_of
+
+
+def split(items) -> tuple[list[Sample], list[Problem]]:
+    items = list(items)
+    return [i for i in items if isinstance(i, Sample)], [i for i in items if isinstance(i, Problem)]
+
+
+def test_a_written_shard_reads_back_field_by_field(tmp_path):
+    uri = str(tmp_path / "00000.tar")
+    info = write_shard(uri, records())
+    assert (info.samples, info.captions, info.bytes) == (3, 6, os.path.getsize(uri))
+    samples, problems = split(read_samples(uri))
+    assert not problems
+    for sample, record in zip(samples, records(), strict=True):
+        assert (sample.key, sample.image, sample.captions) == (record.key, record.image, record.captions)
+        assert sample.meta == {"image_id": record.meta["image_id"], "split": "train"}
+        regions = Regions.from_npz(sample.regions)
+        assert np.array_equal(regions.features, record.regions.features)
+        assert (regions.width, regions.height, regions.boxes.shape) == (64, 48, (2, 4))
+
+
+def test_the_same_records_give_the_same_bytes_in_plain_ustar(tmp_path):
+    first, second = (write_shard(str(tmp_path / f"{n}" / "x.tar"), records()) for n in "ab")
+    assert first == second
+    with tarfile.open(tmp_path / "a" / "x.tar") as archive:
+        assert {(m.mtime, m.uid, m.gid, len(m.pax_headers)) for m in archive} == {(0, 0, 0, 0)}
+
+
+def test_webdataset_reads_our_shards(tmp_path):
+    import webdataset
+
+    write_shard(str(tmp_path / "x.tar"), records())
+    rows = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    assert [row["__key__"] for row in rows] == ["k0", "k1", "k2"]
+    assert rows[1]["png"] == png(1)
+    assert [c["text"] for c in json.loads(rows[1]["json"])["captions"]] == ["caption 0 é", "caption 1 é"]
+
+
+def test_byte_ranges_of_the_index_hold_exactly_their_samples(tmp_path):
+    uri = str(tmp_path / "x.tar")
+    write_shard(uri, records())
+    samples, _ = split(read_samples(uri))
+    index = index_shard(uri)
+    assert [(row.key, row.captions) for row in index] == [("k0", 1), ("k1", 2), ("k2", 3)]
+    for row, sample in zip(index, samples, strict=True):
+        alone = read_range(uri, row.start, row.end)
+        assert (alone.key, alone.image, alone.captions, alone.regions) == (sample.key, sample.image, sample.captions, sample.regions)
+    with pytest.raises(ValueError, match="changed after it was indexed"):
+        read_range(uri, index[0].start + 512, index[0].end)
+
+
+@pytest.mark.parametrize("how", ["ustar", "gnu", "pax"])
+def test_the_own_parser_agrees_with_tarfile_even_on_long_names(tmp_path, how):
+    names = ["a.jpg", "folder/b.txt", f"{'d' * 60}/{'e' * 80}.jpg", "empty.txt"]
+    if how != "ustar":
+        names += [f"{'long' * 40}.jpg", f"{'é' * 120}.json"]
+    formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+    uri = tar_of(tmp_path / "x.tar", [(n, os.urandom(700) if n != "empty.txt" else b"") for n in names], format=formats[how])
+    data = files.read_bytes(uri)
+    with tarfile.open(uri) as archive:
+        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
+    found = list(members(memoryview(data)))
+    assert [(m.name, m.start, m.size) for m in found] == expected
+    for member in found:  # every span is a tar of its own
+        (alone,) = members(memoryview(data)[member.begin : member.end], fragment=True)
+        assert isinstance(alone, Member)
+        assert alone.name == member.name
+
+
+def test_a_float_mtime_only_adds_pax_headers_that_are_skipped(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, data in pair("a", "one"):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1234.5
+            archive.addfile(info, io.BytesIO(data))
+    (sample,), problems = split(read_samples(str(tmp_path / "x.tar")))
+    assert (sample.key, problems) == ("a", [])
+
+
+def test_img2dataset_and_clip_benchmark_layouts_are_read_as_they_are(tmp_path):
+    contents = [
+        ("s0.jpg", b"x"), ("s0.txt", b"first\nsecond"),
+        ("s1.jpg", b"x"), ("s1.txt", b"from txt"), ("s1.json", json.dumps({"caption": "from json", "url": "u"}).encode()),
+        ("s2.jpg", b"x"), ("s2.json", json.dumps({"caption": "alone"}).encode()),
+        ("s3.jpg", b"x"), ("s3.txt", b"from txt"), ("s3.json", json.dumps({"captions": ["list", "wins"]}).encode()),
+    ]  # fmt: skip
+    folder = tmp_path / "train"
+    folder.mkdir()
+    tar_of(folder / "10.tar", contents[:2])
+    tar_of(folder / "2.tar", contents[2:])
+    (folder / "nshards.txt").write_text("2")
+    manifest = read_manifest(str(folder))
+    assert [s.name for s in manifest.shards] == ["2.tar", "10.tar"]
+    assert (manifest.samples, manifest.captions, manifest.rejected) == (4, 6, 0)
+    texts = {s.key: [c.text for c in s.captions] for shard in ("2", "10") for s in read_samples(str(folder / f"{shard}.tar"))}
+    assert texts == {"s0": ["first", "second"], "s1": ["from txt"], "s2": ["alone"], "s3": ["list", "wins"]}
+    (folder / "nshards.txt").write_text("3")
+    with pytest.raises(ValueError, match=r"2 tars but its nshards\.txt says 3"):
+        read_manifest(str(folder))
+
+
+def test_an_empty_caption_is_dropped_and_named_and_a_sample_of_only_those_is_rejected(tmp_path):
+    uri = tar_of(
+        tmp_path / "x.tar", pair("a", "good", "  ") + pair("b", "", "\n") + [("c.jpg", b"x")] + [("d.json", b"{}"), ("d.jpg", b"")]
+    )
+    (sample,), problems = split(read_samples(uri))
+    assert [c.text for c in sample.captions] == ["good"]
+    assert [(p.key, p.what, p.reason) for p in problems] == [
+        ("a", "caption", "caption a#1 is empty"),
+        ("b", "sample", "no usable caption: caption b#0 is empty"),
+        ("c", "sample", "no caption"),
+        ("d", "sample", "no caption"),
+    ]
+    assert [row.key for row in index_shard(uri)] == ["a"]
+
+
+def test_a_second_sample_of_the_same_key_is_a_problem_and_the_first_is_kept(tmp_path):
+    other = [("a.jpg", b"other"), ("a.json", b'{"captions": ["other"]}')]
+    for contents in (pair("a", "one") + other, pair("a", "one") + pair("b", "two") + other):
+        samples, problems = split(read_samples(tar_of(tmp_path / "x.tar", contents)))
+        assert samples[0].captions[0].text == "one"
+        assert [(p.key, p.reason) for p in problems] == [("a", "a second sample of the same key; the first one is kept")]
+
+
+def test_members_that_are_not_grouped_are_one_problem_a_key(tmp_path):
+    a, b, c = pair("a", "one"), pair("b", "two"), pair("c", "three")
+    samples, problems = split(read_samples(tar_of(tmp_path / "x.tar", [a[0], b[0], a[1], b[1], *c])))
+    assert [s.key for s in samples] == ["c"]
+    assert [p.key for p in problems] == ["a", "b"]
+    assert all("not next to each other" in p.reason for p in problems)
+
+
+@pytest.mark.parametrize("cut", [200, 512, 1024, 1400, 2048, 2560])
+def test_a_truncated_tar_keeps_its_whole_samples_and_names_the_shard(tmp_path, cut):
+    uri = tar_of(tmp_path / "x.tar", pair("a", "one") + pair("b", "two"))
+    data = files.read_bytes(uri)
+    files.write_atomic(uri, data[:cut])
+    samples, problems = split(read_samples(uri))
+    assert [s.key for s in samples] == (["a"] if cut >= 1600 else [])
+    assert any(p.shard == "x.tar" and "truncated" in p.reason and p.what == "shard" for p in problems)
+
+
+def test_corrupt_headers_compressed_tars_and_empty_files_are_problems_not_exceptions(tmp_path):
+    uri = tar_of(tmp_path / "x.tar", pair("a", "one") + pair("b", "two"))
+    data = bytearray(files.read_bytes(uri))
+    data[2048 + 10] ^= 255
+    for bad, reason in ((bytes(data), "corrupt header"), (b"\x1f\x8b" + bytes(1000), "compressed"), (b"", "truncated")):
+        files.write_atomic(uri, bad)
+        _, problems = split(read_samples(uri))
+        assert any(reason in p.reason for p in problems)
+
+
+def test_unsafe_names_and_links_are_left_out_by_name(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("/etc/a.jpg", "../b.jpg", "c/../../d.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("e.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    samples, problems = split(read_samples(str(tmp_path / "x.tar")))
+    assert not samples
+    assert len(problems) == 4
+    assert "link" in problems[3].reason
+
+
+@pytest.mark.parametrize("text", [b"{", b"[1]", b'{"captions": [1]}', b'{"captions": [{"id": 1}]}', b'{"captions": "x"}', b"\xff\xfe"])
+def test_captions_of_the_wrong_type_are_a_problem(tmp_path, text):
+    _, (problem,) = split(read_samples(tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.json", text)])))
+    assert problem.reason.startswith("captions cannot be read")
+
+
+def test_keys_that_webdataset_would_cut_are_refused_and_leave_no_file(tmp_path):
+    for key in ("a.b", "a/b", ""):
+        with pytest.raises(ValueError, match="dot or slash"):
+            write_shard(str(tmp_path / "x.tar"), [Record(key, "train", [Caption("1", "x")], b"x")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_region_files_that_are_not_regions_are_refused():
+    buffer = io.BytesIO()
+    np.savez(buffer, other=np.ones(3))
+    for bad, reason in ((b"junk", "not a region file"), (buffer.getvalue(), "features"), (b"", "not a region file")):
+        with pytest.raises(ValueError, match=reason):
+            Regions.from_npz(bad)
+    with pytest.raises(ValueError, match="boxes must be"):
+        Regions(np.ones((2, 3), np.float16), np.ones((3, 4)))
+
+
+def test_a_corrupt_truncated_or_gigantic_image_is_found_by_decoding_it():
+    good = png(side=64)
+    assert check_image(good) == (64, 64)
+    header = bytearray(png(side=16))
+    header[16:24] = (20000).to_bytes(4, "big") * 2  # claims 400 megapixels
+    for bad in (good[: len(good) // 2], b"not an image", b"", bytes(header)):
+        with pytest.raises(ValueError, match=r"decoded|pixels"):
+            check_image(bad)
+
+
+def test_files_are_replaced_as_a_whole_or_not_at_all(tmp_path):
+    uri = files.join(tmp_path, "deep", "x.bin")
+    files.write_atomic(uri, b"old")
+    with contextlib.suppress(RuntimeError), files.atomic_stream(uri) as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert files.read_bytes(uri) == b"old"
+    assert files.list_files(tmp_path / "deep") == [uri]
+    assert files.read_span(uri, 1, 3) == b"ld"
+    with files.local_copy(tmp_path / "deep") as local:
+        assert local == tmp_path / "deep"
+
+
+def test_any_fsspec_filesystem_holds_shards(tmp_path):
+    uri = "memory://bucket/train/00000.tar"
+    info = write_shard(uri, records())
+    assert info == write_shard(str(tmp_path / "00000.tar"), records())
+    manifest = read_manifest("memory://bucket/train")
+    assert manifest.shards == [info]
+    row = scan_shard(uri)[0][2]
+    assert read_range(uri, row.start, row.end).key == "k2"
+    with files.local_copy("memory://bucket/train") as local:
+        assert (local / "00000.tar").read_bytes() == files.read_bytes(uri)
+    assert not local.exists()
+
+
+def test_a_manifest_fingerprint_follows_the_content(tmp_path):
+    for name, n in (("a", 3), ("b", 3), ("c", 2)):
+        write_shard(str(tmp_path / name / "0.tar"), records(n))
+    a, b, c = (read_manifest(str(tmp_path / name)).fingerprint() for name in "abc")
+    assert a == b != c
+    with pytest.raises(ValueError, match="run `itm pack`"):
+        read_manifest(str(tmp_path / "none"))

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from itm.data.arrow import to_table
+from itm.data.pairs import Work
+from itm.data.plan import Plan
+from itm.data.records import Caption, Record
+from itm.data.shards import write_shard
+from pipelines.on_ray.session import set_up_data
+from pipelines.on_ray.stream import stream, stream_here, work_of
+from tests.support.columns import equal
+from tests.support.noise_split import png, world
+
+
+def test_threads_give_the_planned_batches_in_order(tmp_path: Path) -> None:
+    """More of them than are held at once: the memory of those that were let go is used again."""
+    pairs, another = world(tmp_path), world(tmp_path / "equal")
+    step = 0
+    for step, columns in enumerate(stream_here(pairs, work_of(0, 0, 40, 1), threads=2), 1):
+        assert to_table(columns).equals(another(Work(step - 1, 0, 0)))
+    assert step == 40
+    assert len(pairs.buffers.arrays) < 8
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("decode", ["actors", "trainer"])
+def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(tmp_path: Path, ray_local: object, decode: str) -> None:
+    pairs = world(tmp_path, batch=3)
+    pairs.fetch.plan = Plan.of(pairs.fetch.manifest, seed=0, batch=3, ranks=2, accumulate=2, window=2)
+    for rank in range(2):
+        items = work_of(rank, 1, 6, 2)
+        batches = list(stream(pairs, items, decode, 2))
+        assert len(batches) == len(items) == 10
+        for item, columns in zip(items, batches, strict=True):
+            assert equal(columns, pairs(item)), item
+
+
+@pytest.mark.e2e
+def test_what_an_actor_raises_for_the_user_reaches_the_driver(tmp_path: Path, ray_local: object) -> None:
+    pairs = world(tmp_path, broken=tuple(range(24)))
+    with pytest.raises(ValueError, match="not one of the 6 pairs"):
+        list(stream(pairs, work_of(0, 0, 2, 1), "actors", 1))
+    write_shard(f"{tmp_path}/train/00000.tar", [Record("other", "train", [Caption("c", "a red thing")], png(0), "png")])
+    with pytest.raises(ValueError, match="the shard changed after the manifest"):
+        list(stream(pairs, work_of(0, 0, 2, 1), "trainer", 1))
+
+
+@pytest.mark.e2e
+def test_a_stream_whose_reader_is_slow_leaves_the_core_to_it(tmp_path: Path, ray_local: object) -> None:
+    pairs = world(tmp_path)
+    from ray.data import ExecutionResources
+
+    options = set_up_data().execution_options
+    free, options.resource_limits = options.resource_limits, ExecutionResources(object_store_memory=1 << 20)
+    try:
+        batches = stream(pairs, work_of(0, 0, 40_000, 1), "trainer", 1)
+        next(batches)
+        time.sleep(5)  # as much is read ahead now as Ray Data allows
+        before = time.process_time()
+        time.sleep(4)
+        assert time.process_time() - before < 1.5, "the scheduling loop of Ray Data spins"
+    finally:
+        options.resource_limits = free
+        batches.close()

@@ -1,0 +1,235 @@
+"""A node of a Ray cluster dies in mid-training and another takes over, or none does: not one bit is lost. Nodes are processes here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import spawn
+
+from itm.config import Recipe
+from itm.data.shards import read_manifest
+from itm.tracking.registry import Tracker
+from itm.training.checkpoint import State, latest
+from pipelines.train import prepare, train
+from pipelines.training.worker import Job, work
+from tests.support.registry_world import free_ports
+from tests.support.small_training import final, recipe, same, splits
+
+pytest_plugins = ["tests.support.registry_fixtures"]
+pytestmark = pytest.mark.e2e
+
+# A dead node refuses connections at once, a slow one only answers late: look often, be patient with an answer.
+HEALTH = {"RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "10000"}
+TRAIN = "import sys; from pipelines.cli import stage_main; sys.exit(stage_main('train', ['-c', sys.argv[1]]))"
+
+
+def until(reached: Callable[[], Any], log: Path, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < end, f"nothing in {seconds} s: {log.read_text()[-3000:]}"
+        time.sleep(0.1)
+
+
+class Cluster:
+    """`ray start --block` under this process, an address of 127.0.0.0/8 for each node. Only what it started is ended."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, [self.port, self.client_port] = logs, free_ports(2)
+        self.folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths below it must stay short
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.joined = 0
+
+    def start(self, cpus: int) -> subprocess.Popen[bytes]:
+        """The head, or one more node; returns when it has joined. Ray gives it 30 s: on a busy machine it is tried again."""
+        for _ in range(3):
+            node, log = self._launch(cpus)
+            while node.poll() is None:
+                if "block forever" in log.read_text():
+                    self.joined += 1
+                    return node
+                time.sleep(0.1)
+            self.end(node)
+        raise AssertionError(log.read_text()[-3000:])
+
+    def _launch(self, cpus: int) -> tuple[subprocess.Popen[bytes], Path]:
+        number = len(self.nodes) + 1
+        where = f"--address 127.0.0.1:{self.port} --node-ip-address 127.0.0.{number}"
+        if not self.joined:
+            where = f"--head --port {self.port} --include-dashboard false --no-monitor --temp-dir {self.folder}"
+            where += f" --ray-client-server-port {self.client_port}"
+        command = f"""{Path(sys.executable).parent}/ray start --block --disable-usage-stats {where} --include-log-monitor false
+            --num-cpus {cpus} --object-store-memory {100 << 20} --min-worker-port 0 --max-worker-port 0"""
+        log = self.logs / f"node{number}.log"
+        with log.open("wb") as out:
+            node = subprocess.Popen(command.split(), env=os.environ | HEALTH, stdout=out, stderr=out, start_new_session=True)
+        self.nodes.append(node)
+        return node, log
+
+    def processes(self, node: subprocess.Popen[bytes], name: str = "") -> list[psutil.Process]:
+        """Those of a node, which is a session of its own, whose command holds `name`."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) == node.pid and name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def lose(self, node: subprocess.Popen[bytes]) -> None:
+        """The raylet first: a node that loses power reports no death of a worker."""
+        [raylet], workers = self.processes(node, "raylet/raylet"), self.processes(node, "RayTrainWorker")
+        for process in (raylet, *workers):
+            process.kill()
+
+    def end(self, node: subprocess.Popen[bytes]) -> None:
+        for process in self.processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait(30)
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            self.end(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(registry: Path, tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def training(cluster: Cluster, log: Path, path: Path, code: str = TRAIN, **environment: str) -> subprocess.Popen[bytes]:
+    """A driver on the head that trains a recipe."""
+    environment |= {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    with log.open("wb") as out:
+        command = [sys.executable, "-c", code, str(path)]
+        return subprocess.Popen(command, env=os.environ | environment, stdout=out, stderr=out)
+
+
+def one_of_two(rank: int, port: int, job: Job) -> None:
+    """What a worker of Ray Train does, without Ray."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    work(job, torch.device("cpu"), lambda done, loss: None)
+    dist.destroy_process_group()
+
+
+def train_without_ray(choices: Recipe) -> None:
+    """Two ranks as two processes: nothing to disturb them, and far fewer processes than a worker group of Ray has."""
+    job = prepare(choices, read_manifest(f"{choices.data.root}/train"))
+    alone = choices.model_copy(update={"train": choices.train.model_copy(update={"workers": 0})})
+    with Tracker.start("tests", choices.name) as tracker:
+        job = replace(job, recipe=alone, run_id=tracker.run_id, tracking_uri=tracker.uri)
+        spawn(one_of_two, (*free_ports(1), job), nprocs=2)
+
+
+def test_another_node_takes_over_from_one_that_dies_bit_for_bit(cluster: Cluster, tmp_path: Path) -> None:
+    """One worker on the head, one on the node that will die: a third node joins only when both have their places."""
+    splits(tmp_path, shards=1, samples=24)
+    given: dict[str, Any] = {"workers": 2, "batch_size": 3, "steps": 40, "validate_every": 40, "max_failures": 1}
+    path, checkpoints = tmp_path / "killed.json", tmp_path / "runs" / "killed" / "checkpoints"
+    path.write_text(recipe(tmp_path, name="killed", **given).model_dump_json())
+    _, victim, log = cluster.start(cpus=1), cluster.start(cpus=1), tmp_path / "train.log"
+    driver = training(cluster, log, path)
+    try:
+        until(lambda: cluster.processes(victim, "RayTrainWorker"), log, driver)
+        cluster.start(cpus=2)
+        until(lambda: (checkpoints / "000000004.json").exists(), log, driver)
+        cluster.lose(victim)
+        assert not (checkpoints / "000000040.json").exists(), "it died too late"
+        assert driver.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+        driver.wait()
+    cluster.stop()
+    train_without_ray(recipe(tmp_path, name="whole", **given))
+    assert same(final(tmp_path, "killed", 40), final(tmp_path, "whole", 40))
+
+
+def test_the_workers_that_are_left_finish_every_pass_when_no_node_takes_over(cluster: Cluster, tmp_path: Path) -> None:
+    """One of two workers goes on from the last checkpoint, where a run of one process, given a copy of it, goes on as well."""
+    splits(tmp_path, shards=1, samples=24)
+    folder, log, epochs = tmp_path / "runs" / "shrunk", tmp_path / "train.log", 8
+    given: dict[str, Any] = {"batch_size": 3, "steps": None, "epochs": epochs, "data": {"val_split": ""}}
+    path = tmp_path / "shrunk.json"
+    path.write_text(recipe(tmp_path, name="shrunk", workers=2, min_workers=1, max_failures=1, **given).model_dump_json())
+    head, victim = cluster.start(cpus=1), cluster.start(cpus=1)
+    driver = training(cluster, log, path, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")  # else it waits a minute for another node
+    try:
+        until(lambda: cluster.processes(victim, "RayTrainWorker"), log, driver)
+        until(lambda: (folder / "checkpoints" / "000000004.json").exists(), log, driver)
+        left = cluster.processes(head, "RayTrainWorker")
+        assert len(left) == 1
+        cluster.lose(victim)
+        until(lambda: not any(process.is_running() for process in left), log, driver)
+        shutil.copytree(folder / "checkpoints", tmp_path / "runs" / "copy" / "checkpoints")
+        assert driver.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+        driver.wait()
+    before, shrunk = whole(tmp_path, "copy"), whole(tmp_path, "shrunk")
+    pairs = epochs * 48
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(recipe(tmp_path, name="copy", workers=0, **given))
+    finally:
+        torch.set_num_threads(threads)
+    copy = whole(tmp_path, "copy")
+    assert 4 <= before.position.step < 8 * epochs, "it died too late"
+    assert shrunk.position.step == before.position.step + (pairs - before.pairs) // 3
+    assert (shrunk.position, shrunk.digest, shrunk.pairs, shrunk.used) == (copy.position, copy.digest, pairs, pairs)
+    assert shrunk.position.epoch == epochs
+    assert same(final(tmp_path, "shrunk", shrunk.position.step), final(tmp_path, "copy", shrunk.position.step))
+
+
+def whole(root: Path, name: str) -> State:
+    found = latest(str(root / "runs" / name / "checkpoints"))
+    assert found is not None
+    return found
+
+
+# Ray Train looks for room once a minute; a test looks every two seconds.
+IMPATIENT = """import functools; import ray.train
+ray.train.ScalingConfig = functools.partial(ray.train.ScalingConfig, elastic_resize_monitor_interval_s=2)
+"""
+
+
+def test_a_run_that_began_with_too_few_nodes_grows_when_another_joins(cluster: Cluster, tmp_path: Path) -> None:
+    """One worker holds the only CPU; a second one takes half of the pairs from a checkpoint on, and none is lost or taken twice."""
+    splits(tmp_path, shards=1, samples=24)
+    log, epochs = tmp_path / "train.log", 60
+    given: dict[str, Any] = {"batch_size": 3, "steps": None, "epochs": epochs, "data": {"val_split": ""}}
+    path = tmp_path / "grown.json"
+    path.write_text(recipe(tmp_path, name="grown", workers=2, min_workers=1, max_failures=1, **given).model_dump_json())
+    head = cluster.start(cpus=1)
+    driver = training(cluster, log, path, code=IMPATIENT + TRAIN, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="3")
+    try:
+        until(lambda: cluster.processes(head, "RayTrainWorker"), log, driver)  # a group of one: it waits for all
+        joined = cluster.start(cpus=1)
+        until(lambda: cluster.processes(joined, "RayTrainWorker"), log, driver)
+        assert driver.wait(120) == 0, log.read_text()[-3000:]
+    finally:
+        driver.kill()
+        driver.wait()
+    grown = whole(tmp_path, "grown")
+    assert (grown.pairs, grown.used, grown.position.epoch) == (epochs * 48, epochs * 48, epochs)
+    assert grown.position.step < epochs * 16, "it never had two workers"
