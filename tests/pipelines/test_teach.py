@@ -23,7 +23,7 @@ from itm.teachers.image import StatisticsTeacher
 from pipelines import teach as stage
 from tests.support.small_teaching import SHUFFLED, SHUFFLED_TEXT, pack, recipe, samples, scenes, score_here
 
-pytest_plugins = ["tests.support.small_teaching"]
+pytest_plugins = ["tests.support.teaching_fixtures"]
 
 
 def files_of(folder: str | Path) -> dict[str, bytes]:

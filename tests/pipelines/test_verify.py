@@ -11,9 +11,8 @@ from pipelines.cli import stage_main
 from pipelines.verify import TOLERANCE, verify
 from tests.support.small_teaching import SHUFFLED, SHUFFLED_TEXT, pack, recipe, scenes
 
-pytest_plugins = ["tests.support.small_teaching"]
+pytest_plugins = ["tests.support.teaching_fixtures"]
 
-assert here  # the fixture
 
 STATISTICS = {"kind": "statistics", "options": {"size": 64}}
 

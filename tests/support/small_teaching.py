@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
 
 from itm.config import parse_recipe
 from itm.data.manifest import Manifest
@@ -56,11 +55,3 @@ def score_here(job, uri, todo, identity, *, prepare):
         if error := written.pop("error"):
             raise ValueError(error)
         yield stage.Written(**written)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Scoring inside this process, without tracking."""
-    monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
-    return tmp_path

@@ -1,0 +1,16 @@
+"""Teaching inside the test process (a pytest plugin: `pytest_plugins = ["tests.support.teaching_fixtures"]`)."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines import teach as stage
+from tests.support.small_teaching import score_here
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Scoring inside this process, without tracking."""
+    monkeypatch.setattr(stage, "_score", score_here)
+    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    return tmp_path
