@@ -33,7 +33,7 @@ def guarded_root(square: Tensor) -> Tensor:
 
 
 def l2(x: Tensor, dim: int = -1) -> Tensor:
-    """x / (||x|| + 1e-8): epsilon outside the root (SGRAF spec 1), unlike `F.normalize`."""
+    """x / (||x|| + 1e-8): epsilon outside the root (docs/methods/scan.md#norms), unlike `F.normalize`."""
     return x / (guarded_norm(x, dim) + EPS)
 
 
@@ -60,7 +60,7 @@ def raw_scores(query: Tensor, context: Tensor) -> Tensor:
 
 
 def attended_norm(weights: Tensor, grams: Tensor) -> Tensor:
-    """||sum_c w_c context_c|| = sqrt(w' G w) without building the vector (SGRAF spec 8.4, item 4).
+    """||sum_c w_c context_c|| = sqrt(w' G w) without building the vector (docs/methods/scan.md#exact-shortcuts).
 
     weights (Nc,Nq,Q,C), grams (Nc,C,C) -> (Nc,Nq,Q). Exact up to rounding; the square is clamped at 0.
     """
