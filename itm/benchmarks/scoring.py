@@ -179,7 +179,7 @@ def alternate(
 
 
 def flops(kind: str, length: float) -> float:
-    """Floating-point operations of the large products that our form needs for a pair (SGRAF spec 8.1, with 8.4)."""
+    """Floating-point operations of the large products that our form needs for a pair (docs/methods/sgraf.md#cost-of-a-pair)."""
     attention, nodes = 2 * REGIONS * WIDTH * length, length + 1
     if kind not in ("SGR", "SAF"):
         return attention

@@ -1,7 +1,7 @@
 """How raw bytes and strings become model inputs: decode, resize, crop, flip; regions and their box numbers; token ids.
 
-`Inputs` travels with a matcher. Its calls are the evaluation path: exact (PIL bicubic, CUSA spec 4.3) and deterministic. Training
-may augment; the random numbers are then a function of (seed, epoch, key), so no generator state has to be saved to resume.
+`Inputs` travels with a matcher. Its calls are the evaluation path: exact (PIL bicubic, docs/methods/cusa.md#images) and deterministic.
+Training may augment; the random numbers are then a function of (seed, epoch, key), so no generator state has to be saved to resume.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int, crop: str) -> np.ndarray:
-    """(size,size,3) uint8: bicubic; `squash`, or short side to `size` and centre crop (CUSA spec 4.3)."""
+    """(size,size,3) uint8: bicubic; `squash`, or short side to `size` and centre crop."""
     width, height, left, top = _frame(*image.size, size, crop)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(resized.crop((left, top, left + size, top + size)))

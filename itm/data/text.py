@@ -32,7 +32,7 @@ _WORD = re.compile(r"\w+(?=n't\b)|n't\b|'\w+|\w+(?:-\w+)*|[^\w\s]")
 
 
 def clean_caption(text: str, max_words: int = 64) -> str:
-    """CUSA's caption clean-up (spec 4.1): lower case, punctuation to spaces, first `max_words` words.
+    """CUSA's caption clean-up (docs/methods/cusa.md#caption-clean-up): lower case, punctuation to spaces, first `max_words` words.
 
     Raises ValueError when nothing is left.
     """

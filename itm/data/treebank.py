@@ -1,4 +1,6 @@
-"""Words as the vocabularies of SCAN, SGRAF and UARDA hold them: Penn Treebank tokenisation, without NLTK or its data (SGRAF spec 6.2).
+"""Words as the vocabularies of SCAN, SGRAF and UARDA hold them: Penn Treebank tokenisation, without NLTK or its data.
+
+What they are: docs/methods/scan.md#vocabulary-and-tokens.
 
 The authors' files were made by NLTK's `word_tokenize`, which first cuts a caption into sentences by a trained model. Here a period in
 the middle of a caption is taken off its word unless the vocabulary knows the word with it ("mr.", "u.s.").

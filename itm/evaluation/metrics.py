@@ -111,7 +111,8 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic",
     absent (Q,) int64: positives that are not in the gallery; they count in R and can never be hit.
 
     With the positives of a query in order of score, the k-th has rank n_k + k, n_k = negatives ahead of it, and the hits above it are k:
-    mAP@R = mean over queries of (1/R) sum_{k: n_k + k <= R} k / (n_k + k); R-precision = #{k: n_k + k <= R} / R (cusa.md 5.2).
+    mAP@R = mean over queries of (1/R) sum_{k: n_k + k <= R} k / (n_k + k); R-precision = #{k: n_k + k <= R} / R
+    (docs/methods/cusa.md#equivalence-metrics).
     """
     if tie not in TIES:
         raise ValueError(f"unknown tie rule {tie!r}; known: {', '.join(TIES)}")

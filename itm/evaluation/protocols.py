@@ -90,7 +90,10 @@ def coco_1k_5fold(scored: Scored, tie: str) -> Outcome:
 
 
 def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[str, float], dict[str, float]]:
-    """Mean metrics and chance over `count` consecutive blocks of images, each against its own captions (sgraf.md 7)."""
+    """Mean metrics and chance over `count` consecutive blocks of images, each against its own captions.
+
+    As docs/methods/scan.md#evaluation-protocol has it.
+    """
     size = len(scored.names.image_keys) // count
     rows: list[tuple[dict[str, float], dict[str, float]]] = []
     for start in range(0, size * count, size):
@@ -104,7 +107,10 @@ def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[st
 
 
 def eccv(scored: Scored, tie: str) -> Outcome:
-    """ECCV Caption: R@1, mAP@R, R-precision over its human-checked positives; truth from the eccv-caption package (cusa.md 5.2)."""
+    """ECCV Caption: R@1, mAP@R, R-precision over its human-checked positives; truth from the eccv-caption package.
+
+    Formulas: docs/methods/cusa.md#equivalence-metrics.
+    """
     return _coco_wide(scored, tie, "eccv", "ECCV Caption on COCO 5K")
 
 
@@ -114,7 +120,10 @@ def cxc(scored: Scored, tie: str) -> Outcome:
 
 
 def i2i(scored: Scored, tie: str) -> Outcome:
-    """Image -> image: R@1 and mAP@R; relevant = another image of the same scene, class or label in the metadata (cusa.md 5.3)."""
+    """Image -> image: R@1 and mAP@R; relevant = another image of the same scene, class or label in the metadata.
+
+    Protocol: docs/methods/cusa.md#image-retrieval.
+    """
     labels = _labels(scored.names)
     return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
 

@@ -1,4 +1,6 @@
-"""ISD and ISDa of IAIS (iais.md 2.3): how far relations among words and among regions of matched pairs differ. Lower is more consistent.
+"""ISD and ISDa of IAIS: how far relations among words and among regions of matched pairs differ. Lower is more consistent.
+
+Definitions: docs/methods/iais.md#relation-distance.
 
 ISDa needs annotation: each caption's metadata holds `entities`, a list of {"words": [...], "regions": [...]}, positions from 0 of tokens
 of the matcher's tokenizer (start and end not counted) and of regions.

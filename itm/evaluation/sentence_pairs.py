@@ -75,7 +75,9 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
 
 
 def sts(matcher: Any, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
-    """100 x Spearman of the cosines of each file, `sts_<stem>`, and `sts_mean` of the values rounded to 2 decimals (cusa.md 5.4).
+    """100 x Spearman of the cosines of each file, `sts_<stem>`, and `sts_mean` of the values rounded to 2 decimals.
+
+    Protocol: docs/methods/cusa.md#sentence-similarity.
 
     Vectors: the uni-modal head where the matcher has one, else the caption vector.
     """

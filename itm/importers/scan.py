@@ -1,6 +1,7 @@
 """The authors' SCAN and SGRAF checkpoints (`model_best.pth.tar`): list of state dicts [image, text(, similarity)] plus their options.
 
-Layout: SCAN spec 5, SGRAF spec 5. Sizes come from the tensors; what the tensors cannot tell (direction, norms, temperatures) from `opt`.
+Layout: docs/methods/scan.md#checkpoints and docs/methods/sgraf.md#checkpoints. Sizes come from the tensors; what the tensors cannot tell
+(direction, norms, temperatures) from `opt`.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ Reduction = Literal["mean", "sum"]
 
 
 def contrastive_loss(scores: Tensor, tau: Tensor | float, positives: Tensor | None = None, *, reduction: Reduction = "mean") -> Tensor:
-    """Mean of the two directions of the cross entropy of softmax(scores / tau) (CUSA spec 3.2); scalar.
+    """Mean of the two directions of the cross entropy of softmax(scores / tau) (docs/methods/cusa.md#contrastive-term); scalar.
 
     scores (I,T), images in rows; tau > 0; positives (I,T) bool or 0/1, every row and column with at least one, default the diagonal.
     The target of a row is uniform over its positives. reduction `sum`: sum over columns, mean over rows (the usual InfoNCE); `mean`:
     divided once more by the number of columns, as CUSA ships it: 1/B of an InfoNCE, which decides the balance with CSA and USA
-    (spec 3.4).
+    (docs/methods/cusa.md#scale-of-the-contrastive-term).
     """
     if positives is None:
         assert scores.shape[0] == scores.shape[1], "scores that are not square need positives"

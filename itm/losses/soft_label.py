@@ -23,7 +23,9 @@ def soft_label_loss(
     loss: Divergence = "kl",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """One direction of CSA or USA over the rows of `scores` (CUSA spec 3.1, 3.3); scalar. Text-to-image: give the transpose.
+    """One direction of CSA or USA over the rows of `scores` (docs/methods/cusa.md#one-direction); scalar.
+
+    Text-to-image: give the transpose.
 
     scores, teacher (N,M) similarities; target = softmax(teacher / teacher_tau), with gradient to a learnable teacher_tau.
     loss `kl`: KL(target || softmax(scores / tau)), sum over columns, mean over rows; `contrastive`: the soft cross entropy, with
@@ -38,14 +40,14 @@ def soft_label_loss(
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
-    """(N,N) cosines of the rows of (N,D), diagonal included (CUSA spec 1.2); at least float32 whatever the autocast."""
+    """(N,N) cosines of the rows of (N,D), diagonal included (docs/methods/cusa.md#soft-labels); at least float32 whatever the autocast."""
     with torch.autocast(vectors.device.type, enabled=False):
         unit = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
         return unit @ unit.T
 
 
 def mixed_similarity(image: Tensor, text: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-    """The targets of (image-to-text, text-to-image) from two (B,B) teacher cosines (CUSA spec 3.3).
+    """The targets of (image-to-text, text-to-image) from two (B,B) teacher cosines (docs/methods/cusa.md#soft-label-terms).
 
     `each`: its own teacher for each direction; `add`: their mean for both; `dot`: the geometric mean of the non-negative parts.
     """

@@ -12,7 +12,8 @@ def triplet_loss(
     """Scalar: sum over positive pairs (i,t) of [m + s(i,c) - s(i,t)]_+ over captions c and [m + s(j,t) - s(i,t)]_+ over images j.
 
     scores (I,T), images in rows. positives (I,T) bool, or (B,) image ids of a square batch whose row k belongs to caption k; unset: the
-    diagonal. hardest=True takes the largest negative of each anchor (`max_violation`), False sums all. SGRAF spec 4: a sum, not a mean.
+    diagonal. hardest=True takes the largest negative of each anchor (`max_violation`), False sums all. A sum, not a mean:
+    docs/methods/scan.md#loss.
     No caption of the own image is a negative, unless official=True, which masks the diagonal only, as the authors' code does.
     In a square batch with a positive diagonal the anchors are the diagonal; else every positive pair is an anchor.
     Raises ValueError for shapes that do not fit, and for official=True with a batch that is not square.

@@ -1,6 +1,6 @@
-"""CLIP through Hugging Face's CLIPModel, in float32, with CUSA's cross and uni heads behind its projections (CUSA spec 2.1).
+"""CLIP through Hugging Face's CLIPModel, in float32, with CUSA's cross and uni heads behind its projections.
 
-The logit scale is dropped: temperatures belong to the method.
+Equations: docs/methods/dual.md#clip and docs/methods/cusa.md#student-model. The logit scale is dropped: temperatures belong to the method.
 """
 
 from __future__ import annotations

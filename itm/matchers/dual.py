@@ -1,7 +1,7 @@
 """Dual encoder (VSE): any image encoder and any text encoder, projected to one space; a score is a cosine.
 
-With heads (CUSA spec 2.1) the retrieval vector goes through a `cross` head, and `uni` heads add vectors for image-image and text-text
-similarity. The heads belong to the matcher, so they are evaluated, saved and registered with it.
+With heads (docs/methods/dual.md#heads) the retrieval vector goes through a `cross` head, and `uni` heads add vectors for image-image and
+text-text similarity. The heads belong to the matcher, so they are evaluated, saved and registered with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itm.types import Captions, Encoded, Images
 
 
 class Head(nn.Module):
-    """Linear(LayerNorm(z)), width to width; Linear weight N(0, 0.02), LayerNorm eps 1e-5 (CUSA spec 2.1)."""
+    """Linear(LayerNorm(z)), width to width; Linear weight N(0, 0.02), LayerNorm eps 1e-5."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def guarded_root(square: Tensor) -> Tensor:
 
 
 def l2(x: Tensor, dim: int = -1) -> Tensor:
-    """x / (||x|| + 1e-8): epsilon outside the root (SGRAF spec 1), unlike `F.normalize`."""
+    """x / (||x|| + 1e-8): epsilon outside the root (docs/methods/scan.md#norms), unlike `F.normalize`."""
     return x / (guarded_norm(x, dim) + EPS)
 
 

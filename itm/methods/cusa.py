@@ -4,8 +4,9 @@
 
 CSA needs scores only: any score matrix divided by the temperature, cosines or not (for SGR and SAF the similarity in (0,1): a choice,
 the authors do not say). USA needs one vector per image and caption: the matcher's own uni heads (`heads: {uni: true}` of dual and clip),
-else a linear layer that this method owns, on the global vector or the mean of the parts (spec 3.6). A recipe for the small variant
-without clamped scales: itc {reduction: sum}, csa {weight: 1, student: itc, teacher: 0.05}, usa {weight: 1, student: itc, teacher: 0.05}.
+else a linear layer that this method owns, on the global vector or the mean of the parts (docs/methods/cusa.md#other-base-models).
+A recipe for the small variant without clamped scales: itc {reduction: sum}, csa {weight: 1, student: itc, teacher: 0.05},
+usa {weight: 1, student: itc, teacher: 0.05}.
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ class USAOptions(Strict):
 
 
 class Temperatures(nn.Module):
-    """0-D parameters for image and text, or one shared. The clamp is in place, at the start of a forward pass (spec 3.3)."""
+    """0-D parameters for image and text, or one shared. The clamp is in place, at the start of a forward pass.
+
+    Values: docs/methods/cusa.md#temperatures.
+    """
 
     def __init__(self, options: TemperatureOptions, default_range: tuple[float, float]) -> None:
         super().__init__()
@@ -102,7 +106,7 @@ class Temperatures(nn.Module):
 
 
 class CUSA(nn.Module):
-    """Defaults are the shipped setting for CLIP: itc weight 1 reduction mean, csa 0.1, usa 0.5, temperatures of spec 3.3.
+    """Defaults are the shipped setting for CLIP: itc weight 1 reduction mean, csa 0.1, usa 0.5 (docs/methods/cusa.md#temperatures).
 
     itc: `ContrastiveOptions`, on unless `triplet` (`TripletOptions`) is given; csa: `CSAOptions`; usa: `USAOptions`; false switches off.
     gather: true = the loss of the concatenated batch of all ranks (scores, ids and teacher vectors) with its one-process gradient after
@@ -215,7 +219,7 @@ class CUSA(nn.Module):
         return found
 
     def _align(self, options: Any, students: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], term: str) -> Tensor:
-        """weight * mean of the two directions (spec 3.3)."""
+        """weight * mean of the two directions (docs/methods/cusa.md#soft-label-terms)."""
         taus, teacher_taus = self.temperature(f"{term}_student"), self.temperature(f"{term}_teacher")
         directions = zip(students, targets, taus, teacher_taus, strict=True)
         return options.weight * sum(soft_label_loss(*d, loss=options.loss, reduction=options.reduction) for d in directions) / 2
@@ -244,7 +248,10 @@ class CUSA(nn.Module):
 
 
 def check_teacher(vectors: Tensor | None, rows: int, side: str) -> Tensor:
-    """The vectors, unchanged. Raises ValueError when absent, not (rows, D) with D > 1, not finite, or zero in a row (spec 7.2, 7.3)."""
+    """The vectors, unchanged. Raises ValueError when absent, not (rows, D) with D > 1, not finite, or zero in a row.
+
+    Why: docs/methods/cusa.md#teacher-checks.
+    """
     if vectors is None:
         raise ValueError(f"the batch holds no {side} teacher vectors: run `itm teach` and set teachers.{side}, or switch csa and usa off")
     if vectors.dim() != 2 or len(vectors) != rows or vectors.shape[1] < 2:

@@ -1,6 +1,7 @@
 """Where the relation blocks of IAIS come from: the joint attention of a single-stream matcher, or cosines of the parts of any other.
 
-The second is an extension (iais spec 7): the parts of one side have not seen the other, so it is another hypothesis than the paper's.
+The second is an extension (docs/methods/iais.md#other-architectures): the parts of one side have not seen the other, so it is
+another hypothesis than the paper's.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _mask(rows: Encoded) -> Tensor:
 
 
 def cosine_relations(images: Encoded, captions: Encoded, smoothing: float) -> Relations:
-    """Extension: blocks of matchers without joint attention, rows = softmax of smoothing x cosine of parts (iais spec 7).
+    """Extension: blocks of matchers without joint attention, rows = softmax of smoothing x cosine of parts.
 
     parts (G,R,D) and (G,L,D); start and end of a caption are left out. The parts of one side have not seen the other, so this is
     another hypothesis than the paper's.

@@ -61,7 +61,7 @@ def widened(given: tuple[float, float] | None, default: tuple[float, float], sta
 
 
 class ContrastiveTerm(nn.Module):
-    """weight * contrastive_loss with a temperature of its own (CUSA spec 3.2)."""
+    """weight * contrastive_loss with a temperature of its own (docs/methods/dual.md#contrastive-loss)."""
 
     def __init__(self, options: ContrastiveOptions) -> None:
         super().__init__()
@@ -163,7 +163,8 @@ def batch_positives(batch: Batch, gather: Gather) -> Tensor:
 
 def gather_encoded(encoded: Encoded, gather: Gather) -> Encoded:
     """True: gradient of every rank's loss (one-process gradient after DDP's mean). `official`: only the own loss's gradient of the own
-    rows (CUSA spec 3.5), so network gradients are 1/W of the one-process ones after DDP's mean. Ranks hold equally many rows."""
+    rows (docs/methods/cusa.md#several-ranks), so network gradients are 1/W of the one-process ones after DDP's mean. Ranks hold equally
+    many rows."""
     if not gather or world_size() == 1:
         return encoded
     names = [name for name in ("vector", "parts", "mask", "uni") if getattr(encoded, name) is not None]

@@ -1,5 +1,6 @@
-"""Teacher vectors that CUSA's authors stored: `.npy` files of one pickled dict, {image_id: (1, D)} or {caption: (D,)} (CUSA spec 1.3).
+"""Teacher vectors that CUSA's authors stored: `.npy` files of one pickled dict, {image_id: (1, D)} or {caption: (D,)}.
 
+Layout: docs/methods/cusa.md#stored-teacher-vectors.
 The pickle is read as data: numpy arrays, strings, numbers and containers; every other name in it is refused.
 """
 

@@ -67,8 +67,8 @@ class HFVisionTeacher(Teacher):
 
     layer: -1 is the model's final output, k the k-th entry of its hidden states. pooling: `cls` the first token, `mean` of the patch
     tokens, `pooler` the model's pooled output, `patches` all patch tokens flattened in raster order (position-sensitive, wide:
-    CUSA's published image features are such a trunk output, cusa section 1.1). Preparation follows the model's
-    preprocessor_config.json; without one: short side bicubic, centre crop, mean and deviation of CLIP (section 4.3).
+    CUSA's published image features are such a trunk output, docs/methods/cusa.md#teachers). Preparation follows the model's
+    preprocessor_config.json; without one: short side bicubic, centre crop, mean and deviation of CLIP (docs/methods/cusa.md#images).
     """
 
     modality: Modality = "image"

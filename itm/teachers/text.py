@@ -29,7 +29,7 @@ class HFTextTeacher(Teacher):
     """Sentence vectors of a Hugging Face text model: masked mean (or first token) of the last hidden state, at unit length.
 
     A sentence-transformers folder says itself how it pools, how long it reads and whether dense layers follow; `pooling` and
-    `max_length` override. `clean`: captions go through CUSA's clean-up first, as its teacher gets them (cusa section 1.1);
+    `max_length` override. `clean`: captions go through CUSA's clean-up first, as its teacher gets them (docs/methods/cusa.md#teachers);
     `prefix` is put before each caption (for models trained with one, such as "query: ").
     """
 

@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax"
 
 
 def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: with decay, and without (temperatures, 1-D weights and everything named bias: CUSA spec 2.2)."""
+    """Two groups: with decay, and without (temperatures, 1-D weights and everything named bias: docs/methods/cusa.md#hyper-parameters)."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     plain = [p for name, p in named if p.dim() <= 1 or name.split(".")[-1].startswith("bias")]
     kept = {id(p) for p in plain}
@@ -34,8 +34,10 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int, total_steps: in
     """The rate of optimiser step `step` (0-based); never 0 but 1e-8, as UNITER has it.
 
     During the first W = warmup_steps it rises as lr (step+1)/W. Then, with s = (step-W) / (total-W), e = epoch of the step, E = epochs:
-    constant lr; linear lr + (min-lr) (step+1-W) / (total-W), which ends at min (iais spec 4); cosine min + (lr-min)(1+cos(pi s))/2;
-    cosine_epoch min + (lr-min)(1+cos(pi e/E))/2 (CUSA spec 2.2); step lr step_gamma^floor(e / step_epochs) (SCAN, SGRAF).
+    constant lr; linear lr + (min-lr) (step+1-W) / (total-W), which ends at min (docs/methods/iais.md#schedule);
+    cosine min + (lr-min)(1+cos(pi s))/2;
+    cosine_epoch min + (lr-min)(1+cos(pi e/E))/2 (docs/methods/cusa.md#hyper-parameters);
+    step lr step_gamma^floor(e / step_epochs) (docs/methods/scan.md#schedule).
     """
     rate = _planned(train, step, steps_per_epoch, total_steps)
     return rate if rate > 0 else 1e-8

@@ -1,6 +1,7 @@
 """Relation-block folders that the stored golden ones do not cover: peaky attention, several pairs with entities, pairs of one word.
 
-The reference is the loop over pairs of iais spec 2.3 and 3, in float64; the replay of `make golden` must accept its numbers.
+The reference is the loop over pairs of docs/methods/iais.md#relation-distance and
+docs/methods/iais.md#alignment-losses, in float64; the replay of `make golden` must accept its numbers.
 """
 
 from __future__ import annotations

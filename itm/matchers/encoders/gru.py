@@ -11,7 +11,9 @@ from itm.types import Captions, Encoded
 
 
 class WordGRU(nn.Module):
-    """parts (N,L,width): embedding, dropout, packed GRU, mean of the two directions of the last layer, l2 (SGRAF spec 2.2).
+    """parts (N,L,width): embedding, dropout, packed GRU, mean of the two directions of the last layer, l2.
+
+    Equations: docs/methods/scan.md#text-encoder.
 
     vector (N,width) = mean over the valid words, start and end included. normalize=False is `no_txtnorm`; SCAN has no dropout, SGRAF 0.4.
     """

@@ -13,7 +13,7 @@ from itm.types import Encoded, Images
 
 
 class GainLinear(nn.Module):
-    """Weight-normalised linear layer with one gain for the whole matrix: W = g v / ||v||_F (SCAN spec 1, `weight_norm`)."""
+    """Weight-normalised linear layer with one gain for the whole matrix: W = g v / ||v||_F (docs/methods/scan.md#image-encoder)."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ def raw_scores(query: Tensor, context: Tensor) -> Tensor:
 
 
 def attended_norm(weights: Tensor, grams: Tensor) -> Tensor:
-    """||sum_c w_c context_c|| = sqrt(w' G w) without building the vector (SGRAF spec 8.4, item 4).
+    """||sum_c w_c context_c|| = sqrt(w' G w) without building the vector (docs/methods/scan.md#exact-shortcuts).
 
     weights (Nc,Nq,Q,C), grams (Nc,C,C) -> (Nc,Nq,Q). Exact up to rounding; the square is clamped at 0.
     """

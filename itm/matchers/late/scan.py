@@ -68,7 +68,10 @@ class SCAN(LateInteraction):
         self.options = {**self.towers, **chosen, "lambda_softmax": lambda_softmax, "lambda_lse": lambda_lse}
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
-        """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions (spec 3)."""
+        """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions.
+
+        Equations: docs/methods/scan.md#score.
+        """
         if self.cuts_tiles(captions):
             return self._tiled(images, captions)
         query, context = (captions, images) if self.cross_attn == "t2i" else (images, captions)
@@ -94,7 +97,7 @@ class SCAN(LateInteraction):
         return scores
 
     def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
-        """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (spec 2 and 3)."""
+        """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (docs/methods/scan.md#attention)."""
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         queries = zero_padding(queries, query_mask)
         raw = raw_scores(queries, items)
@@ -106,7 +109,10 @@ class SCAN(LateInteraction):
 
 
 def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:
-    """The raw norm over the query axis, per context item (spec 2, step 2). raw (Nc,Nq,Q,C) with zero rows at padded queries."""
+    """The raw norm over the query axis, per context item. raw (Nc,Nq,Q,C) with zero rows at padded queries.
+
+    Table: docs/methods/scan.md#attention.
+    """
     if kind.startswith("clipped"):
         raw = F.leaky_relu(raw, 0.1)
     if kind.endswith("l2norm"):
@@ -119,7 +125,10 @@ def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:
 
 
 def aggregate(relevance: Tensor, query_mask: Tensor, kind: Aggregation, lambda_lse: float) -> Tensor:
-    """(Nc,Nq,Q) -> (Nc,Nq) over the real query items. LogSumExp = log(sum exp(lambda r)) / lambda (spec 3)."""
+    """(Nc,Nq,Q) -> (Nc,Nq) over the real query items. LogSumExp = log(sum exp(lambda r)) / lambda.
+
+    Table: docs/methods/scan.md#score.
+    """
     padded = ~query_mask[None]
     if kind == "LogSumExp":
         return (lambda_lse * relevance).masked_fill(padded, -math.inf).logsumexp(-1) / lambda_lse

@@ -1,7 +1,8 @@
 """SGR and SAF (Diao et al., AAAI 2021): similarity vectors of words and of the whole pair, reasoned over or filtered.
 
-As in the authors' code, module names included, with the exact transformations of SGRAF spec 8.4: captions are scored in chunks of like
-length against all images of the block, masked where padded. SGRAF is the mean of the scores of one SGR and one SAF:
+As in the authors' code, module names included, with the exact transformations of
+docs/methods/sgraf.md#exact-transformations: captions are scored in chunks of like length against all images of the block, masked where
+padded. SGRAF is the mean of the scores of one SGR and one SAF:
 `score_matrix([sgr, saf], ...)`.
 """
 
@@ -25,7 +26,9 @@ LAMBDA = 9.0
 
 
 class SlotNorm(nn.BatchNorm1d):
-    """Batch norm over the region slot: channel = position of the region, statistics over images and width together (spec 2.3).
+    """Batch norm over the region slot: channel = position of the region, statistics over images and width together.
+
+    Equations: docs/methods/sgraf.md#region-slot-norm.
 
     Padded regions are left out of the statistics; a slot that no image of the batch fills keeps its running values.
     """
@@ -53,7 +56,10 @@ class SlotNorm(nn.BatchNorm1d):
 
 
 class ImageGlobal(nn.Module):
-    """v_global_w: one unit vector an image, the regions weighted by their agreement with the mean region (spec 2.3)."""
+    """v_global_w: one unit vector an image, the regions weighted by their agreement with the mean region.
+
+    Equations: docs/methods/sgraf.md#global-vectors.
+    """
 
     def __init__(self, width: int, regions: int, dropout: float) -> None:
         super().__init__()
@@ -88,7 +94,10 @@ def _weighted(logits: Tensor, parts: Tensor, mask: Tensor) -> Tensor:
 
 
 class GraphReasoning(nn.Module):
-    """One SGR step: Z <- relu(Lin(softmax(q(Z) k(Z)') Z)), dense graph with self edges, no scaling, no residual (spec 3.3)."""
+    """One SGR step: Z <- relu(Lin(softmax(q(Z) k(Z)') Z)), dense graph with self edges, no scaling, no residual.
+
+    Equations: docs/methods/sgraf.md#similarity-graph-reasoning.
+    """
 
     def __init__(self, sim_dim: int) -> None:
         super().__init__()
@@ -105,12 +114,18 @@ class GraphReasoning(nn.Module):
         return self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
 
     def _queries(self, asking: Tensor) -> Tensor:
-        """Query and key layer as one: terms constant in a row vanish in the softmax (8.4, item 6). No gradient for the key bias."""
+        """Query and key layer as one: terms constant in a row vanish in the softmax. No gradient for the key bias.
+
+        Item 6 of docs/methods/sgraf.md#exact-transformations.
+        """
         return F.linear(asking, self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight)
 
 
 class AttentionFiltration(nn.Module):
-    """SAF: sum of the nodes weighted by l1(sigmoid(BN(Lin(Z)))), then l2 (spec 3.4)."""
+    """SAF: sum of the nodes weighted by l1(sigmoid(BN(Lin(Z)))), then l2.
+
+    Equations: docs/methods/sgraf.md#similarity-attention-filtration.
+    """
 
     def __init__(self, sim_dim: int) -> None:
         super().__init__()
@@ -120,7 +135,8 @@ class AttentionFiltration(nn.Module):
     def forward(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """nodes (I,T,K,S), mask (T,K) -> vectors (I,T,S) and, in training, mean and unbiased variance a caption (T,2).
 
-        In training a caption is normalised by its own values over all images of the block (spec 3.6).
+        In training a caption is normalised by its own values over all images of the block
+        (docs/methods/sgraf.md#batch-norm-in-training).
         """
         logits, norm = self.attn_sim_w(nodes).squeeze(-1), self.bn
         assert norm.running_mean is not None
@@ -137,7 +153,10 @@ class AttentionFiltration(nn.Module):
 
     @torch.no_grad()
     def track(self, statistics: Tensor) -> None:
-        """One momentum update a caption, in order, in closed form: run <- (1-m)^M run + sum_j m (1-m)^(M-1-j) stat_j (spec 3.6)."""
+        """One momentum update a caption, in order, in closed form: run <- (1-m)^M run + sum_j m (1-m)^(M-1-j) stat_j.
+
+        Why: docs/methods/sgraf.md#batch-norm-in-training.
+        """
         norm, captions = self.bn, len(statistics)
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -194,7 +213,7 @@ class SimilarityMatcher(LateInteraction):
         return encoded
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
-        """(I,T) in (0,1). In training batch norm sees this block (spec 3.6). Raises ValueError for one image in training."""
+        """(I,T) in (0,1). In training batch norm sees this block. Raises ValueError for one image in training."""
         (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
         self._check_slots(images)
         if self.training and len(images) < 2:
@@ -243,7 +262,10 @@ class SimilarityMatcher(LateInteraction):
         return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
     def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2). Spec 3.1 to 3.5."""
+        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2).
+
+        Equations: docs/methods/sgraf.md#similarity-vectors.
+        """
         (parts, mask, whole), (words, word_mask, whole_words) = images, captions
         local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
         glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
@@ -253,7 +275,10 @@ class SimilarityMatcher(LateInteraction):
             return self.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
 
     def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word (spec 3.1). Padded words are zero."""
+        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word. Padded words are zero.
+
+        Equations: docs/methods/sgraf.md#text-to-image-attention.
+        """
         images, captions, length, width = len(parts), *words.shape
         attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
         weights = (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)

@@ -1,6 +1,6 @@
 """SGR and SAF scores without gradient: one image against captions of one length, so that what is built stays in the cache.
 
-The same numbers as the plain form up to rounding (SGRAF spec 8.4, items 1 to 6).
+The same numbers as the plain form up to rounding (docs/methods/sgraf.md#exact-transformations, items 1 to 6).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NODES = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 @fusible
 def unit_weights(raw: Tensor, grams: Tensor, region_mask: Tensor | None) -> Tensor:
-    """(I,R,L,T) raw scores -> weights such that weights @ regions are unit vectors (SGRAF spec 3.1)."""
+    """(I,R,L,T) raw scores -> weights such that weights @ regions are unit vectors (docs/methods/sgraf.md#text-to-image-attention)."""
     weights = F.leaky_relu(raw, 0.1)
     weights.mul_(LAMBDA / weights.square().sum(2, keepdim=True).sqrt_().add_(EPS)).exp_()
     if region_mask is not None:

@@ -1,7 +1,7 @@
 """Late interaction without gradient, in tiles that stay in the cache: captions of one length against a block of images.
 
-The numbers are those of the plain form up to rounding (SGRAF spec 8.4). Nothing is padded on the word side, so nothing needs a mask there;
-scores lie as (context rows, context items, query items, query rows), so that every sum runs over an outer axis.
+The numbers are those of the plain form up to rounding (docs/methods/scan.md#exact-shortcuts). Nothing is padded on the word side, so
+nothing needs a mask there; scores lie as (context rows, context items, query items, query rows), so that every sum runs over an outer axis.
 """
 
 from __future__ import annotations

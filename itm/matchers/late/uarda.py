@@ -1,4 +1,6 @@
-"""UARDA, unified adaptive relevance distinguishable attention (Zhang et al., IEEE TMM 2023), reconstructed: see UARDA spec 1.
+"""UARDA, unified adaptive relevance distinguishable attention (Zhang et al., IEEE TMM 2023), reconstructed.
+
+What is certain and what is not: docs/methods/uarda.md#what-is-known.
 
 Only fragments more similar than a threshold t take part in the attention, and t is the least-cost boundary between the similarities of
 matched and mismatched fragments, re-estimated while they move. No code was published; choices that no source confirms are options.
@@ -33,7 +35,10 @@ __all__ = ["UARDA", "SeparationOptions", "ThresholdOptions", "relevance_threshol
 
 
 class SeparationOptions(Strict):
-    """The separating loss (spec 3.4), weight x batch x loss: `cost` of the boundary or `hinge` around it. 0.02 to 0.05 when on."""
+    """The separating loss (docs/methods/uarda.md#losses), weight x batch x loss: `cost` of the boundary or `hinge` around it.
+
+    weight 0.02 to 0.05 when on.
+    """
 
     weight: float = 0.0
     kind: Literal["cost", "hinge"] = "cost"
@@ -200,7 +205,10 @@ class UARDA(LateInteraction):
         return {"separation": torch.stack(losses).sum()} if losses else {}
 
     def _samples(self, seen: Observed, own: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Row maxima of queries whose best context is their own: on it, and on one wrong context (spec 2.6, step 2). Both (n,)."""
+        """Row maxima of queries whose best context is their own: on it, and on one wrong context. Both (n,).
+
+        Step 2 of docs/methods/uarda.md#update-rule.
+        """
         scores = seen.scores
         if self.rule.mismatch == "random":
             generator = torch.Generator().manual_seed(step)

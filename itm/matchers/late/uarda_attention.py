@@ -33,7 +33,10 @@ class Attention:
     lambda_softmax: float
 
     def relevance(self, raw: Tensor, grams: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
-        """r (Nc,Nq,Q) = (sum_c e_c s_c) / sqrt(e' G e), 0 where nothing passes t (spec 3.2). raw (Nc,Nq,Q,C), grams (Nc,C,C)."""
+        """r (Nc,Nq,Q) = (sum_c e_c s_c) / sqrt(e' G e), 0 where nothing passes t. raw (Nc,Nq,Q,C), grams (Nc,C,C).
+
+        Equation: docs/methods/uarda.md#attention.
+        """
         e = self.unnormalised(raw, context_mask, t)
         flat = e.flatten(1, 2)
         with torch.autocast(raw.device.type, enabled=False):

@@ -1,8 +1,9 @@
 """UARDA's scoring without the fragments that the threshold prunes: what a word no region passes adds is exactly 0, so it is not computed.
 
 Which words those are depends on the image, so the similarities come first, in one product for all. From the same similarities as the
-unpruned engine, the rest (weights, w' G w, pooling) is computed for the surviving rows only, packed together (UARDA spec 4.4, engine C).
-The similarities take most of the time of this engine: report p, the pruned share, with every gain (spec 4.3).
+unpruned engine, the rest (weights, w' G w, pooling) is computed for the surviving rows only, packed together: see
+docs/methods/uarda.md#pruned-inference. The similarities take most of the time of this engine: report p, the pruned share, with every
+gain (docs/methods/uarda.md#pruned-share).
 """
 
 from __future__ import annotations

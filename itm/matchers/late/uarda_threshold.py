@@ -1,6 +1,7 @@
 """UARDA's relevance threshold: the boundary between two Gaussians of least misclassification cost, and how it follows training.
 
-Similarities of matched word-region maxima are N(mu+, sd+), of mismatched ones N(mu-, sd-). Formulas: UARDA spec 2.4 to 2.6.
+Similarities of matched word-region maxima are N(mu+, sd+), of mismatched ones N(mu-, sd-).
+Formulas: docs/methods/uarda.md#closed-form and docs/methods/uarda.md#update-rule.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def local_minimum(mp: Tensor, sp: Tensor, mn: Tensor, sn: Tensor, alpha: Tensor)
 
 
 class _Threshold(torch.autograd.Function):
-    """Implicit gradient dt/dx = -g_x / g_t with g = ln f+ - ln(alpha f-) (spec 2.5)."""
+    """Implicit gradient dt/dx = -g_x / g_t with g = ln f+ - ln(alpha f-) (docs/methods/uarda.md#gradients-of-the-threshold)."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class RelevanceThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, matched: Tensor, mismatched: Tensor, everywhere: bool = False) -> None:
-        """One training step (spec 2.6, steps 3 to 5). matched, mismatched (n,): row maxima of this rank.
+        """One training step (docs/methods/uarda.md#update-rule, steps 3 to 5). matched, mismatched (n,): row maxima of this rank.
 
         `everywhere` says that every rank passes the samples of all ranks already. The new t holds from the next step on.
         """
@@ -157,7 +158,7 @@ def _moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class NaafState:
-    """Threshold and statistics while NAAF's code walks through a batch (spec 2.2)."""
+    """Threshold and statistics while NAAF's code walks through a batch (docs/methods/uarda.md#naaf-walk)."""
 
     t: float
     t_safe: float
@@ -192,7 +193,10 @@ def naaf_walk(maxima: Tensor, mask: Tensor, score: Callable[[int, float], Tensor
 
 
 def naaf_threshold(mp: float, sp: float, mn: float, sn: float, alpha: float) -> tuple[float, float]:
-    """(root, discriminant) as NAAF's code computes them: wrong for near-equal variances, blind to bounds (spec 2.4). NaN: no root."""
+    """(root, discriminant) as NAAF's code computes them: wrong for near-equal variances, blind to bounds. NaN: no root.
+
+    See docs/methods/uarda.md#naaf-walk.
+    """
     a, b = sp**2 - sn**2, 2 * (mp * sn**2 - mn * sp**2)
     c = (sp * mn) ** 2 - (sn * mp) ** 2 + 2 * (sp * sn) ** 2 * math.log(sn / (alpha * sp) + 1e-8)
     e = b**2 - 4 * a * c

@@ -1,4 +1,6 @@
-"""Replay of the UNITER + IAIS cases (iais spec 9): steps, blocks, losses, gradients, scoring, schedules, databases.
+"""Replay of the UNITER + IAIS cases: steps, blocks, losses, gradients, scoring, schedules, databases.
+
+Content: docs/methods/iais.md#how-it-is-checked.
 
 A case is a folder with data.npz and a README.json whose `arrays` say what it holds; what is checked follows from the arrays present.
 """

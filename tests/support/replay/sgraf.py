@@ -1,6 +1,7 @@
 """SCAN, SGR and SAF against the authors' classes: embeddings, scores, losses, gradients, trajectories, running statistics, every mode.
 
-A case is a folder with README.json whose `kind` is sgraf or scan. float32: 5e-6 forward; float64: 1e-9 (the spec suggests 1e-10).
+A case is a folder with README.json whose `kind` is sgraf or scan. float32: 5e-6 forward; float64: 1e-9.
+Why so tight: docs/methods/sgraf.md#how-it-is-checked.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ MODES = list(product(get_args(Direction), get_args(Aggregation), get_args(RawNor
 
 
 def pair_score(regions: Tensor, words: Tensor, mode: tuple[str, str, str], lambdas: tuple[float, float]) -> Tensor:
-    """Score of one pair without padding, straight from SCAN spec 2 and 3. regions (R,D), words (L,D)."""
+    """Score of one pair without padding, straight from docs/methods/scan.md#score. regions (R,D), words (L,D)."""
     direction, aggregation, norm = mode
     query, context = (words, regions) if direction == "t2i" else (regions, words)
     a = context @ query.T

@@ -33,7 +33,7 @@ def set_threshold(matcher: Any, t: float) -> None:
 
 
 def pair(query: Tensor, context: Tensor, t: float, weights: str) -> Tensor:
-    """Score of one direction of one pair, spec 3.2 word by word. query (Q,D), context (C,D)."""
+    """Score of one direction of one pair, docs/methods/uarda.md#attention word by word. query (Q,D), context (C,D)."""
     s = query @ context.T
     if weights == "scan":
         above = (s - t).relu()
