@@ -169,9 +169,7 @@ def _write_index(uri: str, report: Report) -> str:
     for receipt in report.receipts:
         write_receipt(files.join(uri, receipt.info.name), receipt)
     rejected = sum(receipt.rejected for receipt in report.receipts)
-    write_manifest(
-        uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format=FOREIGN)
-    )
+    write_manifest(uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format=FOREIGN))
     return f"  wrote {NAME} and {len(report.receipts):,} indexes"
 
 

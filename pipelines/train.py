@@ -73,7 +73,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
-    given, recipe = recipe, located(recipe)
+    identity, given = recipe.fingerprint(), recipe
+    recipe = located(recipe)
     files.check_writable(recipe.folder)
     if overwrite:
         forget(recipe.folder)
@@ -87,11 +88,12 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         return finished
     job = prepare(recipe, manifest)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
-    about = {"recipe_fingerprint": given.fingerprint(), "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
     with tracked(job, about, started) as tracker:
         job = Job(**vars(job) | {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
         summary = execute(job)
-        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary, "matcher": files.join(recipe.folder, "matcher")}
+        about = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about}
+        done = {**about, **summary, "matcher": files.join(recipe.folder, "matcher")}
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
         flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from itm.data import files
-from itm.data.manifest import CHANGED, FOREIGN, NAME, Manifest, SampleIndex, ShardInfo, list_shards, parse_manifest, read_receipt, write_manifest
+from itm.data.manifest import (
+    CHANGED,
+    FOREIGN,
+    NAME,
+    Manifest,
+    SampleIndex,
+    ShardInfo,
+    list_shards,
+    parse_manifest,
+    read_receipt,
+    write_manifest,
+)
 from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
 
