@@ -47,6 +47,7 @@ from pipelines.teach import teach
 from pipelines.train import train
 from tests.every_matcher import KINDS, POSITIONS, REGIONS, WORDS, batch_of, matcher_of
 
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "v0_1_0"
 RECIPE = """\
 name: whole
 output: runs
@@ -151,7 +152,7 @@ def make_matcher(name: str, root: Path) -> list[list[float]]:
         for weights in matcher.image_encoder.parameters():
             weights.data = (weights.data * 16).round() / 16
     save_matcher(matcher, root / name)
-    return scores_of(itm.load_matcher(root / name))
+    return scores_of(itm.load_matcher(root / name), root.parent / "shards")
 
 
 def hugging_face(words: list[str], folder: Path) -> HFTokenizer:
@@ -174,19 +175,19 @@ def make_score_store(recipe: Recipe) -> None:
     fill(store, [matcher], [(seen.images, seen.captions)], (seen.names.image_keys, seen.names.caption_ids))
 
 
-def scores_of(matcher: Any) -> list[list[float]]:
+def scores_of(matcher: Any, shards: Path) -> list[list[float]]:
     """(images, captions), five digits after the point."""
     inputs = matcher.inputs
     with torch.no_grad():
-        images = matcher.encode_images(inputs.images(images_for(inputs)))
+        images = matcher.encode_images(inputs.images(images_for(inputs, shards)))
         scores = matcher.score(images, matcher.encode_captions(inputs.captions(TEXTS)))
     return [[round(value, 5) for value in row] for row in scores.tolist()]
 
 
-def images_for(inputs: Inputs) -> list[bytes]:
+def images_for(inputs: Inputs, shards: Path) -> list[bytes]:
     """Three images as `inputs` wants them: those of the test split, or region files of a formula."""
     if inputs.image.kind == "pixels":
-        return [s.image for s in read_samples("shards/test/00000.tar") if isinstance(s, Sample) and s.image is not None][:3]
+        return [s.image for s in read_samples(f"{shards}/test/00000.tar") if isinstance(s, Sample) and s.image is not None][:3]
     rows = []
     for n in range(3):
         features = np.sin(np.arange(REGIONS * 6).reshape(REGIONS, 6) * (n + 1)).astype(np.float16)
@@ -315,6 +316,13 @@ def pack_up(folder: Path) -> None:
             tar.addfile(info, io.BytesIO(path.read_bytes()))
     folder.with_suffix(".tar.gz").write_bytes(gzip.compress(held.getvalue(), 9, mtime=0))
     shutil.rmtree(folder)
+
+
+def unpack(name: str, root: Path) -> Path:
+    """`root/name` as version 0.1.0 left it."""
+    with tarfile.open(WRITTEN / f"{name}.tar.gz") as tar:
+        tar.extractall(root / name, filter="data")
+    return root / name
 
 
 if __name__ == "__main__":
