@@ -28,16 +28,16 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import itm
-from itm.config import Part, Recipe, Train, load_recipe
+from itm.config import Part, Recipe, Train, load_recipe, parse_recipe
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.records import Regions
 from itm.data.shards import Sample, read_samples
 from itm.data.text import SPECIAL, HFTokenizer, WordVocabulary
 from itm.evaluation.dataset import encode_split
 from itm.evaluation.tiles import Grid, TileStore, fill
-from itm.folder import build_matcher, save_matcher
+from itm.kinds import build_part
+from itm.matchers.folder import build_matcher, save_matcher
 from itm.methods import METHODS
-from itm.parts import build_part
 from itm.training.optim import build_optimizer
 from itm.training.step import Step
 from pipelines.evaluate import evaluate
@@ -45,9 +45,8 @@ from pipelines.pack import pack
 from pipelines.register import register
 from pipelines.teach import teach
 from pipelines.train import train
-from tests.every_matcher import KINDS, POSITIONS, REGIONS, WORDS, batch_of, matcher_of
+from tests.support.every_matcher import KINDS, POSITIONS, REGIONS, WORDS, batch_of, matcher_of
 
-WRITTEN = Path(__file__).parents[1] / "fixtures" / "v0_1_0"
 RECIPE = """\
 name: whole
 output: runs
@@ -210,6 +209,7 @@ def record(folder: Path) -> dict[str, Any]:
         "sidecars": {dtype: sidecars_of(folder, dtype) for dtype in STORES},
         "run": run_of(folder / "runs" / "whole"),
         "fingerprints": {name: load_recipe(folder / "recipe.yaml", [f"name={name}"]).fingerprint() for name in ("whole", "stopped")},
+        "defaults": parse_recipe({"name": "x", "model": {"kind": "dual"}}).model_dump(mode="json"),
     }
 
 
@@ -287,7 +287,7 @@ def run_of(folder: Path) -> dict[str, Any]:
         "best": weights_of(next(folder.glob("checkpoints/best-*.safetensors"))),
         "optimizer": {
             "keys": sorted(saved),
-            "state": {key: shapes_of(state) for key, state in saved["optimizer"]["state"].items()},
+            "state": {str(key): shapes_of(state) for key, state in saved["optimizer"]["state"].items()},
             "groups": [sorted(group) for group in saved["optimizer"]["param_groups"]],
         },
     }
@@ -316,13 +316,6 @@ def pack_up(folder: Path) -> None:
             tar.addfile(info, io.BytesIO(path.read_bytes()))
     folder.with_suffix(".tar.gz").write_bytes(gzip.compress(held.getvalue(), 9, mtime=0))
     shutil.rmtree(folder)
-
-
-def unpack(name: str, root: Path) -> Path:
-    """`root/name` as version 0.1.0 left it."""
-    with tarfile.open(WRITTEN / f"{name}.tar.gz") as tar:
-        tar.extractall(root / name, filter="data")
-    return root / name
 
 
 if __name__ == "__main__":
