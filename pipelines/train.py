@@ -92,8 +92,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     with tracked(job, about, started) as tracker:
         job = Job(**vars(job) | {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
         summary = execute(job)
-        about = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about}
-        done = {**about, **summary, "matcher": files.join(recipe.folder, "matcher")}
+        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary}
+        done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
         flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
@@ -311,7 +311,7 @@ def _read(uri: str) -> dict[str, Any] | None:
 def _check_same(folder: str, earlier: tuple[dict[str, Any] | None, ...], recipe: Recipe, manifest: Manifest) -> None:
     """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
     recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
-    same = {
+    same: dict[str, list[str | None]] = {
         "recipe_fingerprint": [recipe.fingerprint(), recipe.whole_fingerprint(recorded) if recorded else None],
         "manifest": [manifest.fingerprint()],
     }
