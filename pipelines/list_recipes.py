@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from itm.config import Recipe, load_recipe
-from pipelines.cli import RECIPES
+from pipelines.cli import RECIPES, script
 
 COLUMNS = ("paper", "recipe", "published figures (R@1 R@5 R@10)", "verified here")
 
@@ -45,8 +45,4 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("recipes"))
+    script(__file__)

@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
 from itm.tracking.lineage import git_commit, tracking_uri
-from pipelines.cli import RECIPES, STAGES
+from pipelines.cli import RECIPES, STAGES, script
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {"--address", "--env", "--no-wait"}
@@ -156,6 +156,4 @@ async def _tail(client: Any, job: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("submit"))
+    script(__file__)
