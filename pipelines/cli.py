@@ -34,7 +34,7 @@ class Stage:
 
 STAGES = {
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
-    "recipes": Stage("look", "list the shipped recipes", "list_recipes"),
+    "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
     "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
@@ -66,6 +66,10 @@ def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 def recipe_path(given: str) -> Path:
     """The file of a recipe: the path that was given, or the shipped recipe of that name."""
+    if given.startswith(("~", "file:")):
+        from itm.data.files import absolute
+
+        given = absolute(given)
     path = Path(given)
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     return path if path.exists() or not shipped.exists() else shipped
