@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import itm
@@ -47,7 +46,7 @@ def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
 
 def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
     columns = args.pair_columns.split(",") if args.pair_columns else None
-    hashes = "+".join(hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for path in args.pairs)
+    hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
     identity = identity | {"split": "sts", "split_hash": hashes, "pairs": args.pairs, "columns": columns}
     if done := stored(output, identity):
         return done
