@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class Buffers:
         self.arrays: deque[np.ndarray] = deque(maxlen=most)
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return Buffers, (self.arrays.maxlen,)
 
     def empty(self, shape: tuple[int, ...]) -> np.ndarray:

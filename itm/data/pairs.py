@@ -6,8 +6,6 @@ keeps its place; the reason travels in the column `problem` of the place it left
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -103,5 +101,5 @@ class Pairs:
         return {"tokens": tokens, "token_mask": mask}
 
 
-def _take(values: Any, rows: np.ndarray) -> Any:
+def _take(values: np.ndarray | list[object], rows: np.ndarray) -> np.ndarray | list[object]:
     return values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows]

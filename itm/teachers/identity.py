@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from itm.config import Part
-from itm.data.records import Caption
+from itm.data.records import Caption, Json
 from itm.data.shards import Sample
 from itm.kinds import build_part, find_part
 from itm.teachers import TEACHERS
@@ -33,7 +33,7 @@ class Teacher:
     """
 
     modality: Modality
-    identity: dict[str, Any]
+    identity: Json
     width: int
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
@@ -69,7 +69,7 @@ def build_teacher(part: Part, modality: Modality) -> Teacher:
     return teacher
 
 
-def choice_of(part: Part, modality: str, dtype: str) -> dict[str, Any]:
+def choice_of(part: Part, modality: str, dtype: str) -> Json:
     """A recipe's choice of teacher, as a soft-label store is looked up by."""
     return {"modality": modality, "dtype": dtype, "kind": part.kind, "options": part.options}
 
@@ -119,7 +119,7 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_identity(path: str, module: nn.Module, revision: str | None) -> dict[str, Any]:
+def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
     """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
     config: Any = module.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
@@ -131,5 +131,5 @@ def model_identity(path: str, module: nn.Module, revision: str | None) -> dict[s
     }
 
 
-def json_sha256(value: Mapping[str, Any]) -> str:
+def json_sha256(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

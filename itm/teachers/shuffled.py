@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from itm.config import Part, Strict
+from itm.data.records import Json
 from itm.data.shards import Manifest
 from itm.data.sidecar import Sidecar, Store
 
@@ -47,7 +47,7 @@ def shuffle_of(part: Part) -> Shuffle:
         raise ValueError(f"teacher 'shuffled', option {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; options: of, seed") from None
 
 
-def shuffled_identity(base: Mapping[str, Any], seed: int, manifest: Manifest) -> dict[str, Any]:
+def shuffled_identity(base: Mapping[str, object], seed: int, manifest: Manifest) -> Json:
     """Depends on the shards too: they decide who can be exchanged with whom."""
     model = f"{base['kind']}-seed{seed}".replace("_", "-")
     return {"kind": SHUFFLED, "model": model, "seed": seed, "shards": manifest.fingerprint(), "of": dict(base)}

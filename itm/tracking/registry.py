@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlparse
 
 import yaml
@@ -39,10 +39,14 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # also keeps the schem
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
@@ -80,8 +84,8 @@ class Tracker:
         cls,
         experiment: str,
         run_name: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, object] | None = None,
         datasets: Sequence[DatasetRef] = (),
         system_metrics: bool = False,
     ) -> Tracker:
@@ -110,7 +114,7 @@ class Tracker:
         while len(self._pending) > _MOST_PENDING:
             self._pending.popleft().wait()
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
@@ -189,7 +193,7 @@ def register_matcher(
     name: str,
     run_id: str,
     metrics: Mapping[str, float] | None = None,
-    tags: Mapping[str, Any] | None = None,
+    tags: Mapping[str, object] | None = None,
     *,
     code: Path,
 ) -> str:
@@ -252,7 +256,7 @@ def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics
     return str(model.model_id)
 
 
-def _signature() -> Any:
+def _signature() -> ModelSignature:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
@@ -297,7 +301,7 @@ def promote(name: str, version: str, metric: str, value: float, min_gain: float 
     return Promotion(True, f"{figures}: version {version} is {CHAMPION}, version {champion} is {PREVIOUS}")
 
 
-def find_version(uri: str) -> Any:
+def find_version(uri: str) -> ModelVersion:
     """The MLflow ModelVersion of `models:/name@alias` or `models:/name/version`; ValueError names what exists instead."""
     match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", uri)
     if not match:
@@ -391,7 +395,7 @@ def _local(location: str, uri: str, name: str) -> Path:
     return cache / name
 
 
-def _versions(door: MlflowClient, name: str) -> list[Any]:
+def _versions(door: MlflowClient, name: str) -> list[ModelVersion]:
     return list(door.search_model_versions(f"name='{name}'"))
 
 

@@ -15,7 +15,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
-from itm.report.gallery import examples, histogram
+from itm.report.gallery import Example, examples, histogram
 
 FORMAT = 1
 
@@ -63,7 +63,7 @@ def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]
     }
 
 
-def _named(row: dict[str, Any], names: Names, way: str) -> dict[str, Any]:
+def _named(row: Example, names: Names, way: str) -> dict[str, Any]:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
     hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
