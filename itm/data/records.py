@@ -46,12 +46,12 @@ class RowsLost(ValueError):
     """Rows went in that neither came out nor were rejected."""
 
 
-def check_rows(where: str, rows_in: int, rows_out: int, rows_rejected: int) -> None:
+def check_rows(where: str, seen: int, kept: int, rejected: int) -> None:
     """Raises RowsLost naming `where` (the shard or store) and the counts unless every row that went in came out or was rejected."""
-    if rows_in != rows_out + rows_rejected:
+    if seen != kept + rejected:
         raise RowsLost(
-            f"{where}: {rows_in} rows went in, {rows_out} came out and {rows_rejected} were rejected, which leaves "
-            f"{rows_in - rows_out - rows_rejected} unaccounted for; delete its output and run the stage again"
+            f"{where}: {seen} rows went in, {kept} came out and {rejected} were rejected, which leaves "
+            f"{seen - kept - rejected} unaccounted for; delete its output and run the stage again"
         )
 
 

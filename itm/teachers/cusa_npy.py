@@ -46,7 +46,7 @@ class CusaNpyTeacher(Teacher):
             "kind": "cusa_npy",
             "model": "+".join(file.name for file in files),
             "revision": None,
-            "weights_sha256": "+".join(map(_sha256, files)),
+            "weights_sha256": "+".join(map(_file_sha256, files)),
             "layer": "stored",
             "width": self.width,
             "dtype": "as stored",
@@ -83,7 +83,7 @@ def _vector(file: Path, key: object, value: object) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _sha256(file: Path) -> str:
+def _file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -110,7 +110,7 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
     return model.eval().requires_grad_(False)
 
 
-def weights_sha256(module: nn.Module) -> str:
+def tensors_sha256(module: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -126,7 +126,7 @@ def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
     return {
         "model": Path(path).resolve().name if Path(path).exists() else path,
         "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": weights_sha256(module),
+        "weights_sha256": tensors_sha256(module),
         "config_sha256": json_sha256(settings),
     }
 

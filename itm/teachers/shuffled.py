@@ -82,12 +82,12 @@ def _donors(usable_rows: dict[_Image, np.ndarray], seed: int) -> dict[_Image, tu
     if sum(len(rows) > 0 for rows in usable_rows.values()) < 2:
         raise ValueError("a shuffled teacher needs at least two images with vectors")
     donors: dict[_Image, tuple[_Image, np.ndarray]] = {}
-    donor = None
-    for image in [*reversed(cycle), *reversed(cycle)]:
-        if donor is not None and donor != image:
-            donors[image] = (donor, usable_rows[donor])
+    following = None  # the nearest image with vectors behind the one that is looked at
+    for image in [*reversed(cycle), *reversed(cycle)]:  # backwards, and round a second time: the last images follow on the first
+        if following is not None and following != image:
+            donors[image] = (following, usable_rows[following])
         if len(usable_rows[image]):
-            donor = image
+            following = image
     return donors
 
 

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import unquote, urlparse
 
 import yaml
@@ -39,14 +39,10 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # also keeps the schem
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, tracking_uri
-
-if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
@@ -210,10 +206,10 @@ def register_matcher(
             f"{folder} is not a matcher folder: {', '.join(missing)} missing; train first, or point to the run that was trained"
         )
     door = client()
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    marks = texts({"weights_sha256": weights, "git_commit": git_commit(), **(tags or {}), **(metrics or {})})
+    file_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **(tags or {}), **(metrics or {})})
     for version in _versions(door, name):
-        if version.run_id == run_id and version.tags.get("weights_sha256") == weights:
+        if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
                 door.set_model_version_tag(name, str(version.version), tag, text)
             return str(version.version)
@@ -256,7 +252,7 @@ def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics
     return str(model.model_id)
 
 
-def _signature() -> ModelSignature:
+def _signature() -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
@@ -301,7 +297,7 @@ def promote(name: str, version: str, metric: str, value: float, min_gain: float 
     return Promotion(True, f"{figures}: version {version} is {CHAMPION}, version {champion} is {PREVIOUS}")
 
 
-def find_version(uri: str) -> ModelVersion:
+def find_version(uri: str) -> Any:
     """The MLflow ModelVersion of `models:/name@alias` or `models:/name/version`; ValueError names what exists instead."""
     match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", uri)
     if not match:
@@ -395,7 +391,7 @@ def _local(location: str, uri: str, name: str) -> Path:
     return cache / name
 
 
-def _versions(door: MlflowClient, name: str) -> list[ModelVersion]:
+def _versions(door: MlflowClient, name: str) -> list[Any]:
     return list(door.search_model_versions(f"name='{name}'"))
 
 

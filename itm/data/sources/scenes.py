@@ -26,6 +26,7 @@ class Scenes(Source):
     """`regions=True` adds six regions (358-d, standardised on 256 scenes of the same world) to every image."""
 
     splits = ["train", "val", "test"]
+    relevance = staticmethod(relevance)
 
     def __init__(
         self,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from itm.data.records import Caption, Json, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
@@ -32,6 +34,11 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> Json:
         """What the records depend on, JSON-able: another identity means other shards."""
+
+    @staticmethod
+    def relevance(images: list[Json], captions: list[Json]) -> np.ndarray | None:
+        """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
+        return None
 
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
