@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from itm.evaluation import PRECISIONS
 from itm.precision import warn_if_slow
 from itm.types import Captions, Encoded, Images, Matcher
 
@@ -22,7 +23,6 @@ TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
 OWN_TILES = (1024, 4096)
 """Images x captions given at once to a matcher that cuts tiles itself: large, since it computes once a call what one side alone needs."""
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def score_matrix(

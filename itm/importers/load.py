@@ -23,6 +23,7 @@ import torch
 from numpy._core.multiarray import scalar
 from torch import nn
 
+from itm.data import files
 from itm.importers.scan import load_scan
 from itm.importers.state import state_of
 from itm.importers.torchscript import is_torchscript, read_torchscript
@@ -70,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Any:
     Formats: zip and legacy `torch.save` (Python 2 pickles too), safetensors, TorchScript.
     Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
     """
-    path = Path(path)
+    path = Path(files.absolute(path))
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
