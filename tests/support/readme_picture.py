@@ -1,6 +1,7 @@
 """`python -m tests.support.readme_picture`: docs/images/scenes.png, what a small SCAN finds for a caption and where it looks.
 
 The model is the row `scan | base` of docs/results/learning.md, seed 0; it is trained below --output if it is not there yet (minutes).
+The caption is what the first scene of the test split shows: nothing is chosen by how well it is found.
 """
 
 from __future__ import annotations
@@ -22,20 +23,25 @@ from itm.data.sources.scenes import Scenes
 from tests.support import ROOT
 from tests.support.learning import learn, recipe_of
 
-QUERY = "a red circle to the left of a blue square"
-WORDS = ("red", "circle", "blue", "square")
 HITS = 5
+RELATIONS = {"left": "to the left of", "above": "above"}
 
 
 def samples_of(split: str) -> list[Sample]:
     return [s for shard in read_manifest(split).shards for s in read_samples(f"{split}/{shard.name}") if isinstance(s, Sample)]
 
 
+def say(form: dict[str, Any]) -> str:
+    """A scene's logical form in plain words."""
+    first, second = (f"a {colour} {shape}" for colour, shape in (form["a"], form["b"]))
+    return f"{first} {RELATIONS[form['relation']]} {second}"
+
+
 @torch.no_grad()
-def look(matcher: Any, samples: list[Sample]) -> tuple[list[int], np.ndarray]:
+def look(matcher: Any, samples: list[Sample], query: str) -> tuple[list[int], np.ndarray]:
     """The best `HITS` samples for the query, and the attention (words of the query, regions) on the first of them."""
     images = matcher.encode_images(matcher.inputs.images([s.regions for s in samples]))
-    captions = matcher.encode_captions(matcher.inputs.captions([QUERY]))
+    captions = matcher.encode_captions(matcher.inputs.captions([query]))
     best = matcher.score(images, captions)[:, 0].argsort(descending=True)[:HITS].tolist()
     raw = captions.parts[0] @ images.parts[best[0]].T  # docs/methods/scan.md#attention: (SCAN 7) to (SCAN 9)
     clipped = F.leaky_relu(raw, 0.1)
@@ -43,7 +49,7 @@ def look(matcher: Any, samples: list[Sample]) -> tuple[list[int], np.ndarray]:
     return best, weights[1:-1].numpy()  # without start and end
 
 
-def draw(samples: list[Sample], holds: list[bool], weights: np.ndarray, file: Path) -> None:
+def draw(samples: list[Sample], holds: list[bool], query: str, words: list[str], weights: np.ndarray, file: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
     from PIL import Image
@@ -56,8 +62,8 @@ def draw(samples: list[Sample], holds: list[bool], weights: np.ndarray, file: Pa
             spine.set(color="#2a9d3a" if right else "#d03030", linewidth=3)
     regions = Regions.from_npz(samples[0].regions or b"")
     assert regions.boxes is not None
-    spoken = QUERY.split()
-    for axis, word in zip(axes[1], WORDS, strict=False):
+    spoken = query.split()
+    for axis, word in zip(axes[1], words, strict=False):
         axis.imshow(picture := pictures[0], alpha=0.45)
         row = weights[spoken.index(word)]
         for (x1, y1, x2, y2), weight in zip(regions.boxes, row, strict=True):
@@ -67,7 +73,7 @@ def draw(samples: list[Sample], holds: list[bool], weights: np.ndarray, file: Pa
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     axes[1, -1].axis("off")
-    figure.suptitle(f'"{QUERY}"', fontsize=11, y=0.98)
+    figure.suptitle(f'"{query}"', fontsize=11, y=0.98)
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, bbox_inches="tight", metadata={"Software": None})
 
@@ -79,10 +85,12 @@ def main() -> None:
     recipe = recipe_of(str(Path(args.output).absolute()), "scan", "base", 0)
     learn(recipe)
     samples = samples_of(f"{recipe.data.root}/{recipe.data.test_split}")
-    best, weights = look(itm.load_matcher(f"{recipe.folder}/matcher"), samples)
-    meaning = {"form": {"a": ["red", "circle"], "b": ["blue", "square"], "relation": "left"}}
-    truth = relevance([samples[i].meta for i in best], [meaning])
-    draw([samples[i] for i in best], [bool(holds) for holds in truth[:, 0]], weights, ROOT / "docs" / "images" / "scenes.png")
+    form = samples[0].meta["scene"]
+    query, words = say(form), [*form["a"], *form["b"]]
+    best, weights = look(itm.load_matcher(f"{recipe.folder}/matcher"), samples, query)
+    holds = relevance([s.meta for s in samples], [{"form": form}])[:, 0]
+    print(f"{query!r} holds for {int(holds.sum())} of {len(samples)} scenes")
+    draw([samples[i] for i in best], [bool(holds[i]) for i in best], query, words, weights, ROOT / "docs" / "images" / "scenes.png")
 
 
 if __name__ == "__main__":
