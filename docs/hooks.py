@@ -20,7 +20,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """On a page of docs/ `../CHANGELOG.md` is `changelog.md`; on a page of the top `docs/x.md` is `x.md`."""
+    """On a page of docs/ `../CHANGELOG.md` is `changelog.md`; on a page of the top the folder docs/ is where the page lies."""
     up = "../" * page.file.src_uri.count("/")
     for name, target in PAGES.items():
         markdown = markdown.replace(f"](../{up}{name}", f"]({up}{target}")

@@ -1,7 +1,7 @@
 """List the shipped recipes: what each trains, and the published figures it stands for.
 
 itm recipes                # one line a recipe
-itm recipes --markdown     # the table of the README
+itm recipes --markdown     # the table of docs/recipes.md
 """
 
 from __future__ import annotations

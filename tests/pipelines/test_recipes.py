@@ -38,8 +38,8 @@ def test_a_shipped_recipe_is_named_as_its_file_and_says_what_it_is(name: str):
     assert name.startswith("demo") or {"source", "published", "verified", "decisions"} <= set(recipe.paper)
 
 
-def test_the_table_of_the_readme_is_made_from_the_recipes():
-    assert markdown() in (RECIPES.parents[1] / "README.md").read_text()
+def test_the_table_of_the_documentation_is_made_from_the_recipes():
+    assert markdown() in (RECIPES.parents[1] / "docs" / "recipes.md").read_text()
 
 
 @pytest.fixture(scope="module")
