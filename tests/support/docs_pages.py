@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from itm.config import Part, Recipe
-from pipelines.cli import MODULES, STAGES
+from pipelines.cli import GROUPS, STAGES, module_of
 from pipelines.list_recipes import markdown
 from tests.support import ROOT
 
@@ -44,7 +44,7 @@ a part whose `kind` changes is replaced as a whole.
 COMMANDS_HEAD = f"""{MADE}
 # Commands
 
-`itm <command> --help` prints the same text. Every command also runs as `python -m pipelines.<command>`.
+`itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version. Every command also runs as `python -m pipelines.<command>`.
 An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it arose.
 
 """
@@ -104,7 +104,7 @@ def keys_page() -> str:
 
 def parser_of(stage: str) -> argparse.ArgumentParser:
     """The parser of a command, as `itm <stage>` builds it."""
-    module = import_module("pipelines." + MODULES.get(stage, stage))
+    module = import_module(module_of(stage))
     parser = argparse.ArgumentParser(prog=f"itm {stage}")
     module.add_arguments(parser)
     return parser
@@ -125,10 +125,11 @@ def meaning_of(action: argparse.Action) -> str:
 
 
 def commands_page() -> str:
-    lines = [COMMANDS_HEAD, "| command | what it does |", "|---|---|"]
-    lines += [f"| [`itm {stage}`](#itm-{stage}) | {cell(about)} |" for stage, about in STAGES.items()]
-    for stage in STAGES:
-        module = import_module("pipelines." + MODULES.get(stage, stage))
+    order = [stage for group in GROUPS for stage in STAGES if STAGES[stage].group == group]
+    lines = [COMMANDS_HEAD, "| to | command | what it does |", "|---|---|---|"]
+    lines += [f"| {STAGES[stage].group} | [`itm {stage}`](#itm-{stage}) | {cell(STAGES[stage].about)} |" for stage in order]
+    for stage in order:
+        module = import_module(module_of(stage))
         lines += ["", f"## itm {stage}", "", "```text", inspect.cleandoc(module.__doc__ or ""), "```", ""]
         arguments = list(flags_of(parser_of(stage)))
         if arguments:
