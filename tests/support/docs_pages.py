@@ -44,8 +44,9 @@ a part whose `kind` changes is replaced as a whole.
 COMMANDS_HEAD = f"""{MADE}
 # Commands
 
-`itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version. Every command also runs as `python -m pipelines.<command>`.
-An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it arose.
+`itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version. Every command also runs as
+`python -m pipelines.<command>`. An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it
+arose.
 
 """
 
