@@ -85,7 +85,10 @@ class Train(Strict):
         "counts in max_failures. Unset = wait for room for all",
     )
     use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = Field(
+        "fp32", description="of products and convolutions; auto: bf16 on a GPU, fp32 on a CPU (itm.precision says what each means)"
+    )
+    deterministic: bool = Field(False, description="the same bits each run on one kind of device, or an error naming what cannot; slower")
     optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     min_lr: float = Field(0.0, ge=0)
@@ -118,6 +121,8 @@ class Train(Strict):
     def _check_workers(self) -> Train:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        if self.precision == "fp16" and self.shard_weights:
+            raise ValueError("precision=fp16 scales its losses by each worker's own gradients, which shard_weights splits: use bf16")
         return self
 
 
@@ -156,7 +161,7 @@ class Recipe(Strict):
         """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
         places: dict[str, Any] = {"output": True, "about": True, "paper": True}
         processes: dict[str, Any] = {
-            "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
+            "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
             "data": {"decode", "decode_workers"},
             "teachers": {"actors"},
         }

@@ -26,6 +26,7 @@ import torch
 import itm
 from itm.data import files
 from itm.data.shards import Sample, read_manifest, read_samples
+from itm.device import HELP, resolve_device
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split, encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
 from itm.types import Encoded
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", required=True, help="folder or URI of a split")
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
     parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--device", default="auto", help=HELP)
     parser.add_argument("--html", help="also write a page with the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -75,28 +77,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.text is None) == (args.image is None):
         raise ValueError('give either a text or --image, e.g. itm search "a red circle" --model ... --shards ...')
-    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index)
+    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index, device=args.device)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
         files.write_atomic(args.html, page(found).encode())
 
 
-def search(text: str | None = None, *, model: str, shards: str, image: str | None = None, k: int = 5, index: str | None = None) -> Hits:
+def search(
+    text: str | None = None,
+    *,
+    model: str,
+    shards: str,
+    image: str | None = None,
+    k: int = 5,
+    index: str | None = None,
+    device: str = "auto",
+) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`.
 
-    Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
+    Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
+    where = resolve_device(device)
     matcher = itm.load_matcher(model)
-    split = load_index(matcher, shards, index or files.join(shards, "index"))
+    split = load_index(matcher, shards, index or files.join(shards, "index"), where)
     if text is not None:
-        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text]))[:, 0]
+        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text], device=where), device=where)[:, 0]
     else:
         assert image is not None
-        with scoring_mode(matcher):
-            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]))
-        scores = score_matrix(matcher, asked, split.captions)[0]
+        with scoring_mode(matcher, where):
+            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]), device=where)
+        scores = score_matrix(matcher, asked, split.captions, device=where)[0]
     best = scores.topk(min(k, len(scores)))
     names = split.names
     hits = [
@@ -112,13 +124,13 @@ def _hit(names: Names, rank: int, score: float, row: int, by_caption: bool) -> H
     return Hit(rank, score, names.image_keys[image], names.image_shards[image], [names.texts[r] for r in rows])
 
 
-def load_index(matcher: Any, shards: str, index: str) -> EncodedSplit:
+def load_index(matcher: Any, shards: str, index: str, device: torch.device) -> EncodedSplit:
     """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file."""
     uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
     if files.exists(uri):
         return _read_index(uri, shards)
     files.check_writable(index)
-    split = encode_split(matcher, shards)
+    split = encode_split(matcher, shards, device=device)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
     _write_index(uri, split)

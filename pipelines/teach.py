@@ -30,7 +30,7 @@ from itm.data import files, sidecar
 from itm.data.manifest import check_present
 from itm.data.records import Problem
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest, read_samples
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.teachers.identity import Modality, Teacher, build_teacher, choice_of, embed_in_batches
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from pipelines.cli import recipe_arguments, recipe_from
@@ -318,7 +318,7 @@ class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
     def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
-        self.teacher = build_teacher(part, modality).to(own_device())
+        self.teacher = build_teacher(part, modality).to(resolve_device())
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:
@@ -334,7 +334,7 @@ class Score:
             return {"error": str(error)}
 
     def _write(self, shard: pa.Table) -> int:
-        header = sidecar.Header(**json.loads(shard["header"][0].as_py()))
+        header = replace(sidecar.Header(**json.loads(shard["header"][0].as_py())), device=self.teacher.device.type)
         if sidecar.teacher_id(stored_identity(self.teacher, header.dtype)) != sidecar.teacher_id(header.identity):
             raise ValueError(f"this node has other weights of {header.identity['model']!r} than the driver; give every node the same")
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
