@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import ROOT
 
-CHECKS = ["check_device.py", "check_steps.py", "check_use.py"]
+CHECKS = ["check_device.py", "check_steps.py", "check_second_pass.py", "check_use.py"]
 
 
 @pytest.mark.e2e

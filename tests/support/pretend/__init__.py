@@ -3,6 +3,7 @@
 pretend.py       the device; to be imported before torch
 check_device.py  is the device itself to be trusted? known good, known bad, counting
 check_steps.py   every matcher under every method takes its steps there, with the numbers of the CPU and few waits
+check_second_pass.py  activations that are made again have the gradient of the first pass, dropout included
 check_use.py     scoring, validation, teaching, search, verify and the registered model there
 gpu_day.py       the first command where a real GPU is at hand; `--pretend` rehearses it
 

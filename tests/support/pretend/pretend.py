@@ -700,10 +700,30 @@ def _unpack(grad: Tensor, size: Any, sizes: Tensor, batch_first: bool) -> Any:
     return CudaTensor(aten._pack_padded_sequence_backward.default(grad.host, size, sizes, batch_first))  # type: ignore[attr-defined]
 
 
+def _softmax_of(func: Any) -> Any:
+    """CUDA has a kernel that reads the short format and writes float32; the CPU has not."""
+
+    def run_it(x: CudaTensor, dim: int, half_to_float: bool) -> CudaTensor:
+        return CudaTensor(func(x.host.float() if half_to_float else x.host, dim, False))
+
+    return run_it
+
+
+def _softmax_backward_of(func: Any) -> Any:
+    def run_it(grad: CudaTensor, output: CudaTensor, dim: int, dtype: torch.dtype) -> CudaTensor:
+        return CudaTensor(func(grad.host, output.host, dim, grad.dtype).to(dtype))
+
+    return run_it
+
+
 # Operators that take or give CPU tensors beside those of the device.
 OWN: dict[Any, Any] = {
     aten._pack_padded_sequence.default: _pack,
     aten._pack_padded_sequence_backward.default: _unpack,
+    aten._softmax.default: _softmax_of(aten._softmax.default),
+    aten._log_softmax.default: _softmax_of(aten._log_softmax.default),
+    aten._softmax_backward_data.default: _softmax_backward_of(aten._softmax_backward_data.default),
+    aten._log_softmax_backward_data.default: _softmax_backward_of(aten._log_softmax_backward_data.default),
 }
 
 
