@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = "auto (a GPU where there is one), cpu, cuda, cuda:1, or any other device of torch (default: auto)"
 
@@ -12,6 +15,8 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
     Raises ValueError for a name that torch does not know, and for CUDA, or a number of it, that is not there.
     """
+    import torch  # here: a command line that shows its options does not wait for it
+
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

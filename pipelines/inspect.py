@@ -17,10 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from itm.data import files
-from itm.data.manifest import NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
+from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
 from itm.data.records import Problem, check_image
 from itm.data.shards import REGIONS, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
+from pipelines.cli import script
 
 SIZED = 64  # images of a split that are decoded
 SHOWN = 10  # problems printed by name
@@ -169,15 +170,9 @@ def _write_index(uri: str, report: Report) -> str:
     for receipt in report.receipts:
         write_receipt(files.join(uri, receipt.info.name), receipt)
     rejected = sum(receipt.rejected for receipt in report.receipts)
-    write_manifest(
-        uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format="foreign")
-    )
+    write_manifest(uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format=FOREIGN))
     return f"  wrote {NAME} and {len(report.receipts):,} indexes"
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("inspect"))
+    script(__file__)

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from itm.config import Text
+from itm.data import files
+from itm.data.formats import check_format
 from itm.data.treebank import treebank_words
 
 Rules = Literal["plain", "treebank"]
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
-SETTINGS = "text.json"
+SETTINGS, FORMAT = "text.json", 1
 VOCABULARY = "vocabulary.json"
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
@@ -83,7 +85,7 @@ class WordVocabulary:
         Their captions were not cleaned: give clean=False for their weights. Raises ValueError naming the file when it holds no vocabulary.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(files.read_bytes(path))
             rules = content.get("rules", "treebank" if "idx2word" in content else "plain")
             return cls(content["word2idx"], max_length=max_length, clean=clean, rules=rules)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
@@ -156,11 +158,13 @@ def build_tokenizer(text: Text, captions: Iterable[str] | None = None) -> Tokeni
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """What `save` wrote. Raises ValueError when the folder holds no tokenizer of ours."""
+    """What `save` wrote. Raises ValueError when the folder holds no tokenizer of ours, NewerFormat."""
     path = Path(folder) / SETTINGS
     if not path.exists():
         raise ValueError(f"no {path}: the folder does not hold a saved tokenizer")
     settings = json.loads(path.read_text())
+    check_format(str(path), settings, FORMAT)
+    settings.pop("format", None)
     kind = settings.pop("kind")
     if kind == "words":
         return WordVocabulary.from_json(Path(folder) / VOCABULARY, **settings)
@@ -203,5 +207,5 @@ def _pad(rows: list[list[int]], filler: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(longest) < lengths[:, None]
 
 
-def _write_settings(folder: str | Path, **settings: Any) -> None:
+def _write_settings(folder: str | Path, **settings: object) -> None:
     (Path(folder) / SETTINGS).write_text(json.dumps(settings))

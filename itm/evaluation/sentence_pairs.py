@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import Outcome
 from itm.types import Encoded
@@ -41,7 +42,7 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     A tab in the first line makes it a TSV, which knows no quotes. Raises ValueError for columns that are not there, and when no row, or a
     larger share than `max_reject_rate`, cannot be used.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    text = files.read_bytes(path).decode("utf-8-sig")
     first = text.partition("\n")[0]
     tabs = "\t" in first
     lines = text.splitlines(keepends=True)
@@ -65,8 +66,9 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
         except ValueError as error:
             pairs.bad.append((number, str(error)))
         else:
-            for column, value in ((pairs.left, left), (pairs.right, right), (pairs.gold, rating)):
-                column.append(value)  # type: ignore[arg-type]
+            pairs.left.append(left)
+            pairs.right.append(right)
+            pairs.gold.append(rating)
     total = len(pairs.gold) + len(pairs.bad)
     if len(pairs.gold) < 2 or len(pairs.bad) > max_reject_rate * total:
         named = "; ".join(f"line {number}: {reason}" for number, reason in pairs.bad[:3]) or "two pairs are the least"

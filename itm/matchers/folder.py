@@ -17,6 +17,7 @@ from torch import nn
 
 from itm.config import Part
 from itm.data import files
+from itm.data.formats import check_format
 from itm.data.preprocess import Inputs
 from itm.kinds import build_part, find_part
 from itm.matchers import MATCHERS
@@ -60,11 +61,11 @@ def take_weights(matcher: nn.Module, uri: str) -> None:
 
 def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
     """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
-    target = str(folder)
-    local = "://" not in target
+    target = files.absolute(folder)
+    local = not files.is_remote(target)
     if local:
-        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(Path(target).absolute() if local else None) as scratch:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(Path(target) if local else None) as scratch:
         written = scratch / "matcher"
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
@@ -108,14 +109,13 @@ def _upload(written: Path, target: str) -> None:
 
 
 def load_matcher_folder(folder: str | Path) -> nn.Module:
-    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing."""
-    with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
+    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing, NewerFormat."""
+    with files.local_copy(folder) if files.is_remote(folder) else contextlib.nullcontext(Path(files.absolute(folder))) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
         config = json.loads((path / "config.json").read_text())
-        if config["format"] > FORMAT:
-            raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")
+        check_format(f"{folder}/config.json", config, FORMAT)
         matcher = build_matcher(Part(kind=config["kind"], options=config["options"]), Inputs.load(path))
         load_model(matcher, str(path / "model.safetensors"))
     return matcher.eval()

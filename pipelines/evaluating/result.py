@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
-from itm.report.gallery import examples, histogram
-
-FORMAT = 1
-
-
-def weights_hash(matcher: torch.nn.Module) -> str:
-    """12 hex digits over the names, shapes and values of all parameters and buffers, and the options."""
-    digest = hashlib.sha256(repr((getattr(matcher, "kind", type(matcher).__name__), getattr(matcher, "options", None))).encode())
-    for name, value in sorted(matcher.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+from itm.report.gallery import Example, examples, histogram
+from pipelines.evaluating import FORMAT
 
 
 def table(result: dict[str, Any]) -> str:
@@ -63,7 +51,7 @@ def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]
     }
 
 
-def _named(row: dict[str, Any], names: Names, way: str) -> dict[str, Any]:
+def _named(row: Example, names: Names, way: str) -> dict[str, Any]:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
     hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
@@ -92,9 +80,11 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
 
 
 def stored(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result at `output` if it is of this identity. Raises NewerFormat, so that nothing of a later version is replaced."""
     if not files.exists(output):
         return None
     result: dict[str, Any] = json.loads(files.read_bytes(output))
+    check_format(output, result, FORMAT)
     return result if all(result.get(key) == value for key, value in identity.items()) else None
 
 
@@ -111,7 +101,3 @@ def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
         with files.local_copy(output) as written:
             tracker.artifact(written)
-
-
-def absolute(uri: str) -> str:
-    return uri if "://" in uri else os.path.abspath(uri)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
+from typing import Any
 
-from itm.config import load_recipe, parse_recipe
+import pytest
+from pydantic import Field
+
+from itm.config import Part, Recipe, Strict, Train, load_recipe, parse_recipe, resolve_recipe
 from itm.kinds import build_part
+from tests.support.made_before import recorded, unpack
 
 MINIMAL = {"name": "x", "model": {"kind": "dual"}}
 
@@ -35,11 +41,128 @@ def test_extending_a_recipe_merges_sections_and_replaces_a_part_of_another_kind(
     assert (recipe.train.lr, recipe.train.steps) == (0.1, 4)
 
 
+def chain(folder: Path, *files: str) -> Path:
+    """a.yaml, b.yaml, ... of these contents; returns the first."""
+    for name, text in zip("abcdef", files, strict=False):
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "a.yaml"
+
+
+def test_two_hops_of_extends_are_read_and_a_third_one_names_the_way_out(tmp_path):
+    last = "name: x\nmodel: {kind: dual}\ntrain: {lr: 0.5}\n"
+    assert load_recipe(chain(tmp_path, "extends: b.yaml", "extends: c.yaml", last)).train.lr == 0.5
+    with pytest.raises(ValueError, match=r"a.* -> b\.yaml -> c\.yaml -> d\.yaml is more than 2 hops of `extends`; let b.* start from d"):
+        load_recipe(chain(tmp_path, "extends: b.yaml", "extends: c.yaml", "extends: d.yaml", last))
+
+
+@pytest.mark.parametrize("files", [["extends: a.yaml"], ["extends: b.yaml", "extends: ./a.yaml"]])
+def test_a_circle_of_extends_is_refused_by_name(tmp_path, files):
+    with pytest.raises(ValueError, match=r"`extends` goes in a circle, a\.yaml -> .*a\.yaml; take one of them out"):
+        load_recipe(chain(tmp_path, *files))
+
+
+def test_a_base_that_is_not_there_is_told_with_the_file_that_wants_it(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe at .*gone\.yaml, which .*a\.yaml extends"):
+        load_recipe(chain(tmp_path, "extends: gone.yaml"))
+    with pytest.raises(ValueError, match=r"extends takes the name of one recipe file, not \['b\.yaml'\]"):
+        load_recipe(chain(tmp_path, "extends: [b.yaml]"))
+
+
+def test_each_value_is_told_with_the_file_the_override_or_the_default_it_comes_from(tmp_path):
+    base = "name: base\nmodel: {kind: dual, options: {width: 8, image: {kind: conv}}}\ntrain: {lr: 0.1, steps: 3}\n"
+    first = chain(tmp_path, "extends: b.yaml\nname: x\nmodel: {kind: dual, options: {width: 9}}\n", base)
+    found = resolve_recipe(first, ["train.steps=4", "data.flip=true"])
+    origin = {key: found.origin(tuple(key.split(".")), value) for key, value in found.recipe.flat().items()}
+    assert {key: where for key, where in origin.items() if where != "default"} == {
+        "name": "a.yaml",
+        "model.kind": "a.yaml",
+        "model.options.width": "a.yaml",
+        "model.options.image.kind": "b.yaml",
+        "train.lr": "b.yaml",
+        "train.steps": "override",
+        "data.flip": "override",
+    }
+
+
+def test_what_a_replaced_part_was_told_has_no_origin_any_more(tmp_path):
+    first = chain(tmp_path, "extends: b.yaml\nname: x\nmodel: {kind: scan}\n", "name: b\nmodel: {kind: dual, options: {width: 8}}\n")
+    found = resolve_recipe(first)
+    assert found.recipe.model.options == {}
+    assert found.origin(("model", "options"), {}) == "default"
+
+
 def test_the_fingerprint_ignores_places_and_processes_but_no_choice():
     base = parse_recipe(MINIMAL)
     assert base.fingerprint() == parse_recipe({**MINIMAL, "output": "elsewhere"}).fingerprint()
     assert base.fingerprint() == parse_recipe({**MINIMAL, "train": {"workers": 2, "min_workers": 1}}).fingerprint()
     assert base.fingerprint() != parse_recipe({**MINIMAL, "seed": 1}).fingerprint()
+
+
+class LaterSection(Strict):
+    depth: int = 3
+    part: Part = Part(kind="flat")
+
+
+class LaterTrain(Train):
+    tempo: float = 1.5
+
+
+class Later(Recipe):
+    """The recipe of a version to come: a key, a part and a section more."""
+
+    train: LaterTrain = Field(default_factory=LaterTrain)
+    scorer: Part | None = None
+    later: LaterSection = Field(default_factory=LaterSection)
+
+
+CHOICES = {**MINIMAL, "method": {"kind": "cusa", "options": {"itc": {}}}, "train": {"lr": 0.1, "workers": 2}}
+NEW_CHOICES: list[dict[str, Any]] = [
+    {"train": {"lr": 0.1, "tempo": 2.0}},
+    {"scorer": {"kind": "flat"}},
+    {"later": {"depth": 4}},
+    {"later": {"part": {"kind": "flat", "options": {"a": None}}}},
+]
+
+
+def test_a_key_that_is_added_later_changes_no_fingerprint_at_its_default() -> None:
+    before = parse_recipe(CHOICES).fingerprint()
+    said = {"train": {"lr": 0.1, "tempo": 1.5}, "scorer": None, "later": {"depth": 3, "part": {"kind": "flat", "options": {}}}}
+    for same in ({}, said):
+        assert Later.model_validate(CHOICES | same).fingerprint() == before
+    others = [Later.model_validate(CHOICES | new).fingerprint() for new in NEW_CHOICES]
+    assert len({before, *others}) == 1 + len(NEW_CHOICES)
+
+
+def test_options_of_a_part_count_as_they_are_said() -> None:
+    said = [{"kind": "matching", "options": options} for options in ({}, {"heads": {}}, {"heads": None}, {"heads": {"uni": False}})]
+    assert len({parse_recipe({**MINIMAL, "method": method}).fingerprint() for method in said}) == len(said)
+    assert parse_recipe({**MINIMAL, "method": said[0]}).fingerprint() == parse_recipe(MINIMAL).fingerprint()
+
+
+def test_the_fingerprint_of_0_1_0_is_found_from_the_recipe_that_it_recorded(tmp_path: Path) -> None:
+    unpack(tmp_path, "runs")
+    for name, fingerprint in recorded()["fingerprints"].items():
+        started = json.loads((tmp_path / "runs" / name / "started.json").read_text())
+        assert started["recipe_fingerprint"] == fingerprint
+        recipe = load_recipe(tmp_path / "recipe.yaml", [f"name={name}"])
+        assert recipe.whole_fingerprint(started["recipe"]) == fingerprint != recipe.fingerprint()
+        said = recipe.model_dump(mode="json", exclude_defaults=True)
+        assert Later.model_validate(said).whole_fingerprint(started["recipe"]) == fingerprint
+        for new in NEW_CHOICES:
+            new = {key: {**said.get(key, {}), **value} for key, value in new.items()}
+            assert Later.model_validate(said | new).whole_fingerprint(started["recipe"]) is None
+        other = load_recipe(tmp_path / "recipe.yaml", [f"name={name}", "train.lr=0.02"])
+        assert other.whole_fingerprint(started["recipe"]) != fingerprint
+
+
+def test_no_default_of_0_1_0_has_changed() -> None:
+    """A fingerprint leaves defaults out: with another one an old run would look as if it had been made with it. Add a key instead."""
+    before, now = recorded()["defaults"], parse_recipe(MINIMAL).model_dump(mode="json")
+    for section, keys in before.items():
+        if isinstance(keys, dict):
+            assert {key: now[section][key] for key in keys} == keys, section
+        else:
+            assert now[section] == keys, section
 
 
 @pytest.mark.parametrize(("workers", "fewest"), [(2, 3), (0, 1), (2, 0)])

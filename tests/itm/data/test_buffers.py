@@ -45,14 +45,14 @@ def test_what_a_consumer_keeps_is_forgotten_and_never_written_again() -> None:
         kept.append(buffers.empty((8,)))
         kept[-1][:] = number
     assert [int(array[0]) for array in kept] == list(range(6))
-    assert len(buffers.kept) == 2
+    assert len(buffers.arrays) == 2
 
 
 def test_a_copy_in_another_process_is_empty() -> None:
     buffers = Buffers(most=3)
     buffers.empty((1000,))
     copy = pickle.loads(pickle.dumps(buffers))
-    assert (copy.kept.maxlen, list(copy.kept)) == (3, [])
+    assert (copy.arrays.maxlen, list(copy.arrays)) == (3, [])
 
 
 class Copy:

@@ -22,8 +22,9 @@ from itm.evaluation.scoring import score_matrix
 from itm.matchers.late.uarda_pruned import Pruning
 from itm.precision import computing, repeatable
 from itm.teachers.identity import build_teacher
-from pipelines import search, teach
-from pipelines.verify import ACROSS_DEVICES, TOLERANCE, verify
+from pipelines import search
+from pipelines.teaching import driver as teach
+from pipelines.teaching.recompute import ACROSS_DEVICES, TOLERANCE, verify
 from tests.support.every_matcher import KINDS, captions_of, images_of, matcher_of
 from tests.support.registry_world import matcher_folder, picture
 from tests.support.small_teaching import pack, recipe, scenes, score_here
