@@ -29,7 +29,7 @@ from itm.methods.matching import ContrastiveOptions, TripletOptions
 from itm.teachers import TEACHERS
 from itm.teachers.shuffled import Shuffle
 from pipelines.cli import STAGES
-from pipelines.evaluating.matcher_protocols import PROBES
+from pipelines.evaluating import PROBES
 from tests.support import ROOT
 from tests.support.docs_pages import keys, pages, parser_of
 from tests.support.documents import DOCS, NAMES, commands, section
