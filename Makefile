@@ -54,4 +54,4 @@ chaos: $(READY)  ## kill every stage at random moments, twenty times, and compar
 	$(BIN)/python -m tests.support.chaos
 
 clean:  ## remove what runs and the demo made
-	rm -rf runs data mlruns mlflow.db
+	rm -rf runs data mlruns mlflow.db site

@@ -46,9 +46,8 @@ def world(here: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_pages_hold_examples_of_every_kind_of_use() -> None:
-    assert {"docs/start.md", "docs/data.md", "docs/teachers.md", "docs/extending.md", "docs/registry-and-serving.md"} <= {
-        n for n, _ in BLOCKS
-    }
+    uses = ("start", "data", "teachers", "extending", "registry-and-serving")
+    assert {f"docs/{use}.md" for use in uses} <= {name for name, _ in BLOCKS}
 
 
 @pytest.mark.e2e

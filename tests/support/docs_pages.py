@@ -36,17 +36,18 @@ KEYS_HEAD = f"""{MADE}
 # Every key of a recipe
 
 A recipe is one YAML file. Every key below may be set in it, or on the command line as `section.key=value`. An unknown key is an error
-that names the nearest known one. `extends: other.yaml` at the top of a recipe starts from another recipe: mappings merge key by key, and
-a part whose `kind` changes is replaced as a whole.
+that names the nearest known one. `extends: other.yaml` at the top of a recipe starts from another recipe, at most two in a row.
+Mappings merge key by key, and a part whose `kind` changes is replaced as a whole. `itm recipes NAME` prints the result, and where each
+value comes from.
 
 "A kind" means `{{kind: name, options: {{...}}}}`. [Every kind](kinds.md) lists the names and their options.
 """
 COMMANDS_HEAD = f"""{MADE}
 # Commands
 
-`itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version. Every command also runs as
-`python -m pipelines.<command>`. An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it
-arose.
+`itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version.
+Every command also runs as `python -m pipelines.<command>`.
+An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it arose.
 
 """
 
