@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check bench golden chaos clean
+.PHONY: help setup demo test test-system check docs bench golden chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,14 @@ check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the site of docs/ into site/; pages made from the code are made again, every warning is an error
+	$(BIN)/python -m tests.support.docs_pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line a case
 	$(BIN)/python -m tests.support.replay $(GOLDEN)

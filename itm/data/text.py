@@ -207,5 +207,5 @@ def _pad(rows: list[list[int]], filler: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(longest) < lengths[:, None]
 
 
-def _write_settings(folder: str | Path, **settings: Any) -> None:
+def _write_settings(folder: str | Path, **settings: object) -> None:
     (Path(folder) / SETTINGS).write_text(json.dumps(settings))

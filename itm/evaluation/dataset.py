@@ -5,11 +5,9 @@ What cannot be read or decoded comes back as quarantine rows (`problems`), never
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,7 +18,8 @@ from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
 from itm.evaluation.scoring import encode_rows, scoring_mode
-from itm.types import Encoded, positives_from_ids
+from itm.kinds import find_part
+from itm.types import Encoded
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,6 @@ class Names:
     def positives(self) -> tuple[Tensor, Tensor]:
         """Truth by ids, as `retrieval_metrics` takes it."""
         return torch.arange(len(self.image_keys)), self.caption_image
-
-    def positive_matrix(self) -> Tensor:
-        return positives_from_ids(*self.positives)
 
     def check(self) -> None:
         """Raises ValueError, with counts and the first offender, for duplicate ids, images without caption, captions without image."""
@@ -222,15 +218,12 @@ def _names(samples: list[Sample], shard_uri: str) -> Names:
 
 
 def exact_relevance(source: str, names: Names) -> Tensor | None:
-    """(I,T) bool, all pairs that hold, when the source of the shards can tell (its module has `relevance(image_metas, caption_metas)`).
+    """(I,T) bool, all pairs that hold, when the source of the shards can tell; None when it knows annotated pairs only.
 
-    source: `Manifest.source`, whose leading word is the source's kind. None when the source knows annotated pairs only.
+    source: `Manifest.source`, which `itm pack` begins with the kind of the source.
     """
-    kind = re.match(r"\w*", source)
-    assert kind is not None
-    if kind.group() not in SOURCES:
+    kind = source.partition(" ")[0]
+    if kind not in SOURCES:
         return None
-    relevance = getattr(import_module(SOURCES[kind.group()].partition(":")[0]), "relevance", None)
-    if relevance is None:
-        return None
-    return torch.as_tensor(relevance(names.image_metas, names.caption_metas)).bool()
+    relevance = find_part(SOURCES, kind, "source").relevance(names.image_metas, names.caption_metas)
+    return None if relevance is None else torch.as_tensor(relevance).bool()

@@ -21,7 +21,8 @@ from itm.types import Captions, Encoded, Images, Matcher
 TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
-OWN_TILES = (1024, 4096)  # images x captions for matchers that cut tiles themselves: what one side alone needs is computed this seldom
+OWN_TILES = (1024, 4096)
+"""Images x captions given at once to a matcher that cuts tiles itself: large, since it computes once a call what one side alone needs."""
 
 
 def score_matrix(

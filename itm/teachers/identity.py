@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from itm.config import Part
-from itm.data.records import Caption
+from itm.data.records import Caption, Json
 from itm.data.shards import Sample
 from itm.kinds import build_part, find_part
 from itm.teachers import TEACHERS
@@ -33,7 +33,7 @@ class Teacher:
     """
 
     modality: Modality
-    identity: dict[str, Any]
+    identity: Json
     width: int
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
@@ -69,7 +69,7 @@ def build_teacher(part: Part, modality: Modality) -> Teacher:
     return teacher
 
 
-def choice_of(part: Part, modality: str, dtype: str) -> dict[str, Any]:
+def choice_of(part: Part, modality: str, dtype: str) -> Json:
     """A recipe's choice of teacher, as a soft-label store is looked up by."""
     return {"modality": modality, "dtype": dtype, "kind": part.kind, "options": part.options}
 
@@ -110,7 +110,7 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
     return model.eval().requires_grad_(False)
 
 
-def weights_sha256(module: nn.Module) -> str:
+def tensors_sha256(module: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -119,17 +119,17 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_identity(path: str, module: nn.Module, revision: str | None) -> dict[str, Any]:
+def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
     """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
     config: Any = module.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
     return {
         "model": Path(path).resolve().name if Path(path).exists() else path,
         "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": weights_sha256(module),
+        "weights_sha256": tensors_sha256(module),
         "config_sha256": json_sha256(settings),
     }
 
 
-def json_sha256(value: Mapping[str, Any]) -> str:
+def json_sha256(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

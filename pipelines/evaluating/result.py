@@ -13,7 +13,7 @@ from itm.data import files
 from itm.data.formats import check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
-from itm.report.gallery import examples, histogram
+from itm.report.gallery import Example, examples, histogram
 from pipelines.evaluating import FORMAT
 
 
@@ -51,7 +51,7 @@ def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]
     }
 
 
-def _named(row: dict[str, Any], names: Names, way: str) -> dict[str, Any]:
+def _named(row: Example, names: Names, way: str) -> dict[str, Any]:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
     hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]

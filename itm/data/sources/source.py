@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from itm.data import files
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Json, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -31,8 +33,13 @@ class Source(ABC):
         """One item; a Problem (stage "source") when its files are missing or unreadable."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """What the records depend on, JSON-able: another identity means other shards."""
+
+    @staticmethod
+    def relevance(images: list[Json], captions: list[Json]) -> np.ndarray | None:
+        """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
+        return None
 
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
@@ -49,7 +56,7 @@ class Listing:
 
     path: str
     captions: list[Caption] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
 
 
 class ListedImages(Source):
@@ -68,7 +75,7 @@ class ListedImages(Source):
     def count(self, split: str) -> int:
         return len(self.listings[split])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
     def item(self, split: str, index: int) -> Record | Problem:
@@ -127,7 +134,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def group_by_path(rows: Iterable[tuple[str, list[Caption], dict[str, Any]]]) -> list[Listing]:
+def group_by_path(rows: Iterable[tuple[str, list[Caption], Json]]) -> list[Listing]:
     """(path, captions, meta) rows -> one Listing per path in order of first sight, with the meta of its first row."""
     listings: dict[str, Listing] = {}
     for path, captions, meta in rows:
