@@ -112,7 +112,7 @@ def score_type(matchers: Sequence[Any], precision: str) -> str:
 
 def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
     """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
-    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" for p in encoded.problems)
+    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems)
     if out + rejected != manifest.samples:
         raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
     return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
