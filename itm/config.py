@@ -91,7 +91,10 @@ class Train(Strict):
         "counts in max_failures. Unset = wait for room for all",
     )
     use_gpu: bool = Field(False, description="one GPU for each worker")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 = autocast; weights stay fp32")
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = Field(
+        "fp32", description="of products and convolutions, weights stay fp32; bf16, fp16 = autocast; auto = bf16 on a GPU, fp32 on a CPU"
+    )
+    deterministic: bool = Field(False, description="the same bits each run on one kind of device, or an error naming what cannot; slower")
     optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
     lr: float = Field(1e-3, gt=0, description="highest learning rate")
     min_lr: float = Field(0.0, ge=0, description="lowest learning rate of the schedule")
@@ -126,6 +129,8 @@ class Train(Strict):
     def _check_workers(self) -> Train:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        if self.precision == "fp16" and self.shard_weights:
+            raise ValueError("precision=fp16 scales its losses by each worker's own gradients, which shard_weights splits: use bf16")
         return self
 
 
@@ -150,7 +155,7 @@ NO_CHOICES: dict[str, Any] = {
     "output": True,
     "about": True,
     "paper": True,
-    "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
+    "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
 }

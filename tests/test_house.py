@@ -17,6 +17,7 @@ FLOORS = {
     "itm.types": 0,
     "itm.config": 0,
     "itm.kinds": 0,
+    "itm.device": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,

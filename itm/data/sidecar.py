@@ -38,7 +38,8 @@ _NUMPY: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32, "
 class Header:
     """What a sidecar says about itself, kept as JSON in the Arrow schema metadata.
 
-    `unreadable` lists the (key, reason) of samples that the shard reader already rejected: they have no row.
+    `unreadable` lists the (key, reason) of samples that the shard reader already rejected: they have no row. `device`: the kind of device
+    that computed the vectors, whose last digits another kind does not repeat; it is written where it is not the CPU.
     """
 
     identity: Json
@@ -51,6 +52,13 @@ class Header:
     rejected: int = 0
     width: int = 0
     format: int = FORMAT
+    device: str = "cpu"
+
+    def to_json(self) -> str:
+        said = asdict(self)
+        if self.device == "cpu":
+            del said["device"]
+        return json.dumps(said, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def write_sidecar(
     if scale is not None:
         columns["scale"] = pa.array(scale, pa.float16())
     done = Header(**asdict(header) | {"rows": len(keys), "rejected": int((~ok).sum()), "width": vectors.shape[1]})
-    table = pa.table(columns).replace_schema_metadata({"itm": json.dumps(asdict(done), sort_keys=True)})
+    table = pa.table(columns).replace_schema_metadata({"itm": done.to_json()})
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

@@ -17,8 +17,10 @@ from itm.data import files
 from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
+from itm.device import resolve_device
 from itm.evaluation.scoring import encode_rows, scoring_mode
 from itm.kinds import find_part
+from itm.precision import computing
 from itm.types import Encoded
 
 
@@ -141,13 +143,14 @@ def encode_shard(
     problems: list[Problem] = []
     samples: list[Sample] = []
     images: list[Encoded] = []
-    with scoring_mode(matcher, device):
+    where = resolve_device(device)
+    with scoring_mode(matcher, where), computing("fp32", where):
         for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
             good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
-            images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
+            images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         captions = [caption for sample in samples for caption in sample.captions]
-        encoded = [_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(captions), batch_size)]
+        encoded = [_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(captions), batch_size)]
     both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
     return EncodedSplit(*both, _names(samples, shard_uri), problems)
 
@@ -155,8 +158,9 @@ def encode_shard(
 def encode_texts(matcher: Any, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode strings, `batch_size` a call."""
     captions = [Caption("", text) for text in texts]
-    with scoring_mode(matcher, device):
-        return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(texts), batch_size)])
+    where = resolve_device(device)
+    with scoring_mode(matcher, where), computing("fp32", where):
+        return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(texts), batch_size)])
 
 
 def _encode_texts(matcher: Any, captions: Sequence[Caption], device: Any) -> Encoded:

@@ -16,7 +16,9 @@ from torch import nn
 from itm.config import Part
 from itm.data.records import Caption, Json
 from itm.data.shards import Sample
+from itm.device import resolve_device
 from itm.kinds import build_part, find_part
+from itm.precision import computing
 from itm.teachers import TEACHERS
 
 Modality = Literal["image", "text"]
@@ -37,7 +39,7 @@ class Teacher:
     width: int
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")
 
     def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
         raise NotImplementedError
@@ -46,10 +48,11 @@ class Teacher:
         """(N, D) float32. Raises ValueError for a row that cannot be scored."""
         return self.embed([self.prepare(row) for row in rows])
 
-    def to(self, device: str) -> Teacher:
+    def to(self, device: str | torch.device) -> Teacher:
+        """Raises ValueError for a device that is not there (`resolve_device`). A teacher without a model stays where it is."""
         if self.module is not None:
-            self.module.to(device)
-            self.device = device
+            self.device = resolve_device(device)
+            self.module.to(self.device)
         return self
 
 
@@ -78,13 +81,18 @@ def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: in
     """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
     vectors = np.zeros((len(payloads), teacher.width), np.float32)
+    with computing("fp32", teacher.device):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
+        _embed_rows(teacher, payloads, order, batch_size, vectors)
+    return vectors
+
+
+def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], batch_size: int, vectors: np.ndarray) -> None:
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = teacher.embed([payloads[row] for row in rows])
         if batch.shape != (len(rows), teacher.width):
             raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
         vectors[rows] = batch
-    return vectors
 
 
 def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool) -> nn.Module:

@@ -13,7 +13,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
 from itm.evaluation.protocols import Scored, check_protocol, run_protocol
 from itm.matchers.weights import weights_hash
@@ -121,7 +121,7 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
     """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
     size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
     if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
-        pieces = [encode_shard(matcher, uri, sha256, size, device=own_device()) for uri, sha256 in shards]
+        pieces = [encode_shard(matcher, uri, sha256, size, device=resolve_device()) for uri, sha256 in shards]
     else:
         pieces = _encode_by_tasks(matcher, shards, size)
     return checked(pieces, split_uri, recipe.data.max_reject_rate)

@@ -12,7 +12,7 @@ import itm
 from itm.config import Recipe
 from itm.data import files
 from itm.data.shards import read_manifest
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.relations import isd_of_split
 from itm.evaluation.sentence_pairs import read_pairs, sts
 from itm.matchers.weights import weights_hash
@@ -51,7 +51,7 @@ def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity
     if done := stored(output, identity):
         return done
     pairs = [read_pairs(path, columns, recipe.data.max_reject_rate if recipe else 0.01) for path in args.pairs]
-    outcome = sts(matcher, pairs, recipe.evaluation.batch_size if recipe else 256, own_device())
+    outcome = sts(matcher, pairs, recipe.evaluation.batch_size if recipe else 256, resolve_device())
     bad = [[file.path, line, reason] for file in pairs for line, reason in file.bad]
     return _written(output, identity | {"score_type": "cosine of captions, fp32", "rejected_rows": bad} | asdict(outcome))
 
@@ -64,7 +64,7 @@ def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity
     if done := stored(output, identity):
         return done
     annotated = identity["protocol_name"] == "isda"
-    outcome = isd_of_split(matcher, split_uri, annotated, min(recipe.evaluation.batch_size, MOST_PAIRS), own_device())
+    outcome = isd_of_split(matcher, split_uri, annotated, min(recipe.evaluation.batch_size, MOST_PAIRS), resolve_device())
     return _written(output, identity | {"score_type": "relation blocks, fp32", "split_uri": split_uri} | asdict(outcome))
 
 

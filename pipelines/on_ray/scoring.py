@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import score_matrix
@@ -44,7 +44,7 @@ def score_split(
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
     if how.compile:
-        check_compiler(torch.device(own_device()))
+        check_compiler(resolve_device())
     _set_pruning(members, how.prune)
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
@@ -55,7 +55,7 @@ def score_split(
             return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
         with compiled(how.compile):
-            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=own_device(), **options)
+            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
     spread, put, options["device"] = by_tasks()
     options["compile"] = how.compile
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
@@ -92,7 +92,7 @@ def described(result: dict[str, Any]) -> str:
 
 def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
-    options = {"precision": how.precision, "device": own_device()}
+    options = {"precision": how.precision, "device": resolve_device()}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from itm.config import Part
 from itm.data import sidecar
 from itm.data.records import Problem
 from itm.data.shards import Sample, read_samples
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
 from itm.teachers.stores import stored_identity
 
@@ -82,7 +82,7 @@ class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
     def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
-        self.teacher = build_teacher(part, modality).to(own_device())
+        self.teacher = build_teacher(part, modality).to(resolve_device())
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:
@@ -98,7 +98,7 @@ class Score:
             return {"error": str(error)}
 
     def _write(self, shard: pa.Table) -> int:
-        header = sidecar.Header(**json.loads(shard["header"][0].as_py()))
+        header = replace(sidecar.Header(**json.loads(shard["header"][0].as_py())), device=self.teacher.device.type)
         if sidecar.teacher_id(stored_identity(self.teacher, header.dtype)) != sidecar.teacher_id(header.identity):
             raise ValueError(f"this node has other weights of {header.identity['model']!r} than the driver; give every node the same")
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
