@@ -8,11 +8,11 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check docs bench golden chaos clean
+.PHONY: help setup demo test test-system check docs bench golden chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, th
 
 test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: they wait more than they compute
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
+	$(BIN)/python -m pytest -rs tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ def load_matcher(uri: str | Path, device: str = "cpu") -> Any:
     if str(uri).startswith(("models:/", "runs:/")):
         from itm.extras import needed_by
 
-        with needed_by(f"load_matcher({str(uri)!r})"):
+        with needed_by(f"load_matcher({str(uri)!r})", extra="tracking"):
             from itm.tracking.registry import download
 
         uri = download(str(uri))

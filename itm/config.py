@@ -242,7 +242,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Resolved:
     """The recipe of `load_recipe` with the layers it was made of."""
-    layers, choices = _layers(Path(path)), {}
+    layers = _layers(Path(path))
+    choices: dict[str, Any] = {}
     for layer in layers:
         choices = _merge(choices, layer.choices)
     choices = deepcopy(choices)

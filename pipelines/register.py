@@ -14,12 +14,11 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
+from itm.data.formats import Json, read_json
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
 from pipelines.training import FORMAT as RUN_FORMAT
@@ -74,7 +73,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     return Registered(gate.model, version, bool(gained), gained.reason)
 
 
-def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
+def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
     """What was trained is told by run.json: the recipe at hand may be another when --run is given."""
     return {
         "recipe": trained.get("recipe_fingerprint", recipe.fingerprint()),
@@ -86,7 +85,7 @@ def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) ->
     }
 
 
-def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
+def _read(folder: str, name: str, stage: str, known: int) -> Json:
     uri = files.join(folder, name)
     if not files.exists(uri):
         raise ValueError(f"no {uri}; run `itm {stage}` with the same recipe first")

@@ -14,7 +14,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from tqdm import tqdm
 
@@ -117,7 +116,7 @@ def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterato
             yield clean
 
 
-def _fault(check: Callable[[bytes], Any], data: bytes | None) -> str | None:
+def _fault(check: Callable[[bytes], object], data: bytes | None) -> str | None:
     if data is None:
         return None
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
@@ -36,7 +37,7 @@ def evaluate(
     tie: str = "pessimistic",
     how: How = IN_MEMORY,
     save_scores: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
     Several matchers are an ensemble, whose score is the mean of theirs.
@@ -87,7 +88,7 @@ def evaluate(
     return result
 
 
-def _write(output: str, result: dict[str, Any], encoded: EncodedSplit) -> None:
+def _write(output: str, result: Json, encoded: EncodedSplit) -> None:
     """The result, and beside it what was rejected."""
     if encoded.problems:
         files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())

@@ -11,6 +11,7 @@ from typing import Any
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
 from itm.evaluation.relations import isd_of_split
@@ -22,7 +23,7 @@ from pipelines.evaluating.result import output_of, stored, track
 MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
 
 
-def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
+def probe(args: argparse.Namespace, recipe: Recipe | None) -> Json:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
     name, uris = args.protocol, list(args.matcher or [])
     if len(uris) > 1:
@@ -44,7 +45,7 @@ def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
     return result
 
 
-def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
+def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
     columns = args.pair_columns.split(",") if args.pair_columns else None
     hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
     identity = identity | {"split": "sts", "split_hash": hashes, "pairs": args.pairs, "columns": columns}
@@ -56,7 +57,7 @@ def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity
     return _written(output, identity | {"score_type": "cosine of captions, fp32", "rejected_rows": bad} | asdict(outcome))
 
 
-def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
+def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
     assert recipe is not None
     split = args.split or recipe.data.test_split
     split_uri = files.absolute(files.join(recipe.data.root, split))
@@ -68,6 +69,6 @@ def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity
     return _written(output, identity | {"score_type": "relation blocks, fp32", "split_uri": split_uri} | asdict(outcome))
 
 
-def _written(output: str, result: dict[str, Any]) -> dict[str, Any]:
+def _written(output: str, result: Json) -> Json:
     files.write_atomic(output, json.dumps(result, indent=1).encode())
     return result

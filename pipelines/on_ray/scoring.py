@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from itm.data.formats import Json
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
@@ -36,7 +37,7 @@ def score_split(
     encoded: Sequence[EncodedSplit],
     how: How,
     root: str,
-    identity: dict[str, Any],
+    identity: Json,
     screen: EncodedSplit | None = None,
 ) -> Scores:
     """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
@@ -49,7 +50,7 @@ def score_split(
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
-    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
+    options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
         with compiled(how.compile):
             return _screened(members, sides, how, screen or encoded[0])
@@ -67,14 +68,14 @@ def score_split(
     return TiledScores(store, spread)
 
 
-def notes(members: Sequence[Any], scores: Scores) -> dict[str, Any]:
+def notes(members: Sequence[Any], scores: Scores) -> Json:
     """What the result says besides its numbers: shares and times of members that prune, candidates and loss of a screen."""
     reports = [member.pruning.report() for member in members if getattr(member, "pruning", None) is not None]
     screened = {"screen": scores.report} if isinstance(scores, ScreenedScores) else {}
     return ({"pruning": reports} if reports else {}) | screened
 
 
-def described(result: dict[str, Any]) -> str:
+def described(result: Json) -> str:
     """The notes of a result, readable in a terminal; empty where there are none."""
     lines = []
     for row in result.get("pruning", []):

@@ -7,14 +7,14 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from itm.config import Part
 from itm.data import sidecar
-from itm.data.records import Problem
+from itm.data.formats import Json
+from itm.data.records import Caption, Problem
 from itm.data.shards import Sample, read_samples
 from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
@@ -45,18 +45,18 @@ class Prepare:
     """
 
     modality: Modality
-    prepare: Callable[[Any], bytes]
+    prepare: Callable[[Sample | Caption], bytes]
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
 
-    def _shard(self, shard: str, header: str) -> dict[str, Any]:
+    def _shard(self, shard: str, header: str) -> Json:
         try:
             return self._rows(shard, header)
         except (OSError, ValueError) as error:
             return {"error": f"{shard}: {error}", "header": header}
 
-    def _rows(self, shard: str, header: str) -> dict[str, Any]:
+    def _rows(self, shard: str, header: str) -> Json:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
@@ -71,7 +71,7 @@ class Prepare:
         known = json.dumps(json.loads(header) | {"unreadable": unreadable})
         return {"header": known, "keys": keys, "captions": captions, "problems": problems, "payloads": payloads}
 
-    def _row(self, row: Any) -> tuple[bytes, str | None]:
+    def _row(self, row: Sample | Caption) -> tuple[bytes, str | None]:
         try:
             return self.prepare(row), None
         except ValueError as error:
@@ -88,7 +88,7 @@ class Score:
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(shards.slice(k, 1)) for k in range(len(shards))], _WRITTEN)
 
-    def _shard(self, shard: pa.Table) -> dict[str, Any]:
+    def _shard(self, shard: pa.Table) -> Json:
         if shard["error"][0].is_valid:
             return {"error": shard["error"][0].as_py()}
         began = time.time()

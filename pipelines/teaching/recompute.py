@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from itm.config import Part, Recipe
 from itm.data import files
+from itm.data.records import Caption
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sidecar import Sidecar, Store, find_store, teacher_id
 from itm.device import resolve_device
@@ -109,7 +109,7 @@ class _Check:
         store.check((shard.name, shard.sha256) for shard in self.manifest.shards)
         return store
 
-    def _payloads(self, sidecar: Sidecar, at: np.ndarray, prepare: Callable[[Any], bytes]) -> list[bytes]:
+    def _payloads(self, sidecar: Sidecar, at: np.ndarray, prepare: Callable[[Sample | Caption], bytes]) -> list[bytes]:
         wanted = {(sidecar.keys[row], sidecar.captions[row] if sidecar.captions else "") for row in at}
         found: dict[tuple[str, str], bytes] = {}
         for sample in read_samples(files.join(self.split_uri, sidecar.header.shard)):
