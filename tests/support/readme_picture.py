@@ -19,7 +19,6 @@ import itm
 from itm.data.records import Regions
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sources.scene_language import relevance
-from itm.data.sources.scenes import Scenes
 from tests.support import ROOT
 from tests.support.learning import learn, recipe_of
 
@@ -67,7 +66,8 @@ def draw(samples: list[Sample], holds: list[bool], query: str, words: list[str],
         axis.imshow(picture := pictures[0], alpha=0.45)
         row = weights[spoken.index(word)]
         for (x1, y1, x2, y2), weight in zip(regions.boxes, row, strict=True):
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=4, edgecolor="#ff7f0e", alpha=float(weight / row.max())))
+            shown = float(weight / row.max())
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=4, edgecolor="#ff7f0e", alpha=shown))
         axis.set(xlim=(0, picture.width), ylim=(picture.height, 0))
         axis.set_title(f'"{word}"', fontsize=9, pad=3)
     for axis in axes.flat:
