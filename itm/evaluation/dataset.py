@@ -20,7 +20,7 @@ from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
 from itm.evaluation.scoring import encode_rows, scoring_mode
-from itm.types import Encoded, positives_from_ids
+from itm.types import Encoded, Images, Matcher, MatcherInputs, positives_from_ids
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def join_names(pieces: Sequence[Names]) -> Names:
 
 
 def encode_split(
-    matcher: Any,
+    matcher: Matcher,
     split_uri: str,
     batch_size: int = 256,
     limit: int | None = None,
@@ -136,7 +136,7 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
 
 
 def encode_shard(
-    matcher: Any, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Matcher, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
 ) -> EncodedSplit:
     """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
 
@@ -156,14 +156,14 @@ def encode_shard(
     return EncodedSplit(*both, _names(samples, shard_uri), problems)
 
 
-def encode_texts(matcher: Any, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
+def encode_texts(matcher: Matcher, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode strings, `batch_size` a call."""
     captions = [Caption("", text) for text in texts]
     with scoring_mode(matcher, device):
         return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(texts), batch_size)])
 
 
-def _encode_texts(matcher: Any, captions: Sequence[Caption], device: Any) -> Encoded:
+def _encode_texts(matcher: Matcher, captions: Sequence[Caption], device: str | torch.device) -> Encoded:
     return encode_rows(matcher, matcher.inputs.captions([c.text for c in captions]), len(captions), device)
 
 
@@ -185,17 +185,18 @@ def batches(items: Iterable[Sample | Problem], size: int, limit: int | None, pro
         yield batch
 
 
-def prepare(inputs: Any, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Any]]:
+def prepare(inputs: MatcherInputs, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Images]]:
     """One `Images` for the batch; when one of its images is bad, one each, and a quarantine row for the bad ones."""
     regions = inputs.image.kind == "regions"
     raw = [sample.regions if regions else sample.image for sample in batch]
+    whole = [data for data in raw if data is not None]
     try:
-        if None not in raw:
-            return batch, [inputs.images(raw)]
+        if len(whole) == len(raw):
+            return batch, [inputs.images(whole)]
     except ValueError:
         pass
     good: list[Sample] = []
-    prepared: list[Any] = []
+    prepared: list[Images] = []
     for sample, data in zip(batch, raw, strict=True):
         try:
             if data is None:

@@ -10,14 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import Outcome
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
 KNOWN_HEADERS = (("sentence1", "sentence2", "score"), ("sentence_A", "sentence_B", "relatedness_score"))
@@ -65,8 +64,9 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
         except ValueError as error:
             pairs.bad.append((number, str(error)))
         else:
-            for column, value in ((pairs.left, left), (pairs.right, right), (pairs.gold, rating)):
-                column.append(value)  # type: ignore[arg-type]
+            pairs.left.append(left)
+            pairs.right.append(right)
+            pairs.gold.append(rating)
     total = len(pairs.gold) + len(pairs.bad)
     if len(pairs.gold) < 2 or len(pairs.bad) > max_reject_rate * total:
         named = "; ".join(f"line {number}: {reason}" for number, reason in pairs.bad[:3]) or "two pairs are the least"
@@ -74,7 +74,7 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     return pairs
 
 
-def sts(matcher: Any, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
+def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
     """100 x Spearman of the cosines of each file, `sts_<stem>`, and `sts_mean` of the values rounded to 2 decimals.
 
     Protocol: docs/methods/cusa.md#sentence-similarity.

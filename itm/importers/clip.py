@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.importers.state import fill
 from itm.matchers.clip import CLIP
+from itm.types import Matcher
 
 HEAD_WIDTH = 64
 RENAMED = (
@@ -39,7 +40,7 @@ NOT_THE_MATCHER = re.compile(
 """The temperature, index buffers, the causal mask that a TorchScript archive keeps, and CUSA's temperatures, which belong to its losses."""
 
 
-def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
+def load_clip(state: dict[str, Any], **needed: Any) -> Matcher:
     """The matcher of a flat state dict, float32, in evaluation mode. `needed`: vocab_size to be compared with the file.
 
     Raises ValueError naming missing or unexpected keys, or for another vocabulary size.

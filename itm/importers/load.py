@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import scalar
-from torch import nn
 
 from itm.importers.scan import load_scan
 from itm.importers.torchscript import is_torchscript, read_torchscript
+from itm.types import Matcher
 
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
@@ -38,7 +38,7 @@ PLAIN_TYPES: list[Any] = [
 """Beside tensors and containers: option objects and numpy numbers, which the authors' scripts store as they are."""
 
 
-def load_official(path: str | Path, **needed: Any) -> nn.Module:
+def load_official(path: str | Path, **needed: Any) -> Matcher:
     """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
 
     `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a file that is no checkpoint, holds

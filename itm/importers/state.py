@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from itm.types import Matcher
 
 
-def fill(matcher: nn.Module, state: dict[str, Tensor]) -> None:
+def fill(matcher: Matcher, state: dict[str, Tensor]) -> None:
     """Load a state dict. Raises ValueError naming every key that is missing, unexpected or of another shape."""
     known = matcher.state_dict()
     for key in known.keys() - state.keys():

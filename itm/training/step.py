@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from itm.config import Train
 from itm.distributed import rank
-from itm.training.cached import encoding_in_chunks
 from itm.training.optim import set_rate
 from itm.types import Batch
 
@@ -29,7 +29,7 @@ class Step:
         self, method: nn.Module, optimizer: Optimizer, train: Train, rate: Callable[[int], float], average: AveragedModel | None, seed: int
     ) -> None:
         self.method, self.optimizer, self.train, self.rate, self.average, self.seed = method, optimizer, train, rate, average, seed
-        self.plain: nn.Module = getattr(method, "module", method)
+        self.plain: nn.Module = method.module if isinstance(method, DistributedDataParallel) else method
         self.device = next(method.parameters()).device
 
     def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
@@ -86,14 +86,13 @@ class Step:
             nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
 
     def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        low = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
-        with low, encoding_in_chunks(getattr(self.plain, "matcher", None), self.train.cache_chunk):
-            losses: dict[str, Tensor] = self.method(batch, step=number)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            losses: dict[str, Tensor] = self.method(batch, step=number, chunk=self.train.cache_chunk)
         return {name: value.float() for name, value in losses.items()}
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP, gradients are averaged over ranks in the last micro-step only."""
-        return contextlib.nullcontext() if last or not hasattr(self.method, "no_sync") else self.method.no_sync()  # type: ignore[operator]
+        return contextlib.nullcontext() if last or not isinstance(self.method, DistributedDataParallel) else self.method.no_sync()
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from itm.config import Recipe, Train
 from itm.data import files
@@ -39,7 +38,7 @@ from itm.training.compiled import as_written
 from itm.training.loop import Hooks, train_loop
 from itm.training.optim import learning_rate, scalars
 from itm.training.switches import build_step
-from itm.types import Batch
+from itm.types import Batch, Method
 from pipelines.on_ray.stream import stream, stream_here, work_of
 
 START = "start"  # the matcher that a run fine-tunes, copied into its folder: an alias may move while it trains
@@ -72,7 +71,7 @@ class Job:
         return files.join(self.recipe.data.root, name)
 
 
-def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
+def build_method(recipe: Recipe, inputs: Inputs) -> Method:
     """The method around a matcher, fresh (the same weights for the same seed) or with the weights of `train.start`.
 
     Raises ValueError for what cannot run together.
@@ -81,7 +80,7 @@ def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
         take_weights(matcher, files.join(recipe.folder, START))
-    method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    method: Method = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
     return method
 
 

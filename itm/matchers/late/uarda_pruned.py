@@ -9,14 +9,14 @@ gain (docs/methods/uarda.md#pruned-share).
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from itm.matchers.late.base import gram, parts_of, raw_scores
 from itm.matchers.late.uarda_attention import Attention
-from itm.types import Encoded
+from itm.types import Encoded, Options
 
 Prune = Literal["off", "on", "auto"]
 # Pruned share from which packing the survivors costs less than computing all. Measured on a CPU at 36 x 1024 regions, 8 to 14 words:
@@ -63,7 +63,7 @@ class Pruning:
         self._spent("pooling")
         return scores
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Options:
         """engine {direction: packed | all}, p (pruned share of all fragments), share_of_time {part: share of CPU time}."""
         total = sum(self.seconds.values()) or 1.0
         shares = {part: round(seconds / total, 4) for part, seconds in self.seconds.items()}
