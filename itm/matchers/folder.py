@@ -15,6 +15,7 @@ from safetensors.torch import load_model, save_model
 
 from itm.config import Part
 from itm.data import files
+from itm.data.formats import check_format
 from itm.data.preprocess import Inputs
 from itm.kinds import build_part, find_part
 from itm.matchers import MATCHERS
@@ -107,14 +108,13 @@ def _upload(written: Path, target: str) -> None:
 
 
 def load_matcher_folder(folder: str | Path) -> Matcher:
-    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing."""
+    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing, NewerFormat."""
     with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
         config = json.loads((path / "config.json").read_text())
-        if config["format"] > FORMAT:
-            raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")
+        check_format(f"{folder}/config.json", config, FORMAT)
         matcher = build_matcher(Part(kind=config["kind"], options=config["options"]), Inputs.load(path))
         load_model(matcher, str(path / "model.safetensors"))
     return matcher.eval()

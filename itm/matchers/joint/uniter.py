@@ -66,7 +66,7 @@ class UNITER(Matcher):
     regions: int = 100
 
     def __init__(self, *, vocab_size: int, **options: Unpack[UNITEROptions]) -> None:
-        """Raises ValueError for an unknown option, for a hidden size that the heads do not divide, and for an image encoder without patch tokens."""
+        """Raises ValueError for an unknown option, a hidden size that the heads do not divide, an image encoder without patch tokens."""
         super().__init__()
         refuse_unknown(options, UNITEROptions.__annotations__, "UNITER")
         o: UNITEROptions = {**DEFAULTS, **options}
