@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +181,13 @@ class MatcherInputs(Protocol):
     def captions(self, texts: Sequence[str], image_id: Sequence[int] | None = None) -> Captions: ...
 
     def save(self, folder: str | Path) -> None: ...
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """A module with values that are worth a curve in training."""
+
+    def report(self) -> dict[str, float]: ...
 
 
 class Pruning(Protocol):

@@ -21,7 +21,7 @@ TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
 OWN_TILES = (1024, 4096)  # images x captions for matchers that cut tiles themselves: what one side alone needs is computed this seldom
-Given = TypeVar("Given", Images | Encoded, Captions | Encoded)
+Raw = TypeVar("Raw", Images, Captions)
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
@@ -43,7 +43,8 @@ def score_matrix(
     Raises ValueError for an unknown precision, an empty side, or an ensemble whose encodings do not match its members.
     """
     members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
-    left, right = _per_member(images, len(members), "image"), _per_member(captions, len(members), "caption")
+    left: Sequence[Images | Encoded] = _per_member(images, len(members), "image")
+    right: Sequence[Captions | Encoded] = _per_member(captions, len(members), "caption")
     total: Tensor | None = None
     for member, own_images, own_captions in zip(members, left, right, strict=True):
         with _scoring(member, torch.device(device), precision):
@@ -87,13 +88,12 @@ def _scoring(matcher: Matcher, device: torch.device, precision: str) -> Iterator
         torch.set_float32_matmul_precision(before)
 
 
-def _per_member(rows: Given | Sequence[Encoded], members: int, what: str) -> Sequence[Given | Encoded]:
-    listed = list(rows) if isinstance(rows, Sequence) else None
-    if listed is not None and len(listed) != members:
-        raise ValueError(f"{members} matchers, but {len(listed)} {what} encodings")
-    if listed is None and isinstance(rows, Encoded) and members > 1:
+def _per_member(rows: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
+    if isinstance(rows, Sequence) and len(rows) != members:
+        raise ValueError(f"{members} matchers, but {len(rows)} {what} encodings")
+    if isinstance(rows, Encoded) and members > 1:
         raise ValueError(f"{members} matchers need one {what} encoding each; give a list, or the raw {what}s")
-    each: Sequence[Given | Encoded] = listed or ([] if isinstance(rows, Sequence) else [rows] * members)
+    each: Sequence[Raw | Encoded] = rows if isinstance(rows, Sequence) else [rows] * members
     if any(len(r) == 0 for r in each):
         raise ValueError(f"no {what}s to score")
     return each

@@ -131,7 +131,7 @@ class IAIS(Method):
         side = "image" if anchor == "V" else "text"
         terms = {f"rank_{side}": ranked}
         if pairs.relations is not None:
-            terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(pairs.relations, anchor)
+            terms[f"iais_{side}"] = self._aligned(pairs.relations, anchor, step)
         return terms
 
     def _ranking_loss(self, scores: Tensor, real: Tensor) -> Tensor:
@@ -142,16 +142,11 @@ class IAIS(Method):
         hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
         return (hinge * real).sum() / real.sum()
 
-    def _alignment(self, relations: Relations, anchor: str) -> Tensor:
-        return relation_alignment_loss(
-            relations.blocks,
-            relations.word_mask,
-            relations.region_mask,
-            anchor=anchor,
-            kind=self.alignment,
-            counterpart=self.counterpart,
-            logits=relations.logits,
-        )
+    def _aligned(self, relations: Relations, anchor: str, step: int) -> Tensor:
+        blocks, masks = relations.blocks, (relations.word_mask, relations.region_mask)
+        kind, counterpart, logits = self.alignment, self.counterpart, relations.logits
+        loss = relation_alignment_loss(blocks, *masks, anchor=anchor, kind=kind, counterpart=counterpart, logits=logits)
+        return self.alignment_weight(step) * loss
 
     def _extension(self, batch: Batch, step: int, chunk: int | None) -> dict[str, Tensor]:
         images, captions, relations = related(self.matcher.relations, batch, chunk)
@@ -161,7 +156,7 @@ class IAIS(Method):
         terms |= matcher_terms(self.matcher, scores, positives, batch)
         if self.weight:
             for anchor, side in (("V", "image"), ("L", "text")):
-                terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(relations, anchor)
+                terms[f"iais_{side}"] = self._aligned(relations, anchor, step)
         return terms
 
 

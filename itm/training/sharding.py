@@ -39,6 +39,7 @@ class ShardedStep(Step):
         average = AveragedModel(method, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True) if train.ema else None
         _shard(method, device)
         if average is not None:
+            assert isinstance(average.module, Method)
             _shard(average.module, device)
         super().__init__(method, build_optimizer(method, train), train, rate, average, seed)
 

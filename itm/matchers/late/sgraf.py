@@ -223,8 +223,7 @@ class SimilarityMatcher(LateInteraction):
         raise NotImplementedError
 
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
-        """See `itm.matchers.late.sgraf_tiles.Scorer`."""
-        raise NotImplementedError
+        raise NotImplementedError  # see `itm.matchers.late.sgraf_tiles.Scorer`
 
     def track(self, statistics: Tensor) -> None:
         """Running statistics of a training block; rows are captions, longest first."""
@@ -303,18 +302,19 @@ class SimilarityMatcher(LateInteraction):
         Equations: docs/methods/sgraf.md#text-to-image-attention.
         """
         images, captions, length, width = len(parts), *words.shape
-        weights = self._attend(parts, mask, words)
+        weights = attend(parts, mask, words)
         weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
         attended = weights.flatten(1, 2) @ parts
         return attended.view(images, captions, length, width) - words
 
-    def _attend(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-        """(I,T,L,R) attention of each word to the regions."""
-        attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
-        return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
-
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
-        return self._attend(*parts_of(image), parts_of(caption)[0])[0]
+        return attend(*parts_of(image), parts_of(caption)[0])[0]
+
+
+def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+    """(I,T,L,R) attention of each word to the regions (docs/methods/sgraf.md#text-to-image-attention)."""
+    attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
+    return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
 
 
 class SGR(SimilarityMatcher):

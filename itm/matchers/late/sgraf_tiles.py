@@ -36,11 +36,15 @@ class Scorer(Protocol):
     """What is used of SGR and SAF."""
 
     fuse_tiles: bool
-    v_global_w: nn.Module
-    t_global_w: nn.Module
     sim_tranloc_w: nn.Linear
     sim_tranglo_w: nn.Linear
     sim_eval_w: nn.Linear
+
+    @property
+    def v_global_w(self) -> nn.Module: ...
+
+    @property
+    def t_global_w(self) -> nn.Module: ...
 
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
         """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> score vectors (P,S)."""
