@@ -14,16 +14,14 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
-from itm.tracking.registry import promote, register_matcher
-from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.evaluating.result import FORMAT, weights_hash
-from pipelines.train import FORMAT as RUN_FORMAT
+from itm.data.formats import Json, read_json
+from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.evaluating import FORMAT
+from pipelines.training import FORMAT as RUN_FORMAT
 
 SERVED = Path(itm.__file__).with_name("pyfunc.py")
 
@@ -57,6 +55,9 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
 
     Raises ValueError naming the stage to run first or again, or the known metrics when the gate's is not among them.
     """
+    from itm.matchers.weights import weights_hash
+    from itm.tracking.registry import promote, register_matcher
+
     folder = run_folder or recipe.folder
     trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
     metrics = {name: float(value) for name, value in evaluated["metrics"].items()}
@@ -72,7 +73,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     return Registered(gate.model, version, bool(gained), gained.reason)
 
 
-def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
+def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
     """What was trained is told by run.json: the recipe at hand may be another when --run is given."""
     return {
         "recipe": trained.get("recipe_fingerprint", recipe.fingerprint()),
@@ -84,7 +85,7 @@ def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) ->
     }
 
 
-def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
+def _read(folder: str, name: str, stage: str, known: int) -> Json:
     uri = files.join(folder, name)
     if not files.exists(uri):
         raise ValueError(f"no {uri}; run `itm {stage}` with the same recipe first")
@@ -92,8 +93,4 @@ def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("register"))
+    script(__file__)

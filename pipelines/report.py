@@ -14,19 +14,15 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from PIL import Image
 
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
-from itm.data.preprocess import decode
+from itm.data.formats import Json, read_json
 from itm.data.shards import index_shard, read_range
 from itm.report.page import Page, render
-from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.evaluating.result import FORMAT
-from pipelines.train import FORMAT as RUN_FORMAT
+from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.evaluating import FORMAT
+from pipelines.training import FORMAT as RUN_FORMAT
 
 THUMBNAIL = 160
 
@@ -66,7 +62,7 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     return output
 
 
-def lineage(recipe: Recipe, evaluation: dict[str, Any], trained: dict[str, Any]) -> dict[str, str]:
+def lineage(recipe: Recipe, evaluation: Json, trained: Json) -> dict[str, str]:
     """Where the numbers come from: choices, data, teachers, code, weights, run."""
     teachers = ", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items())
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
@@ -86,7 +82,7 @@ def lineage(recipe: Recipe, evaluation: dict[str, Any], trained: dict[str, Any])
     return {label: str(text) for label, text in facts.items() if text}
 
 
-def thumbnails(evaluation: dict[str, Any]) -> dict[str, str]:
+def thumbnails(evaluation: Json) -> dict[str, str]:
     """Image key -> JPEG data URI, for the images of the examples that have one; read by byte range from their shards."""
     wanted: dict[str, set[str]] = {}
     for row in _images(evaluation):
@@ -100,7 +96,7 @@ def thumbnails(evaluation: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _images(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def _images(evaluation: Json) -> Iterable[Json]:
     shown = evaluation.get("examples", {})
     yield from shown.get("i2t", [])
     for row in shown.get("t2i", []):
@@ -108,6 +104,10 @@ def _images(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _data_uri(image: bytes) -> str:
+    from PIL import Image
+
+    from itm.data.preprocess import decode  # with torch, which the command line must not wait for
+
     picture = decode(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -115,7 +115,7 @@ def _data_uri(image: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _evaluation(folder: str) -> dict[str, Any]:
+def _evaluation(folder: str) -> Json:
     found = _json(files.join(folder, "evaluation.json"), FORMAT)
     if not found:
         raise ValueError(f"no evaluation.json in {folder}; run `itm evaluate` with the same recipe first")
@@ -127,7 +127,7 @@ def _losses(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in files.read_bytes(uri).decode().splitlines() if line] if files.exists(uri) else []
 
 
-def _json(uri: str, known: int) -> dict[str, Any]:
+def _json(uri: str, known: int) -> Json:
     return read_json(uri, known) if files.exists(uri) else {}
 
 
@@ -136,8 +136,4 @@ def _plain(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("report"))
+    script(__file__)

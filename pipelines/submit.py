@@ -22,8 +22,9 @@ from typing import Any
 from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
+from itm.data import files
 from itm.tracking.lineage import git_commit, tracking_uri
-from pipelines.cli import RECIPES, STAGES
+from pipelines.cli import RECIPES, STAGES, module_of, script
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {"--address", "--env", "--no-wait"}
@@ -83,9 +84,8 @@ def submit(
         client = JobSubmissionClient(address)
     except ConnectionError as error:
         raise ValueError(f"no Ray dashboard at {address}: {error}") from None
-    module = "pipelines." + {"import": "import_checkpoint", "recipes": "list_recipes"}.get(stage, stage)
     job = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", module, *arguments]),
+        entrypoint=shlex.join(["python", "-m", module_of(stage), *arguments]),
         runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": variables},
         metadata={"itm_stage": stage, "git_commit": variables["ITM_GIT_COMMIT"]},
     )
@@ -119,7 +119,7 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 def _check_places(recipe: Recipe) -> None:
     for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root)):
-        if place and "://" not in place and not place.startswith("/"):
+        if place and not place.startswith(("/", "file://")) and not files.is_remote(place):
             raise ValueError(f"{key}={place} is relative: a job's folder goes when it ends. Say {key}=/shared/... or {key}=s3://bucket/...")
 
 
@@ -156,6 +156,4 @@ async def _tail(client: Any, job: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("submit"))
+    script(__file__)

@@ -17,8 +17,10 @@ FLOORS = {
     "itm.types": 0,
     "itm.config": 0,
     "itm.kinds": 0,
+    "itm.device": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
+    "itm.extras": 0,
     "itm.data": 1,
     "itm.losses": 1,
     "itm.matchers": 2,
@@ -35,7 +37,8 @@ FLOORS = {
     "itm.benchmarks": 6,
     "itm.pyfunc": 6,
     "pipelines.on_ray": 7,
-    "pipelines.training": 7.5,  # these three stand on the session and the streams of the one before
+    "pipelines.training": 7.5,  # these four stand on the session and the streams of the one before
+    "pipelines.teaching": 7.5,
     "pipelines.evaluating": 7.5,
     "pipelines.serving": 7.5,
     "pipelines": 8,
@@ -59,9 +62,7 @@ DOORS = {
     "faiss": ("itm/retrieval/",),
 }
 MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_PARAMETERS = 400, 120, 60, 7
-STILL_LARGE = {
-    "worker.py: Worker has 153 lines",
-}
+STILL_LARGE = {}
 SOURCES = sorted(p for folder in ("itm", "pipelines", "cluster") for p in (ROOT / folder).rglob("*.py"))
 NAMES = [str(p.relative_to(ROOT)) for p in SOURCES]
 
@@ -199,6 +200,14 @@ def test_what_is_planted_too_large_is_found(tmp_path: Path):
         "big.py: f has 122 lines",
         "big.py: __init__ (line 250) has 8 parameters",
     ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_assert_only_narrows_a_type(path: Path):
+    """What guards data must raise: `python -O` leaves asserts out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            assert re.fullmatch(r"(isinstance\(.+\)|[\w.]+ is not None)( and [\w.]+ is not None)*", ast.unparse(node.test)), node.lineno
 
 
 def test_no_test_imports_another_test():

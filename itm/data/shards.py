@@ -7,11 +7,12 @@ Read as they are, too: img2dataset (`jpg`, `txt`, `json`) and the CLIP_benchmark
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from itm.data import files
 from itm.data.manifest import (
@@ -26,7 +27,7 @@ from itm.data.manifest import (
     read_receipt,
     write_manifest,
 )
-from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
+from itm.data.records import IMAGE_FORMATS, Caption, Json, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
 
 REGIONS = "regions.npz"
@@ -62,7 +63,7 @@ class Sample:
     image: bytes | None
     regions: bytes | None
     captions: list[Caption]
-    meta: dict[str, Any]
+    meta: Json
 
 
 def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
@@ -86,7 +87,7 @@ def _format_of(image: bytes | None) -> str:
     return "png" if head.startswith(b"\x89PNG") else "webp" if head[:4] + head[8:] == b"RIFFWEBP" else "jpg"
 
 
-def _write(uri: str, rows: Iterable[tuple[dict[str, Any], int]]) -> ShardInfo:
+def _write(uri: str, rows: Iterable[tuple[Json, int]]) -> ShardInfo:
     """Tar of (members of a sample, its number of captions)."""
     from webdataset.writer import TarWriter
 
@@ -201,7 +202,7 @@ def scan_info(uri: str) -> tuple[ShardInfo, int]:
 class _Hashing:
     """A write-only stream that counts and hashes what passes through."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: io.RawIOBase) -> None:
         self.stream, self.bytes, self.digest = stream, 0, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
@@ -211,7 +212,7 @@ class _Hashing:
         return len(data)
 
 
-def _members_of(record: Record, regions: bytes | None = None) -> dict[str, Any]:
+def _members_of(record: Record, regions: bytes | None = None) -> Json:
     """regions: a region file as it is, in place of the record's."""
     if not record.key or set("./\\") & set(record.key):
         raise ValueError(f"key {record.key!r} must not be empty or hold a dot or slash: WebDataset cuts a key at its first dot")
@@ -221,11 +222,13 @@ def _members_of(record: Record, regions: bytes | None = None) -> dict[str, Any]:
         raise ValueError(f"{record.key}: a sample needs an image or regions")
     captions = [{"id": c.id, "text": c.text, **c.meta} for c in record.captions]
     about = {"image_id": record.key, **record.meta, "split": record.split, "captions": captions}
-    row: dict[str, Any] = {"__key__": record.key, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
+    row: Json = {"__key__": record.key, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
     if record.image is not None:
         row[record.image_format] = record.image
-    if regions is not None or record.regions is not None:
-        row[REGIONS] = regions or record.regions.to_npz()  # type: ignore[union-attr]
+    if regions is None and record.regions is not None:
+        regions = record.regions.to_npz()
+    if regions is not None:
+        row[REGIONS] = regions
     return row
 
 
@@ -302,21 +305,21 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> 
     yield Sample(key, image or None, content.get(REGIONS), kept, meta)
 
 
-def _captions(key: str, content: dict[str, bytes]) -> tuple[dict[str, Any], list[Caption]]:
+def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]:
     """json `captions` (objects or strings), else the lines of the txt, else json `caption`."""
-    meta = json.loads(content["json"]) if "json" in content else {}
+    meta: Json = json.loads(content["json"]) if "json" in content else {}
     if not isinstance(meta, dict):
         raise ValueError(f"the json holds a {type(meta).__name__}, not an object")
     raw = meta.pop("captions", None)
     if raw is None:
-        text = content["txt"].decode() if "txt" in content else meta.get("caption") or ""
+        text = content["txt"].decode() if "txt" in content else str(meta.get("caption") or "")
         raw = text.splitlines()
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
     return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]
 
 
-def _caption(default_id: str, raw: Any) -> Caption:
+def _caption(default_id: str, raw: object) -> Caption:
     if isinstance(raw, str):
         return Caption(default_id, raw)
     if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):

@@ -5,11 +5,9 @@ What cannot be read or decoded comes back as quarantine rows (`problems`), never
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,8 +17,11 @@ from itm.data import files
 from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
+from itm.device import resolve_device
 from itm.evaluation.scoring import encode_rows, scoring_mode
-from itm.types import Encoded, Images, Matcher, MatcherInputs, positives_from_ids
+from itm.kinds import find_part
+from itm.precision import computing
+from itm.types import Encoded, Images, Matcher, MatcherInputs
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,6 @@ class Names:
     def positives(self) -> tuple[Tensor, Tensor]:
         """Truth by ids, as `retrieval_metrics` takes it."""
         return torch.arange(len(self.image_keys)), self.caption_image
-
-    def positive_matrix(self) -> Tensor:
-        return positives_from_ids(*self.positives)
 
     def check(self) -> None:
         """Raises ValueError, with counts and the first offender, for duplicate ids, images without caption, captions without image."""
@@ -145,13 +143,14 @@ def encode_shard(
     problems: list[Problem] = []
     samples: list[Sample] = []
     images: list[Encoded] = []
-    with scoring_mode(matcher, device):
+    where = resolve_device(device)
+    with scoring_mode(matcher, where), computing("fp32", where):
         for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
             good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
-            images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
+            images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         captions = [caption for sample in samples for caption in sample.captions]
-        encoded = [_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(captions), batch_size)]
+        encoded = [_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(captions), batch_size)]
     both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
     return EncodedSplit(*both, _names(samples, shard_uri), problems)
 
@@ -159,8 +158,9 @@ def encode_shard(
 def encode_texts(matcher: Matcher, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode strings, `batch_size` a call."""
     captions = [Caption("", text) for text in texts]
-    with scoring_mode(matcher, device):
-        return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(texts), batch_size)])
+    where = resolve_device(device)
+    with scoring_mode(matcher, where), computing("fp32", where):
+        return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(texts), batch_size)])
 
 
 def _encode_texts(matcher: Matcher, captions: Sequence[Caption], device: str | torch.device) -> Encoded:
@@ -223,15 +223,12 @@ def _names(samples: list[Sample], shard_uri: str) -> Names:
 
 
 def exact_relevance(source: str, names: Names) -> Tensor | None:
-    """(I,T) bool, all pairs that hold, when the source of the shards can tell (its module has `relevance(image_metas, caption_metas)`).
+    """(I,T) bool, all pairs that hold, when the source of the shards can tell; None when it knows annotated pairs only.
 
-    source: `Manifest.source`, whose leading word is the source's kind. None when the source knows annotated pairs only.
+    source: `Manifest.source`, which `itm pack` begins with the kind of the source.
     """
-    kind = re.match(r"\w*", source)
-    assert kind is not None
-    if kind.group() not in SOURCES:
+    kind = source.partition(" ")[0]
+    if kind not in SOURCES:
         return None
-    relevance = getattr(import_module(SOURCES[kind.group()].partition(":")[0]), "relevance", None)
-    if relevance is None:
-        return None
-    return torch.as_tensor(relevance(names.image_metas, names.caption_metas)).bool()
+    relevance = find_part(SOURCES, kind, "source").relevance(names.image_metas, names.caption_metas)
+    return None if relevance is None else torch.as_tensor(relevance).bool()

@@ -141,8 +141,9 @@ def fill(
 ) -> None:
     """Compute the tiles that are missing, with a progress bar, and write the receipt.
 
-    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put makes a handle that `spread` hands to
-    the workers as its value. options: some of `score_matrix`. Raises ValueError naming the first NaN.
+    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put: stores a value once for all jobs and
+    returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`.
+    Raises ValueError naming the first NaN.
     """
     from tqdm import tqdm
 
@@ -197,9 +198,9 @@ def _save(uri: str, values: np.ndarray) -> None:
 
 
 def _load(uri: str) -> np.ndarray:
-    if "://" in uri:
+    if files.is_remote(uri):
         return np.load(io.BytesIO(files.read_bytes(uri)), allow_pickle=False)
-    return np.load(uri, mmap_mode="c", allow_pickle=False)
+    return np.load(files.absolute(uri), mmap_mode="c", allow_pickle=False)
 
 
 @functools.cache

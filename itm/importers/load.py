@@ -22,7 +22,10 @@ import numpy as np
 import torch
 from numpy._core.multiarray import scalar
 
+from itm.data import files
+from itm.device import resolve_device
 from itm.importers.scan import load_scan
+from itm.importers.state import state_of
 from itm.importers.torchscript import is_torchscript, read_torchscript
 from itm.types import Matcher
 
@@ -38,24 +41,28 @@ PLAIN_TYPES: list[Any] = [
 """Beside tensors and containers: option objects and numpy numbers, which the authors' scripts store as they are."""
 
 
-def load_official(path: str | Path, **needed: Any) -> Matcher:
+def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> Matcher:
     """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
 
-    `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a file that is no checkpoint, holds
-    objects other than tensors and plain values, is of no known family, or does not fit its family (keys named).
+    device: auto, cpu, cuda, ... `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a
+    file that is no checkpoint, holds objects other than tensors and plain values, is of no known family, or does not fit its family
+    (keys named).
     """
-    checkpoint = read_checkpoint(path)
+    target, checkpoint = resolve_device(device), read_checkpoint(path)
     family = recognise(checkpoint)
-    if family == "scan":
-        return load_scan(checkpoint, **needed)
-    if family == "uniter":
-        from itm.importers.uniter import load_uniter
+    try:
+        if family == "scan":
+            return load_scan(checkpoint, **needed).to(target)
+        if family == "uniter":
+            from itm.importers.uniter import load_uniter
 
-        return load_uniter(_state(checkpoint), **needed)
-    if family == "clip":
-        from itm.importers.clip import load_clip
+            return load_uniter(state_of(checkpoint), **needed).to(target)
+        if family == "clip":
+            from itm.importers.clip import load_clip
 
-        return load_clip(_state(checkpoint), **needed)
+            return load_clip(state_of(checkpoint), **needed).to(target)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"
     raise ValueError(f"{path} is of no known family (SCAN, SGRAF, UNITER, IAIS, CUSA, CLIP); it holds {found}")
 
@@ -66,7 +73,7 @@ def read_checkpoint(path: str | Path) -> Any:
     Formats: zip and legacy `torch.save` (Python 2 pickles too), safetensors, TorchScript.
     Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
     """
-    path = Path(path)
+    path = Path(files.absolute(path))
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -100,13 +107,5 @@ def recognise(checkpoint: Any) -> str | None:
     return None
 
 
-def _state(checkpoint: Any) -> dict[str, Any]:
-    """The flat state dict, bare or below `model` or `state_dict`."""
-    for name in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
-            return dict(checkpoint[name])
-    return dict(checkpoint)
-
-
-def _keys(checkpoint: Any) -> list[str]:
-    return [str(key) for key in _state(checkpoint)] if isinstance(checkpoint, Mapping) else []
+def _keys(checkpoint: object) -> list[str]:
+    return list(map(str, state_of(checkpoint))) if isinstance(checkpoint, Mapping) else []

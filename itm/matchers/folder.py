@@ -60,11 +60,11 @@ def take_weights(matcher: Matcher, uri: str) -> None:
 
 def save_matcher(matcher: Matcher, folder: str | Path) -> None:
     """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
-    target = str(folder)
-    local = "://" not in target
+    target = files.absolute(folder)
+    local = not files.is_remote(target)
     if local:
-        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(Path(target).absolute() if local else None) as scratch:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(Path(target) if local else None) as scratch:
         written = scratch / "matcher"
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
@@ -109,7 +109,7 @@ def _upload(written: Path, target: str) -> None:
 
 def load_matcher_folder(folder: str | Path) -> Matcher:
     """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing, NewerFormat."""
-    with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
+    with files.local_copy(folder) if files.is_remote(folder) else contextlib.nullcontext(Path(files.absolute(folder))) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")

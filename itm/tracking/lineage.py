@@ -9,7 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from itm.data import files
 
 LONGEST_PARAM = 6000  # characters; MLflow's limits
 LONGEST_TAG = 8000
@@ -23,8 +24,8 @@ def tracking_uri() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri if "://" in uri or uri.startswith("databricks") else str(Path(uri.removeprefix("file:")).absolute())
+        return f"sqlite:///{files.absolute(uri.removeprefix('sqlite:///'))}"
+    return uri if "://" in uri or uri.startswith("databricks") else files.absolute(uri.removeprefix("file:"))
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,6 @@ def shorten(text: str, longest: int) -> str:
     return text[: longest - len(tail)] + tail
 
 
-def texts(values: Mapping[str, Any]) -> dict[str, str]:
+def texts(values: Mapping[str, object]) -> dict[str, str]:
     """Tags: plain names, texts that fit, nothing for a missing value."""
     return {plain_name(name): shorten(str(value), LONGEST_TAG) for name, value in values.items() if value not in (None, "")}

@@ -80,8 +80,8 @@ class Tracker:
         cls,
         experiment: str,
         run_name: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, object] | None = None,
         datasets: Sequence[DatasetRef] = (),
         system_metrics: bool = False,
     ) -> Tracker:
@@ -110,7 +110,7 @@ class Tracker:
         while len(self._pending) > _MOST_PENDING:
             self._pending.popleft().wait()
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
@@ -189,7 +189,7 @@ def register_matcher(
     name: str,
     run_id: str,
     metrics: Mapping[str, float] | None = None,
-    tags: Mapping[str, Any] | None = None,
+    tags: Mapping[str, object] | None = None,
     *,
     code: Path,
 ) -> str:
@@ -206,10 +206,10 @@ def register_matcher(
             f"{folder} is not a matcher folder: {', '.join(missing)} missing; train first, or point to the run that was trained"
         )
     door = client()
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    marks = texts({"weights_sha256": weights, "git_commit": git_commit(), **(tags or {}), **(metrics or {})})
+    file_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **(tags or {}), **(metrics or {})})
     for version in _versions(door, name):
-        if version.run_id == run_id and version.tags.get("weights_sha256") == weights:
+        if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
                 door.set_model_version_tag(name, str(version.version), tag, text)
             return str(version.version)
@@ -384,8 +384,9 @@ def _local(location: str, uri: str, name: str) -> Path:
         fetched = Path(download_artifacts(artifact_uri=uri, dst_path=str(fresh), tracking_uri=tracking_uri()))
         try:
             fetched.rename(cache / name)
-        except OSError:  # another process was first
-            assert (cache / name).exists()
+        except OSError:
+            if not (cache / name).exists():  # else another process was first
+                raise
         shutil.rmtree(fresh, ignore_errors=True)
     return cache / name
 

@@ -6,28 +6,24 @@ import argparse
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.shards import read_manifest
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.relations import isd_of_split
 from itm.evaluation.sentence_pairs import read_pairs, sts
-from pipelines.evaluating.result import FORMAT, absolute, output_of, stored, track, weights_hash
+from itm.matchers.weights import weights_hash
+from pipelines.evaluating import FORMAT
+from pipelines.evaluating.result import output_of, stored, track
 
-PROBES = ("sts", "isd", "isda")
 MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", metavar="FILE", nargs="+", help="sts: files of two sentences and a rating (STS-B, SICK, any CSV or TSV)")
-    parser.add_argument("--pair-columns", metavar="A,B,RATING", help="sts: headers, or column numbers from 1 (default: found out)")
-
-
-def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
+def probe(args: argparse.Namespace, recipe: Recipe | None) -> Json:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
     name, uris = args.protocol, list(args.matcher or [])
     if len(uris) > 1:
@@ -49,30 +45,30 @@ def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
     return result
 
 
-def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
+def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
     columns = args.pair_columns.split(",") if args.pair_columns else None
-    hashes = "+".join(hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for path in args.pairs)
+    hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
     identity = identity | {"split": "sts", "split_hash": hashes, "pairs": args.pairs, "columns": columns}
     if done := stored(output, identity):
         return done
     pairs = [read_pairs(path, columns, recipe.data.max_reject_rate if recipe else 0.01) for path in args.pairs]
-    outcome = sts(matcher, pairs, recipe.evaluation.batch_size if recipe else 256, own_device())
+    outcome = sts(matcher, pairs, recipe.evaluation.batch_size if recipe else 256, resolve_device())
     bad = [[file.path, line, reason] for file in pairs for line, reason in file.bad]
     return _written(output, identity | {"score_type": "cosine of captions, fp32", "rejected_rows": bad} | asdict(outcome))
 
 
-def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
+def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
     assert recipe is not None
     split = args.split or recipe.data.test_split
-    split_uri = absolute(files.join(recipe.data.root, split))
+    split_uri = files.absolute(files.join(recipe.data.root, split))
     identity = identity | {"split": split, "split_hash": read_manifest(split_uri).fingerprint()}
     if done := stored(output, identity):
         return done
     annotated = identity["protocol_name"] == "isda"
-    outcome = isd_of_split(matcher, split_uri, annotated, min(recipe.evaluation.batch_size, MOST_PAIRS), own_device())
+    outcome = isd_of_split(matcher, split_uri, annotated, min(recipe.evaluation.batch_size, MOST_PAIRS), resolve_device())
     return _written(output, identity | {"score_type": "relation blocks, fp32", "split_uri": split_uri} | asdict(outcome))
 
 
-def _written(output: str, result: dict[str, Any]) -> dict[str, Any]:
+def _written(output: str, result: Json) -> Json:
     files.write_atomic(output, json.dumps(result, indent=1).encode())
     return result

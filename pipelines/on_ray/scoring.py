@@ -8,89 +8,28 @@ that are missing, and metrics are streamed from the tiles. On several machines <
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from itm.distributed import own_device
+from itm.data.formats import Json
+from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
-from itm.evaluation.scoring import PRECISIONS, score_matrix
+from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.training.compiled import check_compiler
 from itm.types import Matcher
+from pipelines.on_ray.options import How
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
 IN_PROCESS_PAIRS = 50_000_000
-
-
-@dataclass(frozen=True)
-class How:
-    """The choices of `itm evaluate` about scoring.
-
-    block: images per score tile, unset = from the memory budget. screen: candidates of every image and caption, `auto` = as many as keep
-    the loss of recall below `screen_loss` (a share) on `screen_queries` random queries; screen_matcher: whose vectors propose them.
-    """
-
-    precision: str = "fp32"
-    compile: bool = False
-    block: int | None = None
-    distributed: bool = False
-    prune: Prune = "off"
-    screen: str | None = None
-    screen_loss: float = 0.02
-    screen_queries: int = 500
-    screen_matcher: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.screen is not None and self.screen != "auto" and not (self.screen.isdigit() and int(self.screen)):
-            raise ValueError(f"--screen takes a number of candidates or auto, not {self.screen!r}")
-        if not (0 < self.screen_loss < 1 and self.screen_queries > 0):
-            raise ValueError("--screen-loss is a share between 0 and 1, --screen-queries at least 1")
-        if self.screen and self.distributed:
-            raise ValueError("--screen scores a few pairs in this process, --distributed all pairs in tiles: choose one of them")
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> How:
-        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "block"})
-
-    def identity(self, screener: str | None = None) -> dict[str, Any]:
-        """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
-        pruned = {} if self.prune == "off" else {"prune": self.prune}
-        fused = {"compile": True} if self.compile else {}
-        screened = {"screened": [self.screen, self.screen_loss, self.screen_queries, screener]} if self.screen else {}
-        return {"precision": self.precision} | pruned | fused | screened
-
-    def named(self, name: str) -> str:
-        """The name of a result, marked when it is approximate: it never stands where the exact one would."""
-        return re.sub(r"(\.json)?$", r"-screened\1", name, count=1) if self.screen else name
-
-
-IN_MEMORY = How()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
-    parser.add_argument("--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile")
-    parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
-    parser.add_argument("--prune", choices=get_args(Prune), default="off", help="UARDA: skip fragments below the threshold; same scores")
-    parser.add_argument("--screen", metavar="K|auto", help="score only the K candidates a side that vectors propose (approximate)")
-    parser.add_argument(
-        "--screen-loss", type=float, default=0.02, metavar="SHARE", help="with --screen auto: queries that may lose their hit"
-    )
-    parser.add_argument("--screen-queries", type=int, default=500, metavar="N", help="random queries on which the loss is measured")
-    parser.add_argument(
-        "--screen-matcher", metavar="URI", help="a matcher whose vectors screen (default: the matcher's own pooled vectors)"
-    )
 
 
 def score_split(
@@ -98,7 +37,7 @@ def score_split(
     encoded: Sequence[EncodedSplit],
     how: How,
     root: str,
-    identity: dict[str, Any],
+    identity: Json,
     screen: EncodedSplit | None = None,
 ) -> Scores:
     """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
@@ -106,18 +45,18 @@ def score_split(
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
     if how.compile:
-        check_compiler(torch.device(own_device()))
+        check_compiler(resolve_device())
     _set_pruning(members, how.prune)
     for member in members:
         member.fuse_tiles = how.compile
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
-    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
+    options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
         return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
-        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=own_device(), **options)
+        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
     spread, put, options["device"] = by_tasks()
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
@@ -128,14 +67,14 @@ def score_split(
     return TiledScores(store, spread)
 
 
-def notes(members: Sequence[Matcher], scores: Scores) -> dict[str, Any]:
+def notes(members: Sequence[Matcher], scores: Scores) -> Json:
     """What the result says besides its numbers: shares and times of members that prune, candidates and loss of a screen."""
     reports = [member.pruning.report() for member in members if member.pruning is not None]
     screened = {"screen": scores.report} if isinstance(scores, ScreenedScores) else {}
     return ({"pruning": reports} if reports else {}) | screened
 
 
-def described(result: dict[str, Any]) -> str:
+def described(result: Json) -> str:
     """The notes of a result, readable in a terminal; empty where there are none."""
     lines = []
     for row in result.get("pruning", []):
@@ -153,7 +92,7 @@ def described(result: dict[str, Any]) -> str:
 
 def _screened(members: Sequence[Matcher], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
-    options = {"precision": how.precision, "device": own_device()}
+    options = {"precision": how.precision, "device": resolve_device()}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:

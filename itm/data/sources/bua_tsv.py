@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from itm.data.records import Caption, Problem, Record, Regions
+from itm.data import files
+from itm.data.records import Caption, Json, Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
 from itm.kinds import build_part
 
@@ -25,14 +27,14 @@ class BuaTsv(Source):
     Raises ValueError for a row that is no row.
     """
 
-    def __init__(self, features: str | list[str], captions: dict[str, Any]) -> None:
+    def __init__(self, features: str | list[str], captions: Mapping[str, Any]) -> None:
         from itm.data.sources import SOURCES
 
         said = build_part(SOURCES, captions.get("kind", ""), captions.get("options", {}), "data.source.options.captions")
         if not isinstance(said, ListedImages):
             raise ValueError(f"captions.kind={captions.get('kind')!r} lists no images: take karpathy, coco_captions, pairs_json or csv")
         self.said, self.splits = said, said.splits
-        self.files = [Path(f) for f in ([features] if isinstance(features, str) else features)]
+        self.files = [Path(files.absolute(f)) for f in ([features] if isinstance(features, str) else features)]
         self.rows: dict[str, tuple[int, int, int]] = {}
         for number, file in enumerate(self.files):
             self._index(number, file)
@@ -41,7 +43,7 @@ class BuaTsv(Source):
     def count(self, split: str) -> int:
         return self.said.count(split)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """The files are known by the ids and places of all rows and by the first row: hashing tens of GB would take minutes."""
         digest = hashlib.sha256(repr(sorted(self.rows.items())).encode())
         for place in list(self.rows.values())[:1]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from itm.data.records import Caption
+from itm.data.records import Caption, Json
 from itm.data.sources.source import ListedImages, group_by_path, paths_by_split
 
-_Row = tuple[str, list[Caption], dict[str, Any]]
+_Row = tuple[str, list[Caption], Json]
 
 
 class CsvPairs(ListedImages):
@@ -30,7 +29,7 @@ class CsvPairs(ListedImages):
         delimiter: str | None = None,
     ) -> None:
         captions = [caption_columns] if isinstance(caption_columns, str) else list(caption_columns)
-        self.columns: dict[str, Any] = {"image": image_column, "captions": captions, "split": split_column, "delimiter": delimiter}
+        self.image, self.captions, self.split, self.delimiter = image_column, captions, split_column, delimiter
         paths = paths_by_split(path)
         rows: dict[str, list[_Row]] = {}
         for split, file in paths.items():
@@ -38,21 +37,21 @@ class CsvPairs(ListedImages):
                 rows.setdefault(chosen, []).append(row)
         super().__init__(image_root, {split: group_by_path(r) for split, r in rows.items()}, paths.values())
 
-    def identity(self) -> dict[str, Any]:
-        return super().identity() | {"columns": self.columns}
+    def identity(self) -> Json:
+        columns = {"image": self.image, "captions": self.captions, "split": self.split, "delimiter": self.delimiter}
+        return super().identity() | {"columns": columns}
 
     def _rows(self, path: Path, split: str) -> Iterator[tuple[str, _Row]]:
-        columns = self.columns
-        delimiter = columns["delimiter"] or ("\t" if path.suffix == ".tsv" else ",")
+        delimiter = self.delimiter or ("\t" if path.suffix == ".tsv" else ",")
         with path.open(newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
             named = [name.strip() for name in table.fieldnames or []]
             table.fieldnames = named
-            wanted = [columns["image"], *columns["captions"], *([columns["split"]] if columns["split"] else [])]
+            wanted = [self.image, *self.captions, *([self.split] if self.split else [])]
             if missing := [name for name in wanted if name not in named]:
                 raise ValueError(
                     f"{path} has no column {', '.join(missing)}; it has {', '.join(named)} (set image_column, caption_columns)"
                 )
             for row in table:
-                captions = [Caption("", row[name] or "") for name in columns["captions"]]
-                yield row[columns["split"]] if columns["split"] else split, (row[columns["image"]], captions, {})
+                captions = [Caption("", row[name] or "") for name in self.captions]
+                yield row[self.split] if self.split else split, (row[self.image], captions, {})

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from itm.data.records import Caption, Problem, Record
+import numpy as np
+
+from itm.data import files
+from itm.data.records import Caption, Json, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -30,8 +33,13 @@ class Source(ABC):
         """One item; a Problem (stage "source") when its files are missing or unreadable."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """What the records depend on, JSON-able: another identity means other shards."""
+
+    @staticmethod
+    def relevance(images: list[Json], captions: list[Json]) -> np.ndarray | None:
+        """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
+        return None
 
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
@@ -48,7 +56,7 @@ class Listing:
 
     path: str
     captions: list[Caption] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
 
 
 class ListedImages(Source):
@@ -67,12 +75,12 @@ class ListedImages(Source):
     def count(self, split: str) -> int:
         return len(self.listings[split])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
-        path = Path(self.image_root.replace("{split}", split)) / row.path
+        path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
         if path.suffix.lower() not in _FORMATS:
             return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
@@ -90,11 +98,11 @@ def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
     Raises ValueError when nothing is there.
     """
     if isinstance(path, dict):
-        found = {split: Path(p) for split, p in path.items()}
+        found = {split: Path(files.absolute(p)) for split, p in path.items()}
     elif "{split}" in path:
-        found = {split: p for split in ("train", "val", "test") if (p := Path(path.replace("{split}", split))).exists()}
+        found = {split: p for split in ("train", "val", "test") if (p := Path(files.absolute(path.replace("{split}", split)))).exists()}
     else:
-        found = {"train": Path(path)}
+        found = {"train": Path(files.absolute(path))}
     missing = [str(p) for p in found.values() if not p.exists()]
     if missing or not found:
         raise ValueError(f"no annotation file at {', '.join(missing) or path}; give {{split}} in the path or a mapping split: file")
@@ -126,7 +134,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def group_by_path(rows: Iterable[tuple[str, list[Caption], dict[str, Any]]]) -> list[Listing]:
+def group_by_path(rows: Iterable[tuple[str, list[Caption], Json]]) -> list[Listing]:
     """(path, captions, meta) rows -> one Listing per path in order of first sight, with the meta of its first row."""
     listings: dict[str, Listing] = {}
     for path, captions, meta in rows:
