@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ import torch
 from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import Outcome
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
 KNOWN_HEADERS = (("sentence1", "sentence2", "score"), ("sentence_A", "sentence_B", "relatedness_score"))
@@ -76,7 +75,7 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     return pairs
 
 
-def sts(matcher: Any, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
+def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
     """100 x Spearman of the cosines of each file, `sts_<stem>`, and `sts_mean` of the values rounded to 2 decimals.
 
     Protocol: docs/methods/cusa.md#sentence-similarity.

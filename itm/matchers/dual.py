@@ -6,15 +6,16 @@ text-text similarity. The heads belong to the matcher, so they are evaluated, sa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itm.matchers.encoders.build import build_image_encoder, build_text_encoder
+from itm.matchers.encoders.build import Encoder, build_image_encoder, build_text_encoder, options_of
 from itm.matchers.norms import masked_mean
-from itm.types import Captions, Encoded, Images
+from itm.matchers.relations import COSINE_SMOOTHING, cosine_relations
+from itm.types import Captions, Encoded, Images, Matcher, Options, Relations
 
 
 class Head(nn.Module):
@@ -51,18 +52,18 @@ def read_heads(heads: dict[str, bool] | None) -> dict[str, bool]:
     return given
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(Matcher):
     """Encoders, one linear layer each to `width`, optional heads, L2 normalisation. score = cosine."""
 
     kind: ClassVar[str] = "dual"
-    image_kind: ClassVar[str] = "conv"
+    image_kind: ClassVar[str | None] = "conv"
 
     def __init__(
         self,
         *,
         vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        image: Options | None = None,
+        text: Options | None = None,
         width: int = 128,
         heads: dict[str, bool] | None = None,
     ) -> None:
@@ -76,11 +77,14 @@ class DualEncoder(nn.Module):
         self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
         self.vector_width, self.uni_width = width, width if heads["uni"] else 0
         self.options = {
-            "image": {"kind": image["kind"], **_options(self.image_encoder, image)},
-            "text": {"kind": text["kind"], **_options(self.text_encoder, text)},
+            "image": {"kind": image["kind"], **options_of(self.image_encoder, image)},
+            "text": {"kind": text["kind"], **options_of(self.text_encoder, text)},
             "width": width,
             "heads": heads,
         }
+
+    def layers(self) -> list[nn.Module]:
+        return [self.image_encoder, self.text_encoder]
 
     def encode_images(self, images: Images) -> Encoded:
         return self.image_heads(self.image_linear(_pooled(self.image_encoder(images))))
@@ -91,6 +95,27 @@ class DualEncoder(nn.Module):
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) cosines."""
         return cosines(images, captions)
+
+    def check_relations(self) -> None:
+        """Raises ValueError where the parts of an encoder are not as wide as what its linear layer takes."""
+        for side, encoder, linear in (
+            ("image", self.image_encoder, self.image_linear),
+            ("text", self.text_encoder, self.text_linear),
+        ):
+            if encoder.width != linear.in_features:
+                raise ValueError(
+                    f"IAIS relates words and image parts in one space, but the {side} parts of this dual encoder are {encoder.width} "
+                    f"wide and its projection takes {linear.in_features}: choose an encoder whose parts and vector have one width "
+                    "(hf_vision, pooled_gru)"
+                )
+
+    def relations(self, images: Images, captions: Captions) -> tuple[Encoded, Encoded, Relations]:
+        """The blocks are cosines of the projected parts, which an encoding no longer holds (`cosine_relations`)."""
+        self.check_relations()
+        left, right = self.image_encoder(images), self.text_encoder(captions)
+        parts = _projected(left, self.image_linear), _projected(right, self.text_linear)
+        encoded = self.image_heads(self.image_linear(_pooled(left))), self.text_heads(self.text_linear(_pooled(right)))
+        return *encoded, cosine_relations(*parts, COSINE_SMOOTHING)
 
 
 def cosines(images: Encoded, captions: Encoded) -> Tensor:
@@ -110,11 +135,13 @@ def _pooled(encoded: Encoded) -> Tensor:
     return masked_mean(encoded.parts, encoded.mask)
 
 
-def _pooled_width(encoder: Any) -> int:
+def _projected(encoded: Encoded, linear: nn.Module) -> Encoded:
+    """The parts of an encoder in the common space."""
+    parts = encoded.parts
+    assert parts is not None
+    mask = encoded.mask if encoded.mask is not None else parts.new_ones(parts.shape[:2], dtype=torch.bool)
+    return Encoded(parts=linear(parts), mask=mask)
+
+
+def _pooled_width(encoder: Encoder) -> int:
     return int(encoder.vector_width or encoder.width)
-
-
-def _options(encoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """An encoder that was loaded from a path knows the configuration that rebuilds it without the path."""
-    known: dict[str, Any] = getattr(encoder, "options", given)
-    return {key: value for key, value in known.items() if key != "kind"}
