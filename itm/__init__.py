@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-def load_matcher(uri: str | Path) -> Any:
+def load_matcher(uri: str | Path, allow: Iterable[str] = ()) -> Any:
     """A matcher in eval mode, with `.inputs` that turn raw images and texts into its input types.
 
-    `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry.
+    `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry. `allow`: packages whose
+    code may run because the matcher names a part of them, e.g. ["acme"]; the project's own parts need none.
     Raises ValueError naming what is missing and what exists.
     """
     from itm.matchers.folder import load_matcher_folder
@@ -18,4 +20,4 @@ def load_matcher(uri: str | Path) -> Any:
         from itm.tracking.registry import download
 
         uri = download(str(uri))
-    return load_matcher_folder(uri)
+    return load_matcher_folder(uri, allow)

@@ -17,13 +17,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from itm.kinds import packages_of
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Part(Strict):
-    """A named part and the keyword arguments it is built with."""
+    """A part and the keyword arguments it is built with. `kind`: a name, or `package.module:Name` for a part of one's own."""
 
     kind: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -143,6 +145,10 @@ class Recipe(Strict):
     about: str = Field("", description="what this run is, in a sentence")
     paper: dict[str, Any] = Field(default_factory=dict, description="published figures and the decisions where code and paper differ")
     output: str = Field("runs", description="folder or URI; a run writes below <output>/<name>")
+    allow: list[str] = Field(
+        default_factory=list,
+        description="packages whose parts may be loaded from matcher folders and the registry, beside those that this recipe names",
+    )
     data: Data = Field(default_factory=Data)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
@@ -154,7 +160,7 @@ class Recipe(Strict):
 
     def fingerprint(self) -> str:
         """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
-        places: dict[str, Any] = {"output": True, "about": True, "paper": True}
+        places: dict[str, Any] = {"output": True, "about": True, "paper": True, "allow": True}
         processes: dict[str, Any] = {
             "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
             "data": {"decode", "decode_workers"},
@@ -166,6 +172,11 @@ class Recipe(Strict):
     def flat(self) -> dict[str, Any]:
         """Dotted key -> scalar, for experiment tracking."""
         return _flatten(self.model_dump(mode="json", exclude={"paper"}))
+
+    @property
+    def allowed(self) -> list[str]:
+        """Packages that a matcher folder may name: a recipe is written by its user, so the packages that it names are chosen."""
+        return sorted({*self.allow, *packages_of(self.model_dump(mode="json", exclude={"name", "about", "paper"}))})
 
     @property
     def folder(self) -> str:

@@ -10,18 +10,24 @@ from typing import Any
 
 from torch import nn
 
-from itm.kinds import build_part
+from itm.kinds import Kinds, build_part
 
-IMAGE_ENCODERS = {
-    "conv": "itm.matchers.encoders.towers:ConvTower",
-    "hf_vision": "itm.matchers.encoders.towers:HFVision",
-    "regions": "itm.matchers.encoders.regions:RegionProjection",
-}
-TEXT_ENCODERS = {
-    "gru": "itm.matchers.encoders.gru:WordGRU",
-    "pooled_gru": "itm.matchers.encoders.towers:PooledGRU",
-    "hf_text": "itm.matchers.encoders.towers:HFText",
-}
+IMAGE_ENCODERS: Kinds[nn.Module] = Kinds(
+    "torch.nn:Module",
+    {
+        "conv": "itm.matchers.encoders.towers:ConvTower",
+        "hf_vision": "itm.matchers.encoders.towers:HFVision",
+        "regions": "itm.matchers.encoders.regions:RegionProjection",
+    },
+)
+TEXT_ENCODERS: Kinds[nn.Module] = Kinds(
+    "torch.nn:Module",
+    {
+        "gru": "itm.matchers.encoders.gru:WordGRU",
+        "pooled_gru": "itm.matchers.encoders.towers:PooledGRU",
+        "hf_text": "itm.matchers.encoders.towers:HFText",
+    },
+)
 
 
 def build_image_encoder(kind: str, **options: Any) -> nn.Module:
