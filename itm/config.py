@@ -139,6 +139,18 @@ class Registry(Strict):
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
 
 
+# Prose, places of outputs, processes and how they compute. What stood here in version 0.1.0 stays: `whole_fingerprint` needs it.
+NO_CHOICES: dict[str, Any] = {
+    "output": True,
+    "allow": True,
+    "about": True,
+    "paper": True,
+    "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
+    "data": {"decode", "decode_workers"},
+    "teachers": {"actors"},
+}
+
+
 class Recipe(Strict):
     name: str
     seed: int = 0
@@ -159,15 +171,23 @@ class Recipe(Strict):
     registry: Registry = Field(default_factory=Registry)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count."""
-        places: dict[str, Any] = {"output": True, "about": True, "paper": True, "allow": True}
-        processes: dict[str, Any] = {
-            "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
-            "data": {"decode", "decode_workers"},
-            "teachers": {"actors"},
-        }
-        choices = self.model_dump(mode="json", exclude=places | processes)
-        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+        """12 hex digits of the sha256 of all choices; prose, places of outputs, processes and how they compute do not count.
+
+        A key at its default counts as one that is not there, so that a key that is added later makes no run another one.
+        """
+        return _digest(self._choices(exclude_defaults=True))
+
+    def whole_fingerprint(self, recorded: dict[str, Any]) -> str | None:
+        """The fingerprint as version 0.1.0 made it, of all keys there were, defaults as well: those of the recipe that it `recorded`.
+
+        None when this recipe chooses something by a key that was not there.
+        """
+        chosen = self._choices(exclude_defaults=True)
+        return _digest(_known(self._choices(exclude_defaults=False), recorded)) if _known(chosen, recorded) == chosen else None
+
+    def _choices(self, exclude_defaults: bool) -> dict[str, Any]:
+        choices = self.model_dump(mode="json", exclude=NO_CHOICES, exclude_defaults=exclude_defaults)
+        return {name: value for name, value in choices.items() if value != {}}
 
     def flat(self) -> dict[str, Any]:
         """Dotted key -> scalar, for experiment tracking."""
@@ -266,6 +286,20 @@ def _known_keys(section: tuple[Any, ...]) -> list[str]:
         if model is None:
             return []
     return list(model.model_fields)
+
+
+def _digest(choices: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _known(choices: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """The sections, and the keys in them, that `recorded` has as well."""
+
+    def inside(section: Any, there: Any) -> Any:
+        both = isinstance(section, dict) and isinstance(there, dict)
+        return {key: value for key, value in section.items() if key in there} if both else section
+
+    return {name: inside(value, recorded[name]) for name, value in choices.items() if name in recorded}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

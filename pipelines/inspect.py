@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from itm.data import files
-from itm.data.manifest import NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
+from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
 from itm.data.records import Problem, check_image
 from itm.data.shards import REGIONS, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
@@ -169,9 +169,7 @@ def _write_index(uri: str, report: Report) -> str:
     for receipt in report.receipts:
         write_receipt(files.join(uri, receipt.info.name), receipt)
     rejected = sum(receipt.rejected for receipt in report.receipts)
-    write_manifest(
-        uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format="foreign")
-    )
+    write_manifest(uri, Manifest(split=files.name_of(uri), source="foreign shards", shards=report.infos, rejected=rejected, format=FOREIGN))
     return f"  wrote {NAME} and {len(report.receipts):,} indexes"
 
 

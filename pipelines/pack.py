@@ -20,6 +20,7 @@ from typing import Any
 
 from itm.config import Part, Recipe
 from itm.data import files
+from itm.data.formats import read_json
 from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
 from itm.data.records import Caption, Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
@@ -27,7 +28,7 @@ from itm.data.sources import SOURCES
 from itm.kinds import build_part
 from pipelines.cli import recipe_arguments, recipe_from
 
-CLAIM = "pack.json"  # written first: whose shards these are going to be
+CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,7 @@ def _usable(job: Job, finished: bool) -> Receipt | None:
 def _claim(folder: str, made_from: str, choices: dict[str, Any], overwrite: bool) -> None:
     """Mark the folder as ours before the first shard; refuse one that holds other shards, unless told to delete them."""
     uri = files.join(folder, CLAIM)
-    if files.exists(uri) and json.loads(files.read_bytes(uri))["made_from"] == made_from:
+    if files.exists(uri) and read_json(uri, FORMAT).get("made_from") == made_from:
         return
     ours = files.exists(uri)
     others = [f for suffix in (".tar", ".index.json", NAME, QUARANTINE, CLAIM) for f in files.list_files(folder, suffix)]
@@ -131,7 +132,7 @@ def _claim(folder: str, made_from: str, choices: dict[str, Any], overwrite: bool
         raise ValueError(f"{folder} holds shards {made}; use another data.root, or --overwrite to delete and repack them")
     for other in sorted(others, key=lambda f: files.name_of(f) != NAME):  # the manifest goes first: no moment of a false one
         files.delete(other)
-    files.write_atomic(uri, json.dumps({"made_from": made_from, **choices}, indent=1, sort_keys=True).encode())
+    files.write_atomic(uri, json.dumps({"format": FORMAT, "made_from": made_from, **choices}, indent=1, sort_keys=True).encode())
 
 
 def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:

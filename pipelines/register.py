@@ -11,7 +11,6 @@ lineage as tags (weights, training and test manifests, teachers, recipe, git com
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ from typing import Any
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import read_json
 from itm.tracking.registry import promote, register_matcher
 from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.evaluate import weights_hash
+from pipelines.evaluating.result import FORMAT, weights_hash
+from pipelines.train import FORMAT as RUN_FORMAT
 
 SERVED = Path(itm.__file__).with_name("pyfunc.py")
 
@@ -57,7 +58,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     Raises ValueError naming the stage to run first or again, or the known metrics when the gate's is not among them.
     """
     folder = run_folder or recipe.folder
-    trained, evaluated = _read(folder, "run.json", "train"), _read(folder, "evaluation.json", "evaluate")
+    trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
     metrics = {name: float(value) for name, value in evaluated["metrics"].items()}
     gate = recipe.registry
     if gate.metric not in metrics:
@@ -83,11 +84,11 @@ def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) ->
     }
 
 
-def _read(folder: str, name: str, stage: str) -> dict[str, Any]:
+def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
     uri = files.join(folder, name)
     if not files.exists(uri):
         raise ValueError(f"no {uri}; run `itm {stage}` with the same recipe first")
-    return json.loads(files.read_bytes(uri))
+    return read_json(uri, known)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,13 @@ from PIL import Image
 
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import read_json
 from itm.data.preprocess import decode
 from itm.data.shards import index_shard, read_range
 from itm.report.page import Page, render
 from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.evaluating.result import FORMAT
+from pipelines.train import FORMAT as RUN_FORMAT
 
 THUMBNAIL = 160
 
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     """Write report.html into the run's folder; returns its path. Raises ValueError when the run was not evaluated."""
     evaluation = _evaluation(recipe.folder)
-    trained = _json(files.join(recipe.folder, "run.json"))
+    trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
     others = {files.name_of(folder): folder for folder in map(_plain, compare)}
     page = Page(
         title=recipe.name,
@@ -113,7 +116,7 @@ def _data_uri(image: bytes) -> str:
 
 
 def _evaluation(folder: str) -> dict[str, Any]:
-    found = _json(files.join(folder, "evaluation.json"))
+    found = _json(files.join(folder, "evaluation.json"), FORMAT)
     if not found:
         raise ValueError(f"no evaluation.json in {folder}; run `itm evaluate` with the same recipe first")
     return found
@@ -124,9 +127,8 @@ def _losses(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in files.read_bytes(uri).decode().splitlines() if line] if files.exists(uri) else []
 
 
-def _json(uri: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(files.read_bytes(uri)) if files.exists(uri) else {}
-    return content
+def _json(uri: str, known: int) -> dict[str, Any]:
+    return read_json(uri, known) if files.exists(uri) else {}
 
 
 def _plain(folder: str) -> str:

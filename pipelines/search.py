@@ -25,12 +25,14 @@ import torch
 
 import itm
 from itm.data import files
+from itm.data.formats import check_format
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split, encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
 from itm.types import Encoded
 from pipelines.evaluate import weights_hash
 
+FORMAT = 1
 FIELDS = ("vector", "parts", "mask")  # what `score` reads; `uni` serves other questions
 
 
@@ -140,6 +142,7 @@ def _write_index(uri: str, split: EncodedSplit) -> None:
     with files.atomic_stream(uri) as stream:
         for columns, encoded in ((images, split.images), (captions, split.captions)):
             table = pa.table(columns | {field: _column(value) for field in FIELDS if (value := getattr(encoded, field)) is not None})
+            table = table.replace_schema_metadata({"itm": json.dumps({"format": FORMAT})})
             with pa.ipc.new_stream(stream, table.schema) as writer:
                 writer.write_table(table)
 
@@ -154,6 +157,7 @@ def _column(tensor: torch.Tensor) -> pa.Array:
 def _read_index(uri: str, shards: str) -> EncodedSplit:
     stream = pa.BufferReader(files.read_bytes(uri))
     images, captions = pa.ipc.open_stream(stream).read_all(), pa.ipc.open_stream(stream).read_all()
+    check_format(uri, json.loads((images.schema.metadata or {}).get(b"itm", b"{}")), FORMAT)
     names = Names(
         image_keys=images["key"].to_pylist(),
         caption_ids=captions["id"].to_pylist(),

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import read_json
 from itm.data.manifest import Manifest, check_present
 from itm.data.plan import Plan
 from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
@@ -48,6 +49,8 @@ from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.stream import PrepareActor
 from pipelines.teach import store_for
 from pipelines.training.worker import START, Job, absolute, build_method, last_step, work
+
+FORMAT = 1  # of run.json and started.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +73,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
-    identity = recipe.fingerprint()
+    identity, given = recipe.fingerprint(), recipe
     recipe = located(recipe)
     files.check_writable(recipe.folder)
     if overwrite:
@@ -79,8 +82,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
         files.remove_abandoned(folder)
     manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
-    for earlier in (finished, started):
-        _check_same(earlier, recipe, {"recipe_fingerprint": identity, "manifest": manifest.fingerprint()})
+    _check_same(recipe.folder, (finished, started), given, manifest)
     if finished:
         print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
         return finished
@@ -90,7 +92,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
     with tracked(job, about, started) as tracker:
         job = Job(**vars(job) | {"run_id": tracker.run_id, "tracking_uri": tracker.uri})
         summary = execute(job)
-        done = {"run_id": tracker.run_id, "name": recipe.name, **about, **summary, "matcher": files.join(recipe.folder, "matcher")}
+        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary}
+        done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
         flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
@@ -200,7 +203,7 @@ def tracked(job: Job, about: dict[str, Any], started: dict[str, Any] | None) -> 
             [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
             system_metrics=True,
         )
-        said = {"run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
+        said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
         files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
     with tracker:
         yield tracker
@@ -302,15 +305,22 @@ def forget(folder: str) -> None:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    return json.loads(files.read_bytes(uri)) if files.exists(uri) else None
+    return read_json(uri, FORMAT) if files.exists(uri) else None
 
 
-def _check_same(earlier: dict[str, Any] | None, recipe: Recipe, now: dict[str, str]) -> None:
-    for what, value in now.items():
-        if earlier and earlier[what] != value:
-            raise ValueError(
-                f"{recipe.folder} holds a run with {what} {earlier[what]}, this one has {value}; give the run another name=, or --overwrite"
-            )
+def _check_same(folder: str, earlier: tuple[dict[str, Any] | None, ...], recipe: Recipe, manifest: Manifest) -> None:
+    """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
+    recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
+    same: dict[str, list[str | None]] = {
+        "recipe_fingerprint": [recipe.fingerprint(), recipe.whole_fingerprint(recorded) if recorded else None],
+        "manifest": [manifest.fingerprint()],
+    }
+    for said in filter(None, earlier):
+        for what, values in same.items():
+            if said[what] not in values:
+                raise ValueError(
+                    f"{folder} holds a run with {what} {said[what]}, this one has {values[0]}; give the run another name=, or --overwrite"
+                )
 
 
 if __name__ == "__main__":

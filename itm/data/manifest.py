@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from itm.data import files
+from itm.data.formats import NewerFormat, check_format
 from itm.data.records import Problem
 
 NAME = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
+FORMAT, RECEIPT_FORMAT = 1, 1
+FOREIGN = "foreign"  # the format of a manifest that was made by scanning shards of others
 CHANGED = (
     "the shard changed after the manifest was written: run `itm pack` again, or delete manifest.json and the indexes of foreign shards"
 )
@@ -42,7 +47,10 @@ class SampleIndex:
 
 
 class Manifest(BaseModel):
-    """`source` says what the shards were made from; `rejected` counts samples (not captions) that were left out."""
+    """`source` says what the shards were made from; `rejected` counts samples (not captions) that were left out.
+
+    format: `itm-<number>`, or `foreign`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -50,7 +58,7 @@ class Manifest(BaseModel):
     source: str
     shards: list[ShardInfo]
     rejected: int = Field(0, ge=0)
-    format: str = "itm-1"
+    format: str = f"itm-{FORMAT}"
 
     @field_validator("shards")
     @classmethod
@@ -85,6 +93,7 @@ class Receipt(BaseModel):
     made_from: str
     rows: list[tuple[str, int, int, int]]
     problems: list[Problem]
+    format: int = RECEIPT_FORMAT
 
     @property
     def rejected(self) -> int:
@@ -93,6 +102,26 @@ class Receipt(BaseModel):
 
 def write_manifest(split_uri: str, manifest: Manifest) -> None:
     files.write_atomic(files.join(split_uri, NAME), manifest.model_dump_json(indent=1).encode())
+
+
+def parse_manifest(uri: str, data: bytes) -> Manifest:
+    """The manifest in the bytes of the file `uri`. Raises NewerFormat; ValueError naming the first thing that is wrong."""
+    with suppress(UnicodeDecodeError, json.JSONDecodeError, RecursionError):  # the validation below says what is wrong
+        said = json.loads(data)
+        check_format(uri, {"format": _number(said)}, FORMAT)
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{uri} is no shard manifest: {where} {first['msg']}; run `itm pack`, or delete it for foreign shards") from None
+
+
+def _number(said: Any) -> Any:
+    """2 for `itm-2`; what else stands there, as it is."""
+    found = said.get("format", FOREIGN) if isinstance(said, dict) else FOREIGN
+    named = re.fullmatch(r"itm-(\d+)", str(found))
+    return int(named[1]) if named else FORMAT if found == FOREIGN else found
 
 
 def list_shards(split_uri: str) -> list[str]:
@@ -134,12 +163,17 @@ def write_receipt(shard_uri: str, receipt: Receipt) -> None:
 
 
 def read_receipt(shard_uri: str) -> Receipt | None:
-    """The receipt of a shard that is there in full, else None (also when the receipt itself is damaged)."""
-    if not files.exists(receipt_uri(shard_uri)) or not files.exists(shard_uri):
+    """The receipt of a shard that is there in full, else None (also when the receipt itself is damaged). Raises NewerFormat."""
+    uri = receipt_uri(shard_uri)
+    if not files.exists(uri) or not files.exists(shard_uri):
         return None
     try:
-        receipt = Receipt.model_validate_json(files.read_bytes(receipt_uri(shard_uri)))
-    except ValidationError:
+        said = json.loads(files.read_bytes(uri))
+        check_format(uri, said, RECEIPT_FORMAT)
+        receipt = Receipt.model_validate(said)
+    except NewerFormat:
+        raise
+    except (ValueError, RecursionError):
         return None
     return receipt if receipt.info.bytes == files.size_of(shard_uri) else None
 

@@ -21,9 +21,12 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from itm.config import Data
+from itm.data.formats import check_format
 from itm.data.records import MAX_PIXELS, Regions, open_image
 from itm.data.text import load_tokenizer
 from itm.types import Captions, Images
+
+FORMAT = 1  # of inputs.json, which says it only when it is another
 
 
 @dataclass(frozen=True)
@@ -237,11 +240,13 @@ class Inputs:
 
     @classmethod
     def load(cls, folder: str | Path) -> Inputs:
-        """Raises ValueError when the folder was not written by `save`."""
+        """Raises ValueError when the folder was not written by `save`, NewerFormat."""
         path = Path(folder) / "inputs.json"
         if not path.exists():
             raise ValueError(f"no {path}: the folder does not hold a matcher's inputs")
-        return cls(ImageInput(**json.loads(path.read_text())["image"]), load_tokenizer(Path(folder) / "tokenizer"))
+        said = json.loads(path.read_text())
+        check_format(str(path), said, FORMAT)
+        return cls(ImageInput(**said["image"]), load_tokenizer(Path(folder) / "tokenizer"))
 
 
 def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:

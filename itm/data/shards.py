@@ -13,10 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from pydantic import ValidationError
-
 from itm.data import files
-from itm.data.manifest import CHANGED, NAME, Manifest, SampleIndex, ShardInfo, list_shards, read_receipt, write_manifest
+from itm.data.manifest import (
+    CHANGED,
+    FOREIGN,
+    NAME,
+    Manifest,
+    SampleIndex,
+    ShardInfo,
+    list_shards,
+    parse_manifest,
+    read_receipt,
+    write_manifest,
+)
 from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
 
@@ -169,23 +178,16 @@ def scan_bytes(data: bytes | memoryview, name: str) -> tuple[list[SampleIndex], 
 def read_manifest(split_uri: str) -> Manifest:
     """The manifest of a split folder; for shards made by others (no manifest.json) it is built by scanning every tar.
 
-    Raises ValueError when the folder holds neither, or fewer tars than its nshards.txt promises.
+    Raises ValueError when the folder holds neither, or fewer tars than its nshards.txt promises, and as `parse_manifest`.
     """
     uri = files.join(split_uri, NAME)
     if files.exists(uri):
-        try:
-            return Manifest.model_validate_json(files.read_bytes(uri))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(
-                f"{uri} is no shard manifest: {where} {first['msg']}; run `itm pack`, or delete it for foreign shards"
-            ) from None
+        return parse_manifest(uri, files.read_bytes(uri))
     tars = list_shards(split_uri)
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         scanned = list(pool.map(scan_info, tars))
     infos, rejected = [info for info, _ in scanned], sum(problems for _, problems in scanned)
-    return Manifest(split=files.name_of(split_uri), source="foreign shards", shards=infos, rejected=rejected, format="foreign")
+    return Manifest(split=files.name_of(split_uri), source="foreign shards", shards=infos, rejected=rejected, format=FOREIGN)
 
 
 def scan_info(uri: str) -> tuple[ShardInfo, int]:

@@ -25,6 +25,7 @@ import pyarrow as pa
 from pyarrow import fs, ipc
 
 from itm.data import files
+from itm.data.formats import NewerFormat, check_format
 
 FORMAT = 1
 REMEDY = "run `itm teach` with this recipe (finished shards are kept)"
@@ -189,9 +190,11 @@ def read_sidecar(uri: str, shard_sha256: str | None = None, teacher: str | None 
 
 
 def read_header(uri: str) -> Header | None:
-    """The header alone, or None if there is no whole sidecar at `uri`."""
+    """The header alone, or None if there is no whole sidecar at `uri`. Raises NewerFormat."""
     try:
         return _open(uri).header
+    except NewerFormat:
+        raise
     except ValueError:
         return None
 
@@ -204,8 +207,12 @@ def _open(uri: str) -> Sidecar:
     source = pa.memory_map(path) if local else pa.BufferReader(files.read_bytes(uri))
     try:
         table = ipc.open_file(source).read_all()
-        header = Header(**json.loads(table.schema.metadata[b"itm"]))
+        said = json.loads(table.schema.metadata[b"itm"])
+        check_format(uri, said, FORMAT)
+        header = Header(**said)
         _check_layout(header, table)
+    except NewerFormat:
+        raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{uri} is not a sidecar of format {FORMAT} ({error}): delete it and {REMEDY}") from None
     return Sidecar(uri, header, table)
@@ -350,11 +357,12 @@ def _pointer(root: str, choice: Mapping[str, Any]) -> str:
 
 
 def _read_json(uri: str, keys: Mapping[str, type]) -> dict[str, Any]:
-    """A JSON object with these keys. Raises ValueError naming the file."""
+    """A JSON object with these keys. Raises ValueError naming the file, NewerFormat."""
     try:
         said = json.loads(files.read_bytes(uri))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{uri} is no JSON ({error}): delete it and {REMEDY}") from None
+    check_format(uri, said, FORMAT)
     wrong = [key for key, kind in keys.items() if not isinstance(said, dict) or not isinstance(said.get(key), kind)]
     if wrong:
         raise ValueError(f"{uri} has no usable {', '.join(wrong)}: delete it and {REMEDY}")

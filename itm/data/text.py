@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from itm.config import Text
+from itm.data.formats import check_format
 from itm.data.treebank import treebank_words
 
 Rules = Literal["plain", "treebank"]
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
-SETTINGS = "text.json"
+SETTINGS, FORMAT = "text.json", 1
 VOCABULARY = "vocabulary.json"
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
@@ -156,11 +157,13 @@ def build_tokenizer(text: Text, captions: Iterable[str] | None = None) -> Tokeni
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """What `save` wrote. Raises ValueError when the folder holds no tokenizer of ours."""
+    """What `save` wrote. Raises ValueError when the folder holds no tokenizer of ours, NewerFormat."""
     path = Path(folder) / SETTINGS
     if not path.exists():
         raise ValueError(f"no {path}: the folder does not hold a saved tokenizer")
     settings = json.loads(path.read_text())
+    check_format(str(path), settings, FORMAT)
+    settings.pop("format", None)
     kind = settings.pop("kind")
     if kind == "words":
         return WordVocabulary.from_json(Path(folder) / VOCABULARY, **settings)

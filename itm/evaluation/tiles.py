@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.formats import check_format
 from itm.evaluation.scoring import by_length, score_matrix, trim
 from itm.matchers.late.tiles import compiled
 from itm.types import Encoded
@@ -97,12 +98,13 @@ class TileStore:
 
     @classmethod
     def open(cls, uri: str, identity: dict[str, Any] | None = None) -> TileStore:
-        """A finished store. Raises ValueError when it is unfinished, or its identity is not the expected one."""
+        """A finished store. Raises ValueError when it is unfinished, or its identity is not the expected one; NewerFormat."""
         receipt = files.join(uri, "store.json")
         if not files.exists(receipt):
             raise ValueError(f"{uri} has no store.json: scoring was not finished; run the same command again to complete it")
         try:
             held: dict[str, Any] = json.loads(files.read_bytes(receipt))
+            check_format(receipt, held, FORMAT)
             grid, found = Grid(**held["grid"]), dict(held["identity"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{receipt} is no receipt of a score store ({error!r}); delete the folder and score again") from None

@@ -17,6 +17,7 @@ from torch import nn
 
 from itm.config import Part
 from itm.data import files
+from itm.data.formats import check_format
 from itm.data.preprocess import Inputs
 from itm.kinds import MissingPackage, build_part, check_allowed, find_part, origins
 from itm.matchers import MATCHERS
@@ -112,15 +113,14 @@ def _upload(written: Path, target: str) -> None:
 def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> nn.Module:
     """The matcher of a folder or URI, in evaluation mode, with its `inputs`.
 
-    Raises ValueError naming what is missing, and, before anything is imported, for a part of a package that is not in `allow`.
+    Raises ValueError naming what is missing, and, before anything is imported, for a part of a package that is not in `allow`. Raises NewerFormat.
     """
     with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
         config = json.loads((path / "config.json").read_text())
-        if config["format"] > FORMAT:
-            raise ValueError(f"{folder} has matcher format {config['format']}, this version reads up to {FORMAT}")
+        check_format(f"{folder}/config.json", config, FORMAT)
         part = Part(kind=config["kind"], options=config["options"])
         check_allowed(part.model_dump(), allow, f"{folder}/config.json")
         try:

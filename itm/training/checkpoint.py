@@ -23,11 +23,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from itm.data import files
+from itm.data.formats import check_format
 from itm.data.plan import Position
 from itm.distributed import rank
 from itm.training.step import Step
 
-KEPT = 2
+KEPT, FORMAT = 2, 1
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,14 @@ class State:
     losses: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> State:
+    def from_json(cls, data: bytes, where: str = "a checkpoint") -> State:
+        """Raises NewerFormat naming the file `where`."""
         said = json.loads(data)
+        check_format(where, said, FORMAT)
+        said.pop("format", None)
         best = Best(**said["best"]) if said["best"] else None
         return cls(**said | {"position": Position(**said["position"]), "best": best, "losses": tuple(said["losses"])})
 
@@ -87,9 +91,9 @@ def save_checkpoint(root: str, state: State, step: Step) -> None:
 
 
 def latest(root: str) -> State | None:
-    """The state of the newest whole checkpoint."""
+    """The state of the newest whole checkpoint. Raises NewerFormat."""
     whole = _whole(root)
-    return State.from_json(files.read_bytes(whole[-1])) if whole else None
+    return State.from_json(files.read_bytes(whole[-1]), whole[-1]) if whole else None
 
 
 def load_checkpoint(root: str, state: State, step: Step) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import examples, histogram
@@ -92,9 +93,11 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
 
 
 def stored(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result at `output` if it is of this identity. Raises NewerFormat, so that nothing of a later version is replaced."""
     if not files.exists(output):
         return None
     result: dict[str, Any] = json.loads(files.read_bytes(output))
+    check_format(output, result, FORMAT)
     return result if all(result.get(key) == value for key, value in identity.items()) else None
 
 

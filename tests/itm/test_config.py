@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
+from typing import Any
 
-from itm.config import load_recipe, parse_recipe
+import pytest
+from pydantic import Field
+
+from itm.config import Part, Recipe, Strict, Train, load_recipe, parse_recipe
 from itm.kinds import Kinds, build_part
+from tests.support.made_before import recorded, unpack
 
 MINIMAL = {"name": "x", "model": {"kind": "dual"}}
 
@@ -40,6 +46,73 @@ def test_the_fingerprint_ignores_places_and_processes_but_no_choice():
     assert base.fingerprint() == parse_recipe({**MINIMAL, "output": "elsewhere"}).fingerprint()
     assert base.fingerprint() == parse_recipe({**MINIMAL, "train": {"workers": 2, "min_workers": 1}}).fingerprint()
     assert base.fingerprint() != parse_recipe({**MINIMAL, "seed": 1}).fingerprint()
+
+
+class LaterSection(Strict):
+    depth: int = 3
+    part: Part = Part(kind="flat")
+
+
+class LaterTrain(Train):
+    tempo: float = 1.5
+
+
+class Later(Recipe):
+    """The recipe of a version to come: a key, a part and a section more."""
+
+    train: LaterTrain = Field(default_factory=LaterTrain)
+    scorer: Part | None = None
+    later: LaterSection = Field(default_factory=LaterSection)
+
+
+CHOICES = {**MINIMAL, "method": {"kind": "cusa", "options": {"itc": {}}}, "train": {"lr": 0.1, "workers": 2}}
+NEW_CHOICES: list[dict[str, Any]] = [
+    {"train": {"lr": 0.1, "tempo": 2.0}},
+    {"scorer": {"kind": "flat"}},
+    {"later": {"depth": 4}},
+    {"later": {"part": {"kind": "flat", "options": {"a": None}}}},
+]
+
+
+def test_a_key_that_is_added_later_changes_no_fingerprint_at_its_default() -> None:
+    before = parse_recipe(CHOICES).fingerprint()
+    said = {"train": {"lr": 0.1, "tempo": 1.5}, "scorer": None, "later": {"depth": 3, "part": {"kind": "flat", "options": {}}}}
+    for same in ({}, said):
+        assert Later.model_validate(CHOICES | same).fingerprint() == before
+    others = [Later.model_validate(CHOICES | new).fingerprint() for new in NEW_CHOICES]
+    assert len({before, *others}) == 1 + len(NEW_CHOICES)
+
+
+def test_options_of_a_part_count_as_they_are_said() -> None:
+    said = [{"kind": "matching", "options": options} for options in ({}, {"heads": {}}, {"heads": None}, {"heads": {"uni": False}})]
+    assert len({parse_recipe({**MINIMAL, "method": method}).fingerprint() for method in said}) == len(said)
+    assert parse_recipe({**MINIMAL, "method": said[0]}).fingerprint() == parse_recipe(MINIMAL).fingerprint()
+
+
+def test_the_fingerprint_of_0_1_0_is_found_from_the_recipe_that_it_recorded(tmp_path: Path) -> None:
+    unpack(tmp_path, "runs")
+    for name, fingerprint in recorded()["fingerprints"].items():
+        started = json.loads((tmp_path / "runs" / name / "started.json").read_text())
+        assert started["recipe_fingerprint"] == fingerprint
+        recipe = load_recipe(tmp_path / "recipe.yaml", [f"name={name}"])
+        assert recipe.whole_fingerprint(started["recipe"]) == fingerprint != recipe.fingerprint()
+        said = recipe.model_dump(mode="json", exclude_defaults=True)
+        assert Later.model_validate(said).whole_fingerprint(started["recipe"]) == fingerprint
+        for new in NEW_CHOICES:
+            new = {key: {**said.get(key, {}), **value} for key, value in new.items()}
+            assert Later.model_validate(said | new).whole_fingerprint(started["recipe"]) is None
+        other = load_recipe(tmp_path / "recipe.yaml", [f"name={name}", "train.lr=0.02"])
+        assert other.whole_fingerprint(started["recipe"]) != fingerprint
+
+
+def test_no_default_of_0_1_0_has_changed() -> None:
+    """A fingerprint leaves defaults out: with another one an old run would look as if it had been made with it. Add a key instead."""
+    before, now = recorded()["defaults"], parse_recipe(MINIMAL).model_dump(mode="json")
+    for section, keys in before.items():
+        if isinstance(keys, dict):
+            assert {key: now[section][key] for key in keys} == keys, section
+        else:
+            assert now[section] == keys, section
 
 
 @pytest.mark.parametrize(("workers", "fewest"), [(2, 3), (0, 1), (2, 0)])
