@@ -11,6 +11,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from itm.kinds import packages_of
+
+MOST_HOPS = 2  # of `extends`: who reads a recipe should have to open three files at most
+OVERRIDE = "override"
+_MISSING = object()
 
 
 class Strict(BaseModel):
@@ -203,15 +209,52 @@ class Recipe(Strict):
         return f"{self.output.rstrip('/')}/{self.name}"
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe (a path, or the name of a shipped one) and apply `key.sub=value` overrides (values are YAML).
+@dataclass(frozen=True)
+class Layer:
+    """Choices of one file of an `extends` chain, or of all overrides."""
 
-    A recipe may start from another by `extends: other.yaml` (relative to its own folder); mappings merge key by key.
-    Raises ValueError naming the file, the key and the nearest known key.
+    origin: str
+    choices: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe and the layers that it was made of, the one that has the last word last."""
+
+    recipe: Recipe
+    layers: tuple[Layer, ...]
+
+    def origin(self, key: tuple[str, ...], value: Any) -> str:
+        """Where the value of a key comes from: the name of a file, `override`, or `default`."""
+        for layer in reversed(self.layers):
+            said: Any = layer.choices
+            for name in key:
+                said = said.get(name, _MISSING) if isinstance(said, dict) else _MISSING
+            # A section is told key by key, but for an empty one, which a layer may have put in place of a full one.
+            if said is not _MISSING and (not isinstance(value, dict) or said == value):
+                return layer.origin
+        return "default"
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides (values are YAML).
+
+    A recipe may start from another by `extends: other.yaml` (relative to its own folder), which may start from a third one, and no
+    further; mappings merge key by key. Raises ValueError naming the file, the key and the nearest known key.
     """
-    choices = _read(Path(path))
+    return resolve_recipe(path, overrides).recipe
+
+
+def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Resolved:
+    """The recipe of `load_recipe` with the layers it was made of."""
+    layers, choices = _layers(Path(path)), {}
+    for layer in layers:
+        choices = _merge(choices, layer.choices)
+    choices = deepcopy(choices)
     _apply(choices, overrides or [])
-    return parse_recipe(choices, where=str(path))
+    given: dict[str, Any] = {}
+    _apply(given, overrides or [])
+    return Resolved(parse_recipe(choices, where=str(path)), (*layers, Layer(OVERRIDE, given)))
 
 
 def overridden(recipe: Recipe, overrides: list[str]) -> Recipe:
@@ -229,17 +272,40 @@ def parse_recipe(choices: dict[str, Any], where: str = "recipe") -> Recipe:
         raise ValueError("\n".join(f"{where}: {_explain(e)}" for e in error.errors())) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _layers(path: Path) -> list[Layer]:
+    """The files of an `extends` chain, the first base first. Raises ValueError for a circle, and for more than MOST_HOPS hops."""
+    chain: list[tuple[Path, Layer]] = []
+    while True:
+        choices = _read(path, wanted_by=chain[-1][0] if chain else None)
+        base = choices.pop("extends", None)
+        chain.append((path, Layer(path.name, choices)))
+        if base is None:
+            return [layer for _, layer in reversed(chain)]
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: extends takes the name of one recipe file, not {base!r}")
+        names = " -> ".join([*(layer.origin for _, layer in chain), base])
+        path = path.parent / base
+        if path.resolve() in [earlier.resolve() for earlier, _ in chain]:
+            raise ValueError(f"{chain[0][0]}: `extends` goes in a circle, {names}; take one of them out")
+        if len(chain) > MOST_HOPS:
+            raise ValueError(
+                f"{chain[0][0]}: {names} is more than {MOST_HOPS} hops of `extends`; "
+                f"let {chain[-2][1].origin} start from {base}, and copy into it what it takes from {chain[-1][1].origin}"
+            )
+
+
+def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
     if not path.exists():
-        raise ValueError(f"no recipe at {path}; `itm recipes` lists the shipped ones")
+        raise ValueError(
+            f"no recipe at {path}" + (f", which {wanted_by} extends" if wanted_by else "; `itm recipes` lists the shipped ones")
+        )
     try:
         choices = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(choices, dict):
         raise ValueError(f"{path} must hold a mapping, not a {type(choices).__name__}")
-    base = choices.pop("extends", None)
-    return _merge(_read(path.parent / base), choices) if base else choices
+    return choices
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

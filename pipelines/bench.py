@@ -7,13 +7,21 @@
 Needs `itm/` only: `python -m itm.benchmarks.scoring` is the same.
 """
 
-from itm.benchmarks.scoring import add_arguments, run
+from __future__ import annotations
+
+import argparse
+
+from itm.benchmarks.arguments import add_arguments
+from pipelines.cli import script
 
 __all__ = ["add_arguments", "run"]
 
+
+def run(args: argparse.Namespace) -> int:
+    from itm.benchmarks import scoring
+
+    return scoring.run(args)
+
+
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("bench"))
+    script(__file__)

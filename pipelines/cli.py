@@ -1,34 +1,60 @@
-"""`itm <stage> ...`: one command for every stage. Each stage also runs as `python -m pipelines.<stage>`."""
+"""`itm <stage> ...`: one command for every stage. Each stage also runs as `python -m pipelines.<stage>`.
+
+Nothing is imported here, or at the top of a stage's file, that takes long to import: `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from itm.config import Recipe, load_recipe, overridden
+import itm
+from itm.extras import MissingExtra, needed_by
+
+if TYPE_CHECKING:
+    from itm.config import Recipe
+
+GROUPS = ("look", "prepare", "teach", "train", "judge", "use", "cluster")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command: under which heading of `itm --help` it stands, what it does, and its module where that has another name."""
+
+    group: str
+    about: str
+    module: str = ""
+
 
 STAGES = {
-    "demo": "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report",
-    "pack": "raw data -> WebDataset tar shards with a manifest",
-    "inspect": "say what a folder of shards holds: samples, captions, members, problems",
-    "repair": "clean copy of shards: members grouped by key, unusable ones left out by name",
-    "teach": "score shards with the teachers -> Arrow soft-label stores",
-    "verify": "recompute random rows of a soft-label store and report the largest difference",
-    "train": "train a matcher on shards (Ray Data -> Ray Train)",
-    "evaluate": "recall and equivalence metrics of a matcher on a split, or of a score file",
-    "register": "put a run's matcher into the model registry; promote it if the gate metric improved",
-    "search": "text -> images or image -> captions with a registered matcher",
-    "bench": "scoring speed against the published loops, and the time of a COCO 5K evaluation",
-    "report": "one self-contained HTML page about a run",
-    "import": "turn an authors' checkpoint into a matcher folder",
-    "recipes": "list the shipped recipes",
-    "submit": "run a stage on a Ray cluster as a job, follow its log, return its exit code",
+    "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
+    "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
+    "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
+    "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
+    "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
+    "import": Stage("prepare", "turn an authors' checkpoint into a matcher folder", "import_checkpoint"),
+    "teach": Stage("teach", "score shards with the teachers -> Arrow soft-label stores"),
+    "verify": Stage("teach", "recompute random rows of a soft-label store and report the largest difference"),
+    "train": Stage("train", "train a matcher on shards (Ray Data -> Ray Train)"),
+    "evaluate": Stage("judge", "recall and equivalence metrics of a matcher on a split, or of a score file"),
+    "report": Stage("judge", "one self-contained HTML page about a run"),
+    "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
+    "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
+    "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
-MODULES = {"import": "import_checkpoint", "recipes": "list_recipes"}  # stages whose name cannot be a module here
 RECIPES = Path(__file__).parent / "recipes"
+
+
+def module_of(stage: str) -> str:
+    """The full name of the module behind a stage."""
+    return f"pipelines.{STAGES[stage].module or stage}"
 
 
 def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -38,10 +64,22 @@ def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
 
 
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    path = Path(args.recipe)
+def recipe_path(given: str) -> Path:
+    """The file of a recipe: the path that was given, or the shipped recipe of that name."""
+    if given.startswith(("~", "file:")):
+        from itm.data.files import absolute
+
+        given = absolute(given)
+    path = Path(given)
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    path = path if path.exists() or not shipped.exists() else shipped
+    return path if path.exists() or not shipped.exists() else shipped
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments of `recipe_arguments` name."""
+    from itm.config import load_recipe, overridden
+
+    path = recipe_path(args.recipe)
     if not args.debug:
         return load_recipe(path, args.overrides)
     from pipelines.debug import debug_twin
@@ -51,31 +89,51 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:
     """Parse, run, and turn an error the user can mend into one line and exit code 2."""
-    module = import_module("pipelines." + MODULES.get(stage, stage))
+    module = import_module(module_of(stage))
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     try:
-        return int(module.run(args) or 0)
-    except (ValueError, OSError) as error:
+        with needed_by(f"itm {stage}"):
+            return int(module.run(args) or 0)
+    except (ValueError, OSError, MissingExtra) as error:
         if os.environ.get("ITM_TRACEBACK"):
             raise
         print(f"itm {stage}: {error}", file=sys.stderr)
         return 2
 
 
-def main(argv: list[str] | None = None) -> int:
+def script(file: str) -> NoReturn:
+    """What `python -m pipelines.<stage>` does: the stage whose module lies in `file`."""
+    module = f"pipelines.{Path(file).stem}"
+    sys.exit(stage_main(next(stage for stage in STAGES if module_of(stage) == module)))
+
+
+def overview() -> str:
+    """The stages, grouped by what a person does, one line each."""
     width = max(map(len, STAGES))
-    stages = "\n".join(f"  {name:<{width}}  {about}" for name, about in STAGES.items())
+    lines = []
+    for group in GROUPS:
+        lines.append(f"{group}:")
+        lines += [f"  {name:<{width}}  {stage.about}" for name, stage in STAGES.items() if stage.group == group]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="itm",
+        usage="itm [-h] [--version] stage ...",
         description="Image-text matching, from raw files to a registered, searchable model.",
-        epilog=f"stages:\n{stages}\n\n`itm <stage> --help` tells more. ITM_TRACEBACK=1 shows where an error arose.",
+        epilog=f"{overview()}\n\n`itm <stage> --help` tells more. ITM_TRACEBACK=1 shows where an error arose.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stage", choices=STAGES, metavar="stage", help="one of the stages below")
+    parser.add_argument("--version", action="version", version=f"itm {itm.__version__}")
+    parser.add_argument("stage", metavar="stage", help="one of the stages below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.stage not in STAGES:
+        near = difflib.get_close_matches(args.stage, STAGES, n=1)
+        parser.error(f"unknown stage {args.stage!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(STAGES)}"))
     return stage_main(args.stage, args.rest)
 
 

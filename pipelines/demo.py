@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from itm.config import Recipe, load_recipe
-from pipelines.cli import RECIPES
+from pipelines.cli import RECIPES, script
 
 RUNS = ("demo", "demo-cusa", "demo-cusa-shuffled")
 QUESTION = "a red circle to the left of a blue square"
@@ -118,8 +118,4 @@ Try next:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("demo"))
+    script(__file__)

@@ -21,6 +21,7 @@ from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_
 from itm.data.records import Problem, check_image
 from itm.data.shards import REGIONS, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
+from pipelines.cli import script
 
 SIZED = 64  # images of a split that are decoded
 SHOWN = 10  # problems printed by name
@@ -174,8 +175,4 @@ def _write_index(uri: str, report: Report) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("inspect"))
+    script(__file__)

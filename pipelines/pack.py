@@ -26,7 +26,7 @@ from itm.data.records import Caption, Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
 from itm.kinds import build_part
-from pipelines.cli import recipe_arguments, recipe_from
+from pipelines.cli import recipe_arguments, recipe_from, script
 
 CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
 
@@ -241,8 +241,4 @@ def _source(part: str) -> Any:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("pack"))
+    script(__file__)

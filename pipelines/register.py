@@ -20,10 +20,9 @@ import itm
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import read_json
-from itm.tracking.registry import promote, register_matcher
-from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.evaluating.result import FORMAT, weights_hash
-from pipelines.train import FORMAT as RUN_FORMAT
+from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.evaluating import FORMAT
+from pipelines.training import FORMAT as RUN_FORMAT
 
 SERVED = Path(itm.__file__).with_name("pyfunc.py")
 
@@ -57,6 +56,9 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
 
     Raises ValueError naming the stage to run first or again, or the known metrics when the gate's is not among them.
     """
+    from itm.matchers.weights import weights_hash
+    from itm.tracking.registry import promote, register_matcher
+
     folder = run_folder or recipe.folder
     trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
     metrics = {name: float(value) for name, value in evaluated["metrics"].items()}
@@ -92,8 +94,4 @@ def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("register"))
+    script(__file__)

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from itm.data import files
 from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, read_receipt, write_manifest, write_receipt
-from itm.data.preprocess import read_regions
 from itm.data.records import Problem, check_image, json_fault
 from itm.data.shards import Sample, copy_samples, read_scattered, scan_shard
+from pipelines.cli import script
 from pipelines.inspect import splits_below
 
 MADE = "repair of "
@@ -92,6 +92,8 @@ def repair_shard(uri: str, target: str, owner: dict[str, str]) -> Receipt:
 
 def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterator[Sample]:
     """The samples that can be copied, without their unreadable members; everything else is added to `problems`."""
+    from itm.data.preprocess import read_regions  # with torch, which the command line must not wait for
+
     shard = files.name_of(uri)
     for item in read_scattered(uri):
         if isinstance(item, Problem):
@@ -126,8 +128,4 @@ def _fault(check: Callable[[bytes], Any], data: bytes | None) -> str | None:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("repair"))
+    script(__file__)

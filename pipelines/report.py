@@ -16,17 +16,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from PIL import Image
-
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import read_json
-from itm.data.preprocess import decode
 from itm.data.shards import index_shard, read_range
 from itm.report.page import Page, render
-from pipelines.cli import recipe_arguments, recipe_from
-from pipelines.evaluating.result import FORMAT
-from pipelines.train import FORMAT as RUN_FORMAT
+from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.evaluating import FORMAT
+from pipelines.training import FORMAT as RUN_FORMAT
 
 THUMBNAIL = 160
 
@@ -108,6 +105,10 @@ def _images(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _data_uri(image: bytes) -> str:
+    from PIL import Image
+
+    from itm.data.preprocess import decode  # with torch, which the command line must not wait for
+
     picture = decode(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
@@ -136,8 +137,4 @@ def _plain(folder: str) -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("report"))
+    script(__file__)

@@ -13,54 +13,15 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
 import html
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
-import torch
+from pipelines.cli import script
 
-import itm
-from itm.data import files
-from itm.data.formats import check_format
-from itm.data.shards import Sample, read_manifest, read_samples
-from itm.evaluation.dataset import EncodedSplit, Names, encode_split, encode_texts
-from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
-from itm.types import Encoded
-from pipelines.evaluate import weights_hash
-
-FORMAT = 1
-FIELDS = ("vector", "parts", "mask")  # what `score` reads; `uni` serves other questions
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One answer: an image with its captions, or a caption with its image. `key` and `shard` say where the image lies."""
-
-    rank: int
-    score: float
-    key: str
-    shard: str
-    captions: list[str]
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The best answers to `question`, best first; prints as a table."""
-
-    question: str
-    searched: str
-    hits: list[Hit]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{hit.rank:>3}  {hit.score:7.4f}  {hit.key:<16}  {files.name_of(hit.shard):<12}  {' | '.join(hit.captions)}"
-            for hit in self.hits
-        ]
-        return "\n".join([f"{self.question!r} in {self.searched}", *lines])
+if TYPE_CHECKING:
+    from itm.retrieval.engine import Hits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
+        from itm.data import files
+
         files.write_atomic(args.html, page(found).encode())
 
 
@@ -88,95 +51,9 @@ def search(text: str | None = None, *, model: str, shards: str, image: str | Non
 
     Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
     """
-    if k < 1:
-        raise ValueError(f"-k is {k}; ask for at least one answer")
-    matcher = itm.load_matcher(model)
-    split = load_index(matcher, shards, index or files.join(shards, "index"))
-    if text is not None:
-        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text]))[:, 0]
-    else:
-        assert image is not None
-        with scoring_mode(matcher):
-            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]))
-        scores = score_matrix(matcher, asked, split.captions)[0]
-    best = scores.topk(min(k, len(scores)))
-    names = split.names
-    hits = [
-        _hit(names, rank, value, row, by_caption=text is None)
-        for rank, (value, row) in enumerate(zip(*map(torch.Tensor.tolist, best), strict=True), 1)
-    ]
-    return Hits(text if text is not None else str(image), f"{len(names.image_keys)} images, {len(names.texts)} captions of {shards}", hits)
+    from itm.retrieval import engine
 
-
-def _hit(names: Names, rank: int, score: float, row: int, by_caption: bool) -> Hit:
-    image = int(names.caption_image[row]) if by_caption else row
-    rows = [row] if by_caption else (names.caption_image == image).nonzero()[:, 0].tolist()
-    return Hit(rank, score, names.image_keys[image], names.image_shards[image], [names.texts[r] for r in rows])
-
-
-def load_index(matcher: Any, shards: str, index: str) -> EncodedSplit:
-    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file."""
-    uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
-    if files.exists(uri):
-        return _read_index(uri, shards)
-    files.check_writable(index)
-    split = encode_split(matcher, shards)
-    for problem in split.problems:
-        print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
-    _write_index(uri, split)
-    return split
-
-
-def _identity(matcher: Any) -> str:
-    """12 hex digits of what decides the encoding: weights, architecture and preparation."""
-    tokenizer = matcher.inputs.tokenizer
-    choices = (weights_hash(matcher), matcher.inputs.image, tokenizer.vocab_size, tokenizer.max_length, tokenizer.clean)
-    return hashlib.sha256(repr(choices).encode()).hexdigest()[:12]
-
-
-def _write_index(uri: str, split: EncodedSplit) -> None:
-    """Two Arrow streams in one file, images and then captions."""
-    names = split.names
-    images = {"key": pa.array(names.image_keys), "shard": pa.array([files.name_of(s) for s in names.image_shards])}
-    captions = {"id": pa.array(names.caption_ids), "text": pa.array(names.texts), "image": pa.array(names.caption_image.numpy())}
-    with files.atomic_stream(uri) as stream:
-        for columns, encoded in ((images, split.images), (captions, split.captions)):
-            table = pa.table(columns | {field: _column(value) for field in FIELDS if (value := getattr(encoded, field)) is not None})
-            table = table.replace_schema_metadata({"itm": json.dumps({"format": FORMAT})})
-            with pa.ipc.new_stream(stream, table.schema) as writer:
-                writer.write_table(table)
-
-
-def _column(tensor: torch.Tensor) -> pa.Array:
-    flat = tensor.flatten(1).contiguous()
-    values = pa.array(flat.flatten().numpy().astype(np.uint8 if tensor.dtype == torch.bool else np.float32))
-    kind = pa.fixed_shape_tensor(values.type, tensor.shape[1:])
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(values, flat.shape[1]))
-
-
-def _read_index(uri: str, shards: str) -> EncodedSplit:
-    stream = pa.BufferReader(files.read_bytes(uri))
-    images, captions = pa.ipc.open_stream(stream).read_all(), pa.ipc.open_stream(stream).read_all()
-    check_format(uri, json.loads((images.schema.metadata or {}).get(b"itm", b"{}")), FORMAT)
-    names = Names(
-        image_keys=images["key"].to_pylist(),
-        caption_ids=captions["id"].to_pylist(),
-        caption_image=torch.tensor(captions["image"].to_numpy()),
-        texts=captions["text"].to_pylist(),
-        image_shards=[files.join(shards, name) for name in images["shard"].to_pylist()],
-    )
-    return EncodedSplit(_encoded(images), _encoded(captions), names)
-
-
-def _encoded(table: pa.Table) -> Encoded:
-    tensors = {}
-    for field in FIELDS:
-        if field in table.column_names:
-            array = table[field].combine_chunks()
-            array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-            tensor = torch.tensor(array.to_numpy_ndarray())
-            tensors[field] = tensor.bool() if field == "mask" else tensor
-    return Encoded(**tensors)
+    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index)
 
 
 def page(found: Hits) -> str:
@@ -194,6 +71,8 @@ def page(found: Hits) -> str:
 
 def _pictures(found: Hits) -> dict[tuple[str, str], str]:
     """(shard, key) -> data URI, for the images that the shards hold."""
+    from itm.data.shards import Sample, read_samples
+
     wanted = {(hit.shard, hit.key) for hit in found.hits}
     pictures = {}
     for shard in {shard for shard, _ in wanted}:
@@ -205,8 +84,4 @@ def _pictures(found: Hits) -> dict[tuple[str, str], str]:
 
 
 if __name__ == "__main__":
-    import sys
-
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("search"))
+    script(__file__)

@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
 from itm.tracking.lineage import git_commit, tracking_uri
-from pipelines.cli import RECIPES, STAGES
+from pipelines.cli import RECIPES, STAGES, module_of, script
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {"--address", "--env", "--no-wait"}
@@ -83,9 +83,8 @@ def submit(
         client = JobSubmissionClient(address)
     except ConnectionError as error:
         raise ValueError(f"no Ray dashboard at {address}: {error}") from None
-    module = "pipelines." + {"import": "import_checkpoint", "recipes": "list_recipes"}.get(stage, stage)
     job = client.submit_job(
-        entrypoint=shlex.join(["python", "-m", module, *arguments]),
+        entrypoint=shlex.join(["python", "-m", module_of(stage), *arguments]),
         runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": variables},
         metadata={"itm_stage": stage, "git_commit": variables["ITM_GIT_COMMIT"]},
     )
@@ -156,6 +155,4 @@ async def _tail(client: Any, job: str) -> None:
 
 
 if __name__ == "__main__":
-    from pipelines.cli import stage_main
-
-    sys.exit(stage_main("submit"))
+    script(__file__)

@@ -17,13 +17,14 @@ from itm.data.manifest import read_receipt
 from itm.data.shards import index_shard, read_manifest
 from itm.data.sidecar import open_store, read_header, read_sidecar
 from itm.evaluation.tiles import TileStore
+from itm.teachers.stores import store_for
 from itm.training.checkpoint import latest
 from pipelines.evaluate import evaluate
 from pipelines.pack import pack
 from pipelines.register import register
 from pipelines.report import report
 from pipelines.search import search
-from pipelines.teach import store_for, teach
+from pipelines.teach import teach
 from pipelines.train import train
 from tests.support.made_before import unpack
 

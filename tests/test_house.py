@@ -20,6 +20,7 @@ FLOORS = {
     "itm.kinds": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
+    "itm.extras": 0,
     "itm.data": 1,
     "itm.losses": 1,
     "itm.matchers": 2,
@@ -36,7 +37,8 @@ FLOORS = {
     "itm.benchmarks": 6,
     "itm.pyfunc": 6,
     "pipelines.on_ray": 7,
-    "pipelines.training": 7.5,  # these three stand on the session and the streams of the one before
+    "pipelines.training": 7.5,  # these four stand on the session and the streams of the one before
+    "pipelines.teaching": 7.5,
     "pipelines.evaluating": 7.5,
     "pipelines.serving": 7.5,
     "pipelines": 8,
@@ -68,7 +70,6 @@ STILL_LARGE = {
     "uarda.py: __init__ (line 66) has 9 parameters",
     "cusa.py: CUSA has 140 lines",
     "iais.py: IAIS has 135 lines",
-    "worker.py: Worker has 153 lines",
 }
 SOURCES = sorted(p for folder in ("itm", "pipelines", "cluster") for p in (ROOT / folder).rglob("*.py"))
 NAMES = [str(p.relative_to(ROOT)) for p in SOURCES]

@@ -24,11 +24,12 @@ from itm.evaluation.tiles import TileStore, read_tile
 from itm.matchers.folder import save_matcher
 from itm.methods import METHODS
 from itm.teachers.identity import choice_of
+from itm.teachers.stores import store_for
 from itm.tracking.registry import download
 from pipelines.evaluate import evaluate
 from pipelines.pack import CLAIM, Job, pack, pack_shard
 from pipelines.register import register
-from pipelines.teach import store_for, teach
+from pipelines.teach import teach
 from pipelines.train import train
 from tests.support import ROOT
 from tests.support.every_matcher import KINDS, matcher_of

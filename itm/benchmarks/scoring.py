@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from itm.benchmarks.arguments import add_arguments
 from itm.benchmarks.published_loops import naaf_loop, scan_loop, sgraf_loop
 from itm.data.files import write_atomic
 from itm.evaluation.dataset import names_of
@@ -37,8 +38,6 @@ from itm.types import Encoded
 REGIONS, WIDTH, SIMILARITY, STEPS = 36, 1024, 256, 3
 THRESHOLD = 0.1
 COCO_5K_PAIRS = 5_000 * 25_000
-KINDS = ("SCAN t2i", "SCAN i2t", "SGR", "SAF", "UARDA")
-WHATS = ("scoring", "metrics", "all")
 
 
 @dataclass(frozen=True)
@@ -268,19 +267,6 @@ def plot(rows: list[Row], path: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("pairs per CPU second, times the published loop")
     figure.savefig(path)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=WHATS, default="all", help="scoring against published loops, metrics at COCO 5K size")
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--captions", type=int, default=500)
-    parser.add_argument("--every", type=int, default=5, help="the peer scores every n-th caption: by default 100 x 100, as published")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--compile", action="store_true", help="ours with torch.compile; the first round, which is not timed, compiles")
-    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure")
-    parser.add_argument("--plot", metavar="SVG", help="also draw the ratios")
 
 
 def run(args: argparse.Namespace) -> int:

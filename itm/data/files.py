@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
 
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
 _ATOMIC_STORES = {"s3", "gcs", "abfs"}
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _TEMPORARY = ".tmp-"
 _WRITER = re.compile(re.escape(_TEMPORARY) + r"(?P<host>(?:(?!\.tmp-).)*)-(?P<pid>\d+)-[0-9a-f]{8}$")
 _ABANDONED = 3600.0  # seconds after which a half-written file of another machine is nobody's
@@ -31,11 +32,33 @@ _SPOOL = 64 << 20  # bytes of an upload that are held in memory
 _S3_ATTEMPTS = 6  # with exponential pauses: about ten seconds of errors are sat out
 
 
+def is_remote(uri: str | Path) -> bool:
+    """Whether a URI names a scheme other than `file`."""
+    return _SCHEME.match(str(uri)) is not None and not str(uri).startswith("file:")
+
+
+def absolute(uri: str | Path) -> str:
+    """The one rule for every path that a person writes: what processes with another working directory can read as well.
+
+    A local path, relative or with `~` in front, and a `file://` URI become an absolute path without `.` and `..`; a URI of another scheme
+    stays as it is. Raises ValueError for a `file://` URI of another machine.
+    """
+    uri = str(uri)
+    if is_remote(uri):
+        return uri
+    if _SCHEME.match(uri):
+        place = urlsplit(uri)
+        if place.netloc not in ("", "localhost"):
+            raise ValueError(f"{uri} names a file of the machine {place.netloc!r}; say file:///absolute/path, or a plain path")
+        return os.path.abspath(unquote(uri.removeprefix("file://").removeprefix(place.netloc)))
+    return os.path.abspath(os.path.expanduser(uri))
+
+
 def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
     """The filesystem and the path inside it. Raises ValueError for a scheme that neither pyarrow nor fsspec knows."""
-    uri = str(uri)
-    if "://" not in uri:
-        return fs.LocalFileSystem(), os.path.abspath(uri)
+    uri = absolute(uri)
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), uri
     if uri.startswith("s3://") and "?" not in uri and "@" not in uri:
         return _s3(uri.split("/")[2], os.environ.get("AWS_ENDPOINT_URL")), uri.removeprefix("s3://").rstrip("/")
     try:

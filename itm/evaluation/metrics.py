@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itm.evaluation import TIES
+
 # How equal scores are ordered. pessimistic: negatives first. optimistic: positives first. official: the later index first, which is
 # the authors' "ascending argsort, reversed" made deterministic. official_iais: the same, with the t2i recall inflated as the
 # IAIS and UNITER code inflates it. lower_index: the earlier index first (a stable descending sort).
-TIES = ("pessimistic", "optimistic", "official", "official_iais", "lower_index")
 KS = (1, 5, 10)
 BLOCK_SCORES = 4 << 20
 SORT_FROM = 64  # positives of one query from which sorting its row costs less than comparing it with each

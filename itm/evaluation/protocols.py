@@ -6,6 +6,7 @@ and one line in PROTOCOLS.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,10 +52,16 @@ class Outcome:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
-    """Raises ValueError for an unknown protocol, one that does not fit the split, bad ids, bad shapes or NaN scores."""
+def check_protocol(name: str) -> None:
+    """Raises ValueError for an unknown protocol."""
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
+        raise ValueError(f"unknown protocol {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PROTOCOLS)}"))
+
+
+def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
+    """Raises ValueError as `check_protocol`, and for one that does not fit the split, bad ids, bad shapes or NaN scores."""
+    check_protocol(name)
     scored.names.check()
     check_scores(scored.scores, scored.names.positives, (scored.names.image_keys, scored.names.caption_ids))
     return PROTOCOLS[name](scored, tie)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from itm.evaluation import PRECISIONS
 from itm.precision import warn_if_slow
 from itm.types import Captions, Encoded, Images, Matcher
 
@@ -21,7 +22,6 @@ TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
 OWN_TILES = (1024, 4096)  # images x captions for matchers that cut tiles themselves: what one side alone needs is computed this seldom
-PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 def score_matrix(

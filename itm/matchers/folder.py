@@ -113,7 +113,7 @@ def _upload(written: Path, target: str) -> None:
 def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> nn.Module:
     """The matcher of a folder or URI, in evaluation mode, with its `inputs`.
 
-    Raises ValueError naming what is missing, and, before anything is imported, for a part of a package that is not in `allow`. Raises NewerFormat.
+    Raises ValueError naming what is missing, NewerFormat, and, before anything is imported, for a part of a package that is not in `allow`.
     """
     with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
         for name in ("config.json", "model.safetensors"):

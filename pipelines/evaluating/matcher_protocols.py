@@ -16,15 +16,11 @@ from itm.data.shards import read_manifest
 from itm.distributed import own_device
 from itm.evaluation.relations import isd_of_split
 from itm.evaluation.sentence_pairs import read_pairs, sts
-from pipelines.evaluating.result import FORMAT, absolute, output_of, stored, track, weights_hash
+from itm.matchers.weights import weights_hash
+from pipelines.evaluating import FORMAT
+from pipelines.evaluating.result import output_of, stored, track
 
-PROBES = ("sts", "isd", "isda")
 MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", metavar="FILE", nargs="+", help="sts: files of two sentences and a rating (STS-B, SICK, any CSV or TSV)")
-    parser.add_argument("--pair-columns", metavar="A,B,RATING", help="sts: headers, or column numbers from 1 (default: found out)")
 
 
 def probe(args: argparse.Namespace, recipe: Recipe | None) -> dict[str, Any]:
@@ -64,7 +60,7 @@ def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity
 def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: dict[str, Any], output: str) -> dict[str, Any]:
     assert recipe is not None
     split = args.split or recipe.data.test_split
-    split_uri = absolute(files.join(recipe.data.root, split))
+    split_uri = files.absolute(files.join(recipe.data.root, split))
     identity = identity | {"split": split, "split_hash": read_manifest(split_uri).fingerprint()}
     if done := stored(output, identity):
         return done

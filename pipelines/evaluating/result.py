@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from itm.config import Recipe
 from itm.data import files
@@ -17,17 +14,7 @@ from itm.data.formats import check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import examples, histogram
-
-FORMAT = 1
-
-
-def weights_hash(matcher: torch.nn.Module) -> str:
-    """12 hex digits over the names, shapes and values of all parameters and buffers, and the options."""
-    digest = hashlib.sha256(repr((getattr(matcher, "kind", type(matcher).__name__), getattr(matcher, "options", None))).encode())
-    for name, value in sorted(matcher.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
+from pipelines.evaluating import FORMAT
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,7 +101,3 @@ def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
         with files.local_copy(output) as written:
             tracker.artifact(written)
-
-
-def absolute(uri: str) -> str:
-    return uri if "://" in uri else os.path.abspath(uri)

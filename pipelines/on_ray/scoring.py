@@ -8,89 +8,27 @@ that are missing, and metrics are streamed from the tiles. On several machines <
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from itm.distributed import own_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
-from itm.evaluation.scoring import PRECISIONS, score_matrix
+from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
 from itm.matchers.late.tiles import compiled
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.training.compiled import check_compiler
+from pipelines.on_ray.options import How
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
 IN_PROCESS_PAIRS = 50_000_000
-
-
-@dataclass(frozen=True)
-class How:
-    """The choices of `itm evaluate` about scoring.
-
-    block: images per score tile, unset = from the memory budget. screen: candidates of every image and caption, `auto` = as many as keep
-    the loss of recall below `screen_loss` (a share) on `screen_queries` random queries; screen_matcher: whose vectors propose them.
-    """
-
-    precision: str = "fp32"
-    compile: bool = False
-    block: int | None = None
-    distributed: bool = False
-    prune: Prune = "off"
-    screen: str | None = None
-    screen_loss: float = 0.02
-    screen_queries: int = 500
-    screen_matcher: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.screen is not None and self.screen != "auto" and not (self.screen.isdigit() and int(self.screen)):
-            raise ValueError(f"--screen takes a number of candidates or auto, not {self.screen!r}")
-        if not (0 < self.screen_loss < 1 and self.screen_queries > 0):
-            raise ValueError("--screen-loss is a share between 0 and 1, --screen-queries at least 1")
-        if self.screen and self.distributed:
-            raise ValueError("--screen scores a few pairs in this process, --distributed all pairs in tiles: choose one of them")
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> How:
-        return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "block"})
-
-    def identity(self, screener: str | None = None) -> dict[str, Any]:
-        """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
-        pruned = {} if self.prune == "off" else {"prune": self.prune}
-        fused = {"compile": True} if self.compile else {}
-        screened = {"screened": [self.screen, self.screen_loss, self.screen_queries, screener]} if self.screen else {}
-        return {"precision": self.precision} | pruned | fused | screened
-
-    def named(self, name: str) -> str:
-        """The name of a result, marked when it is approximate: it never stands where the exact one would."""
-        return re.sub(r"(\.json)?$", r"-screened\1", name, count=1) if self.screen else name
-
-
-IN_MEMORY = How()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="fp32 is the score of record")
-    parser.add_argument("--compile", action="store_true", help="torch.compile what SCAN, SGR, SAF and UARDA do to a tile")
-    parser.add_argument("--distributed", action="store_true", help="score by Ray tasks into a store of tiles, also when the split is small")
-    parser.add_argument("--prune", choices=get_args(Prune), default="off", help="UARDA: skip fragments below the threshold; same scores")
-    parser.add_argument("--screen", metavar="K|auto", help="score only the K candidates a side that vectors propose (approximate)")
-    parser.add_argument(
-        "--screen-loss", type=float, default=0.02, metavar="SHARE", help="with --screen auto: queries that may lose their hit"
-    )
-    parser.add_argument("--screen-queries", type=int, default=500, metavar="N", help="random queries on which the loss is measured")
-    parser.add_argument(
-        "--screen-matcher", metavar="URI", help="a matcher whose vectors screen (default: the matcher's own pooled vectors)"
-    )
 
 
 def score_split(

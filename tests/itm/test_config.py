@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from itm.config import Part, Recipe, Strict, Train, load_recipe, parse_recipe
+from itm.config import Part, Recipe, Strict, Train, load_recipe, parse_recipe, resolve_recipe
 from itm.kinds import Kinds, build_part
 from tests.support.made_before import recorded, unpack
 
@@ -39,6 +39,56 @@ def test_extending_a_recipe_merges_sections_and_replaces_a_part_of_another_kind(
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.model.options == {}
     assert (recipe.train.lr, recipe.train.steps) == (0.1, 4)
+
+
+def chain(folder: Path, *files: str) -> Path:
+    """a.yaml, b.yaml, ... of these contents; returns the first."""
+    for name, text in zip("abcdef", files, strict=False):
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / "a.yaml"
+
+
+def test_two_hops_of_extends_are_read_and_a_third_one_names_the_way_out(tmp_path):
+    last = "name: x\nmodel: {kind: dual}\ntrain: {lr: 0.5}\n"
+    assert load_recipe(chain(tmp_path, "extends: b.yaml", "extends: c.yaml", last)).train.lr == 0.5
+    with pytest.raises(ValueError, match=r"a.* -> b\.yaml -> c\.yaml -> d\.yaml is more than 2 hops of `extends`; let b.* start from d"):
+        load_recipe(chain(tmp_path, "extends: b.yaml", "extends: c.yaml", "extends: d.yaml", last))
+
+
+@pytest.mark.parametrize("files", [["extends: a.yaml"], ["extends: b.yaml", "extends: ./a.yaml"]])
+def test_a_circle_of_extends_is_refused_by_name(tmp_path, files):
+    with pytest.raises(ValueError, match=r"`extends` goes in a circle, a\.yaml -> .*a\.yaml; take one of them out"):
+        load_recipe(chain(tmp_path, *files))
+
+
+def test_a_base_that_is_not_there_is_told_with_the_file_that_wants_it(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe at .*gone\.yaml, which .*a\.yaml extends"):
+        load_recipe(chain(tmp_path, "extends: gone.yaml"))
+    with pytest.raises(ValueError, match=r"extends takes the name of one recipe file, not \['b\.yaml'\]"):
+        load_recipe(chain(tmp_path, "extends: [b.yaml]"))
+
+
+def test_each_value_is_told_with_the_file_the_override_or_the_default_it_comes_from(tmp_path):
+    base = "name: base\nmodel: {kind: dual, options: {width: 8, image: {kind: conv}}}\ntrain: {lr: 0.1, steps: 3}\n"
+    first = chain(tmp_path, "extends: b.yaml\nname: x\nmodel: {kind: dual, options: {width: 9}}\n", base)
+    found = resolve_recipe(first, ["train.steps=4", "data.flip=true"])
+    origin = {key: found.origin(tuple(key.split(".")), value) for key, value in found.recipe.flat().items()}
+    assert {key: where for key, where in origin.items() if where != "default"} == {
+        "name": "a.yaml",
+        "model.kind": "a.yaml",
+        "model.options.width": "a.yaml",
+        "model.options.image.kind": "b.yaml",
+        "train.lr": "b.yaml",
+        "train.steps": "override",
+        "data.flip": "override",
+    }
+
+
+def test_what_a_replaced_part_was_told_has_no_origin_any_more(tmp_path):
+    first = chain(tmp_path, "extends: b.yaml\nname: x\nmodel: {kind: scan}\n", "name: b\nmodel: {kind: dual, options: {width: 8}}\n")
+    found = resolve_recipe(first)
+    assert found.recipe.model.options == {}
+    assert found.origin(("model", "options"), {}) == "default"
 
 
 def test_the_fingerprint_ignores_places_and_processes_but_no_choice():

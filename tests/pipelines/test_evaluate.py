@@ -12,9 +12,11 @@ from itm.evaluation.dataset import EncodedSplit, Names, encode_split, exact_rele
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.folder import build_matcher, save_matcher
+from itm.matchers.weights import weights_hash
 from itm.types import Encoded
-from pipelines import evaluate
 from pipelines.cli import stage_main
+from pipelines.evaluate import evaluate_scores
+from pipelines.evaluating import driver as evaluate
 from tests.support.small_split import records, small_run, write_split
 
 
@@ -107,7 +109,7 @@ def test_saved_scores_read_back_as_a_foreign_model_give_the_same_recalls(tmp_pat
     recipe = small_run(tmp_path)
     path = str(tmp_path / "scores.npy")
     own = evaluate.evaluate(recipe, save_scores=path)
-    foreign = evaluate.evaluate_scores(path, f"{path}.ids.json")
+    foreign = evaluate_scores(path, f"{path}.ids.json")
     for name in ("i2t_r1", "t2i_r5", "rsum", "i2t_medr"):
         assert foreign["metrics"][name] == own["metrics"][name]
     assert Path(tmp_path, "scores.evaluation.json").exists()
@@ -150,11 +152,11 @@ def test_the_table_of_a_score_file_shows_both_ways_with_chance(tmp_path, capsys)
 def test_the_same_weights_have_the_same_hash_and_others_do_not(tmp_path):
     recipe = small_run(tmp_path)
     matcher = itm.load_matcher(f"{recipe.folder}/matcher")
-    before = evaluate.weights_hash(matcher)
-    assert before == evaluate.weights_hash(itm.load_matcher(f"{recipe.folder}/matcher"))
+    before = weights_hash(matcher)
+    assert before == weights_hash(itm.load_matcher(f"{recipe.folder}/matcher"))
     with torch.no_grad():
         next(matcher.parameters()).view(-1)[0] += 1e-3
-    assert evaluate.weights_hash(matcher) != before
+    assert weights_hash(matcher) != before
 
 
 @pytest.mark.e2e
@@ -205,7 +207,7 @@ def test_an_ensemble_is_the_mean_of_its_members_scores_under_a_name_that_lists_t
     result = json.loads(written.read_text())
     relevance = exact_relevance("scenes", splits[0].names)
     assert result["metrics"] == pytest.approx(retrieval_metrics(mean, splits[0].positives, relevance))
-    assert result["matcher_hash"] == "+".join(map(evaluate.weights_hash, members))
+    assert result["matcher_hash"] == "+".join(map(weights_hash, members))
     assert result["matcher"] == f"{first} + {second}"
     assert result["score_type"] == "mean of DualEncoder + DualEncoder scores, fp32"
 

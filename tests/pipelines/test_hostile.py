@@ -27,8 +27,8 @@ from itm.data.records import MAX_CAPTION, MAX_PIXELS, MAX_REGION_BYTES, Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.text import build_tokenizer
 from itm.evaluation.dataset import encode_split
-from pipelines import teach as stage
-from pipelines.evaluate import flow_of
+from pipelines.evaluating.driver import flow_of
+from pipelines.teaching import driver as stage
 from pipelines.train import train
 from tests.support.noise_split import png, small_split
 from tests.support.small_teaching import recipe as teach_recipe

@@ -17,12 +17,12 @@ from itm.data import files
 from itm.matchers.folder import load_matcher_folder
 from itm.tracking.registry import client
 from pipelines import pack as packing
-from pipelines import teach as teaching
 from pipelines.evaluate import evaluate
 from pipelines.inspect import inspect
 from pipelines.register import register
 from pipelines.repair import repair
 from pipelines.report import report
+from pipelines.teaching import driver as teaching
 from pipelines.train import train
 from tests.support.noise_split import small_split
 from tests.support.s3_server import BUCKET, s3_server

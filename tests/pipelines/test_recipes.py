@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from itm.config import Recipe, load_recipe
 from pipelines import evaluate, pack, teach, train
-from pipelines.cli import RECIPES
+from pipelines.cli import RECIPES, stage_main
 from pipelines.debug import debug_twin
-from pipelines.list_recipes import markdown
+from pipelines.list_recipes import markdown, resolved
+from tests.support import ROOT
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+RECORDED = json.loads((ROOT / "tests" / "fixtures" / "recipes.json").read_text())
 PARTS: Any = {"data": {"image"}, "teachers": True, "model": True, "method": True}
 
 
@@ -36,6 +39,38 @@ def test_a_shipped_recipe_is_named_as_its_file_and_says_what_it_is(name: str):
     assert recipe.name == name
     assert recipe.about
     assert name.startswith("demo") or {"source", "published", "verified", "decisions"} <= set(recipe.paper)
+
+
+@pytest.mark.parametrize("name", sorted(RECORDED))
+def test_a_published_recipe_resolves_to_the_values_on_record(name: str):
+    """Which file a value is written in is free; what it is belongs to the published figures."""
+    assert shipped(name).model_dump(mode="json", exclude_defaults=True) == RECORDED[name]
+
+
+def test_every_published_recipe_is_on_record():
+    assert {name for name in NAMES if shipped(name).paper} == set(RECORDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_prints_as_the_yaml_of_its_values(name: str):
+    assert yaml.safe_load(resolved(name, ["seed=5"])) == shipped(name, "seed=5").model_dump(mode="json")
+
+
+def test_a_printed_recipe_says_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]):
+    assert stage_main("recipes", ["cusa-sgr-coco", "train.epochs=10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# cusa-sgr-coco.yaml extends cusa-sgr-f30k.yaml extends sgr-f30k.yaml"
+    said = {line.split("#")[0].strip(): line.split("# ")[1] for line in lines if "  # " in line}
+    assert said["epochs: 10"] == "override"
+    assert said["root: data/coco"] == "cusa-sgr-coco.yaml"
+    assert said["kind: cusa"] == "cusa-sgr-f30k.yaml"
+    assert said["sim_dim: 256"] == "sgr-f30k.yaml"
+    assert said["log_every: 10"] == "default"
+    assert all("#" in line for line in lines if not line.rstrip().endswith(":"))
+
+
+def test_a_printed_debug_twin_is_the_one_that_runs():
+    assert yaml.safe_load(resolved("sgr-f30k", ["seed=5"], debug=True)) == debug_twin(shipped("sgr-f30k", "seed=5")).model_dump(mode="json")
 
 
 def test_the_table_of_the_readme_is_made_from_the_recipes():

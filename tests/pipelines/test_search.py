@@ -9,6 +9,7 @@ from itm.config import Part
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
+from itm.retrieval import index as index_of
 from itm.tracking.registry import Tracker, promote
 from pipelines import search as stage
 from pipelines.cli import stage_main
@@ -59,8 +60,8 @@ def test_the_answers_are_those_of_scoring_every_pair(shards: str, tmp_path: Path
 
 def test_the_index_is_made_once_and_again_for_other_weights(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    whole = stage.encode_split
-    monkeypatch.setattr(stage, "encode_split", lambda *args: calls.append(args) or whole(*args))
+    whole = index_of.encode_split
+    monkeypatch.setattr(index_of, "encode_split", lambda *args: calls.append(args) or whole(*args))
     index = tmp_path / "index"
     for seed in (1, 1, 2, 1):
         folder = matcher_folder(tmp_path / "m", seed)

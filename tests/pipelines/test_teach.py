@@ -20,7 +20,8 @@ from itm.data.shards import read_manifest
 from itm.data.sidecar import find_store, open_store, read_sidecar
 from itm.teachers.identity import build_teacher, choice_of
 from itm.teachers.image import StatisticsTeacher
-from pipelines import teach as stage
+from itm.teachers.stores import store_for, stored_identity
+from pipelines.teaching import driver as stage
 from tests.support.small_teaching import SHUFFLED, SHUFFLED_TEXT, pack, recipe, samples, scenes, score_here
 
 pytest_plugins = ["tests.support.teaching_fixtures"]
@@ -108,7 +109,7 @@ def test_too_many_rejected_rows_fail_before_the_store_counts_as_done(here):
     with pytest.raises(ValueError, match=r"3 of 3 rows.*max_reject_rate=0\.01.*cannot decode"):
         stage.teach(wanted)
     with pytest.raises(ValueError, match=r"no soft-label store of the image teacher 'statistics'.*itm teach"):
-        stage.store_for(wanted, "train", "image")
+        store_for(wanted, "train", "image")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_worker_with_other_weights_is_refused(here):
     manifest = pack(here, scenes(2))
     job = stage.Job.of(recipe(here, {"kind": "statistics"}), "train", "image", Part(kind="statistics"))
     teacher = build_teacher(job.part, "image")
-    identity = stage.stored_identity(teacher, "fp16") | {"revision": "other"}
+    identity = stored_identity(teacher, "fp16") | {"revision": "other"}
     with pytest.raises(ValueError, match="other weights of 'hsv-pyramid'"):
         list(score_here(job, str(here / "store"), manifest.shards, identity, prepare=teacher.prepare))
 
@@ -157,9 +158,9 @@ def test_a_store_is_found_by_kind_options_and_type_alone(here, monkeypatch):
     wanted = recipe(here, {"kind": "statistics", "options": {"size": 32}})
     uri = stage.teach(wanted)["image"]
     monkeypatch.setattr(stage, "build_teacher", None)
-    assert stage.store_for(wanted, "train", "image").uri == uri
+    assert store_for(wanted, "train", "image").uri == uri
     with pytest.raises(ValueError, match="itm teach"):
-        stage.store_for(recipe(here, {"kind": "statistics"}), "train", "image")
+        store_for(recipe(here, {"kind": "statistics"}), "train", "image")
 
 
 # --- the shuffled control -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from itm.config import load_recipe
 from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.matchers.folder import load_matcher_folder
-from pipelines.train import check_room, train
+from pipelines.train import train
+from pipelines.training.group import check_room
 from tests.support.noise_split import every_sample, small_split, world
 from tests.support.small_training import die_at, final, recipe, same, splits
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from itm.data import sidecar as s
-from pipelines import teach as stage
 from pipelines.cli import stage_main
-from pipelines.verify import TOLERANCE, verify
+from pipelines.teaching import driver as stage
+from pipelines.teaching.recompute import TOLERANCE, verify
 from tests.support.small_teaching import SHUFFLED, SHUFFLED_TEXT, pack, recipe, scenes
 
 pytest_plugins = ["tests.support.teaching_fixtures"]

@@ -62,8 +62,9 @@ def plain(root: Path, steps: int, whole_step: bool) -> dict[str, float]:
     from itm.data.pairs import Pairs, Work
     from itm.training.optim import build_optimizer
     from itm.training.step import Step
-    from pipelines.train import located, prepare
-    from pipelines.training.worker import build_method
+    from pipelines.training.driver import located
+    from pipelines.training.job import build_method
+    from pipelines.training.preparation import prepare
 
     at = located(recipe(root, 0, steps))
     job = prepare(at, read_manifest(f"{root}/train"))

@@ -125,9 +125,10 @@ def ensemble(first: Recipe, second: Recipe) -> dict[str, float]:
     import itm
     from itm.data import files
     from itm.data.shards import read_manifest
+    from itm.evaluation.dataset import exact_relevance
     from itm.evaluation.metrics import retrieval_metrics
     from itm.evaluation.scoring import score_matrix
-    from pipelines.evaluate import encode, exact_relevance
+    from pipelines.evaluating.driver import encode
 
     split = files.join(first.data.root, first.data.test_split)
     manifest = read_manifest(split)

@@ -12,7 +12,7 @@ from itm.data.manifest import Manifest
 from itm.data.records import Record
 from itm.data.shards import Sample, read_manifest, read_samples, write_manifest, write_shard
 from itm.data.sources.scenes import Scenes
-from pipelines import teach as stage
+from pipelines.teaching.actors import Prepare, Score, Written
 
 SHUFFLED = {"kind": "shuffled", "options": {"of": {"kind": "scenes_image", "options": {"world": "tiny"}}, "seed": 7}}
 
@@ -50,8 +50,8 @@ def score_here(job, uri, todo, identity, *, prepare):
     """The two operators without Ray between them."""
     for shard in todo:
         row = {"shard": [f"{job.split_uri}/{shard.name}"], "header": [json.dumps(vars(job.header(shard, identity)))]}
-        actor = stage.Score(job.part, job.modality, uri, 3)
-        (written,) = actor(stage.Prepare(job.modality, prepare)(pa.table(row))).to_pylist()
+        actor = Score(job.part, job.modality, uri, 3)
+        (written,) = actor(Prepare(job.modality, prepare)(pa.table(row))).to_pylist()
         if error := written.pop("error"):
             raise ValueError(error)
-        yield stage.Written(**written)
+        yield Written(**written)

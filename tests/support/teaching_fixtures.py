@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines import teach as stage
+from pipelines.teaching import driver as stage
 from tests.support.small_teaching import score_here
 
 

@@ -9,16 +9,16 @@ gain (docs/methods/uarda.md#pruned-share).
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from itm.matchers.late import Prune
 from itm.matchers.late.base import gram, parts_of, raw_scores
 from itm.matchers.late.uarda_attention import Attention
 from itm.types import Encoded
 
-Prune = Literal["off", "on", "auto"]
 # Pruned share from which packing the survivors costs less than computing all. Measured on a CPU at 36 x 1024 regions, 8 to 14 words:
 # at par at 0 (words ask) and 0.4 (regions ask); 23 % of all time saved at 0.9, where the similarities are 0.9 of what is left.
 BREAK_EVEN = 0.3

@@ -18,8 +18,8 @@ from itm.evaluation.scoring import score_matrix
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, TileStore, fill
 from itm.types import Encoded
-from pipelines import evaluate
-from pipelines.on_ray.scoring import How
+from pipelines.evaluating import driver as evaluate
+from pipelines.on_ray.options import How
 from tests.support import oracles
 from tests.support.small_split import small_run
 from tests.support.word_matcher import Words, world

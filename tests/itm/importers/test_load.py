@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from itm.importers.checkpoint import import_checkpoint
 from itm.importers.clip import RENAMED
 from itm.importers.load import load_official
 from itm.matchers.folder import load_matcher_folder
 from itm.matchers.late.sgraf import SGR
 from itm.types import Captions, Images
-from pipelines.import_checkpoint import import_checkpoint
 from tests.support import GOLDEN
 from tests.support.openai_names import openai_names, tiny_clip
 

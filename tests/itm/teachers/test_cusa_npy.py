@@ -16,7 +16,7 @@ from itm.data.shards import Sample
 from itm.data.sidecar import open_store
 from itm.teachers.cusa_npy import CusaNpyTeacher, read_dict
 from itm.teachers.identity import build_teacher
-from pipelines import teach as stage
+from pipelines.teaching import driver as stage
 from tests.support.small_teaching import pack, recipe, samples, scenes, score_here
 
 

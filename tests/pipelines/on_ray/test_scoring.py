@@ -9,10 +9,10 @@ from itm.config import Part
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.text import WordVocabulary
 from itm.matchers.folder import build_matcher, save_matcher
-from pipelines import evaluate
 from pipelines.cli import stage_main
+from pipelines.evaluating import driver as evaluate
 from pipelines.on_ray import scoring as score
-from pipelines.on_ray.scoring import How
+from pipelines.on_ray.options import How
 from tests.support.small_split import records, small_run
 
 UARDA = Part(

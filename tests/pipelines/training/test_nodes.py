@@ -24,8 +24,10 @@ from itm.config import Recipe
 from itm.data.shards import read_manifest
 from itm.tracking.registry import Tracker
 from itm.training.checkpoint import State, latest
-from pipelines.train import prepare, train
-from pipelines.training.worker import Job, work
+from pipelines.train import train
+from pipelines.training.job import Job
+from pipelines.training.preparation import prepare
+from pipelines.training.worker import work
 from tests.support.registry_world import free_ports
 from tests.support.small_training import final, recipe, same, splits
 

@@ -1,0 +1,21 @@
+"""The arguments of `itm bench`. No torch here: the command line shows them."""
+
+from __future__ import annotations
+
+import argparse
+
+KINDS = ("SCAN t2i", "SCAN i2t", "SGR", "SAF", "UARDA")
+WHATS = ("scoring", "metrics", "all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=WHATS, default="all", help="scoring against published loops, metrics at COCO 5K size")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--every", type=int, default=5, help="the peer scores every n-th caption: by default 100 x 100, as published")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile; the first round, which is not timed, compiles")
+    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
+    parser.add_argument("--json", metavar="FILE", help="also write every figure")
+    parser.add_argument("--plot", metavar="SVG", help="also draw the ratios")

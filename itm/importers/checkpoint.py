@@ -1,0 +1,55 @@
+"""An authors' checkpoint as a matcher folder: weights, and the preparation they were trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from itm.data.preprocess import ImageInput, Inputs
+from itm.data.text import HFTokenizer, WordVocabulary
+from itm.importers.load import load_official
+from itm.matchers.folder import save_matcher
+
+MAX_LENGTH = {"uniter": 60, "clip": 77}
+"""Tokens a caption, start and end included. SCAN and SGRAF never cut a caption; 256 is beyond any."""
+
+
+def import_checkpoint(
+    checkpoint: str | Path, output: str | Path, *, vocab: str | Path | None = None, tokenizer: str | None = None, **needed: Any
+) -> nn.Module:
+    """Read, check and write; returns the matcher with its `inputs`.
+
+    Raises ValueError as `load_official`, and when the vocabulary is missing or of another size than the weights.
+    """
+    matcher = load_official(checkpoint, **needed)
+    kind = str(matcher.kind)
+    words = _word_embeddings(matcher)
+    reader = _tokenizer(kind, vocab, tokenizer)
+    if reader.vocab_size > words or (kind not in MAX_LENGTH and reader.vocab_size != words):
+        raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give its own file")
+    matcher.inputs = Inputs(_image_input(matcher, kind), reader)  # type: ignore[assignment]
+    save_matcher(matcher, output)
+    return matcher
+
+
+def _tokenizer(kind: str, vocab: str | Path | None, tokenizer: str | None) -> Any:
+    if kind in MAX_LENGTH:
+        if tokenizer is None:
+            raise ValueError(f"a {kind} checkpoint needs --tokenizer: the Hugging Face tokenizer (or CLIP merges file) it was trained with")
+        return HFTokenizer(tokenizer, max_length=MAX_LENGTH[kind], clean=False)
+    if vocab is None:
+        raise ValueError(f"a {kind} checkpoint needs --vocab: the order of its words is arbitrary, it must travel with the weights")
+    return WordVocabulary.from_json(vocab, max_length=256, clean=False)
+
+
+def _word_embeddings(matcher: nn.Module) -> int:
+    """Rows of the word embedding: the largest embedding of the text side."""
+    return max(module.num_embeddings for module in matcher.modules() if isinstance(module, nn.Embedding))
+
+
+def _image_input(matcher: Any, kind: str) -> ImageInput:
+    if kind == "clip":
+        return ImageInput(kind="pixels", size=matcher.backbone.config.vision_config.image_size, crop="center")
+    return ImageInput(kind="regions", max_regions=getattr(matcher, "regions", 100 if kind == "uniter" else 36))

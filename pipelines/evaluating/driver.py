@@ -1,0 +1,152 @@
+"""The driver of `itm evaluate`: encode the split once, score it, run the protocol, write the result and what was rejected."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import itm
+from itm.config import Recipe
+from itm.data import files
+from itm.data.manifest import CHANGED, check_present
+from itm.data.shards import Manifest, read_manifest
+from itm.distributed import own_device
+from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
+from itm.evaluation.protocols import Scored, check_protocol, run_protocol
+from itm.matchers.weights import weights_hash
+from pipelines.evaluating import FORMAT
+from pipelines.evaluating.result import content, output_of, stored, track
+from pipelines.evaluating.score_file import write_scores
+from pipelines.on_ray.options import IN_MEMORY, How
+from pipelines.on_ray.scoring import notes, score_split
+
+# Below this many captions one process is done before workers have imported torch.
+IN_PROCESS_CAPTIONS = 20_000
+
+
+def evaluate(
+    recipe: Recipe,
+    matcher_uri: str | Sequence[str] | None = None,
+    split: str | None = None,
+    *,
+    protocol: str | None = None,
+    tie: str = "pessimistic",
+    how: How = IN_MEMORY,
+    save_scores: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
+
+    Several matchers are an ensemble, whose score is the mean of theirs.
+    Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
+    """
+    split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
+    check_protocol(protocol)
+    split_uri = files.absolute(files.join(recipe.data.root, split))
+    uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
+    members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
+    matchers = [itm.load_matcher(uri) for uri in members]
+    screener = itm.load_matcher(how.screen_matcher) if how.screen and how.screen_matcher else None
+    manifest = read_manifest(split_uri)
+    output = how.named(output_of(recipe, uris, split, protocol))
+    identity = {
+        "format": FORMAT,
+        "split": split,
+        "split_hash": manifest.fingerprint(),
+        "matcher_hash": "+".join(map(weights_hash, matchers)),
+        "protocol_name": protocol,
+        "tie": tie,
+    } | how.identity(weights_hash(screener) if screener else None)
+    if not save_scores and (done := stored(output, identity)):
+        return done
+    started = time.perf_counter()
+    check_present(split_uri, manifest)
+    files.remove_abandoned(recipe.folder)
+    seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
+    screen = encode(screener, split_uri, manifest, recipe) if screener else None
+    encoded = agreed([*seen, screen] if screen else seen, split_uri)
+    flow = flow_of(encoded, split_uri, manifest)
+    scored = score(matchers, seen, manifest, recipe, how, screen)
+    outcome = run_protocol(protocol, scored, tie)
+    result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
+    result |= {
+        "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
+        "matcher": " + ".join(members),
+        "split_uri": split_uri,
+        "rejected": len(encoded.problems),
+        **flow,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if save_scores:
+        write_scores(save_scores, scored)
+    _write(output, result, encoded)
+    if not uris and not how.screen:
+        track(recipe, result, output)
+    return result
+
+
+def _write(output: str, result: dict[str, Any], encoded: EncodedSplit) -> None:
+    """The result, and beside it what was rejected."""
+    if encoded.problems:
+        files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
+    files.write_atomic(output, json.dumps(result, indent=1).encode())
+
+
+def agreed(seen: Sequence[EncodedSplit], split_uri: str) -> EncodedSplit:
+    """The split as the first member sees it. Raises ValueError when another one had to leave out other images."""
+    first = seen[0]
+    for number, other in enumerate(seen[1:], 2):
+        lost = set(first.names.image_keys) ^ set(other.names.image_keys)
+        if lost:
+            raise ValueError(f"{split_uri}: only one of the matchers 1 and {number} can read {len(lost)} images, e.g. {min(lost)!r}")
+    return first
+
+
+def score_type(matchers: Sequence[Any], precision: str) -> str:
+    kinds = " + ".join(type(matcher).__name__ for matcher in matchers)
+    return f"mean of {kinds} scores, {precision}" if len(matchers) > 1 else f"{kinds} score, {precision}"
+
+
+def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
+    """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
+    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" for p in encoded.problems)
+    if out + rejected != manifest.samples:
+        raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
+    return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
+
+
+def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
+    """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
+    size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
+    if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
+        pieces = [encode_shard(matcher, uri, sha256, size, device=own_device()) for uri, sha256 in shards]
+    else:
+        pieces = _encode_by_tasks(matcher, shards, size)
+    return checked(pieces, split_uri, recipe.data.max_reject_rate)
+
+
+def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: int) -> list[EncodedSplit]:
+    import ray
+
+    from pipelines.on_ray.session import connect, core
+
+    connect()
+    gpu = ray.cluster_resources().get("GPU", 0) > 0
+    task = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
+    shared = ray.put(matcher.cpu())
+    try:
+        return ray.get([task.remote(shared, *shard, batch_size, None, "cuda" if gpu else "cpu") for shard in shards])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def score(
+    matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY, screen: Any = None
+) -> Scored:
+    """All pairs, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`); the mean over matchers."""
+    identity = {"split_hash": manifest.fingerprint(), "matcher_hash": "+".join(map(weights_hash, matchers))}
+    scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder), identity, screen)
+    first = seen[0]
+    return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)

@@ -1,0 +1,112 @@
+"""The two operators of `itm teach`: shards -> decode or clean (Ray tasks) -> the teacher (actor pool), which writes the sidecar."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from itm.config import Part
+from itm.data import sidecar
+from itm.data.records import Problem
+from itm.data.shards import Sample, read_samples
+from itm.distributed import own_device
+from itm.teachers.identity import Modality, build_teacher, embed_in_batches
+from itm.teachers.stores import stored_identity
+
+_STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
+_PREPARED = pa.schema(
+    {"error": pa.string(), "header": pa.string(), "keys": _STRINGS, "captions": _STRINGS, "problems": _STRINGS, "payloads": _BINARIES}
+)
+_WRITTEN = pa.schema({"rows": pa.int64(), "actor": pa.string(), "began": pa.float64(), "ended": pa.float64(), "error": pa.string()})
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sidecar that was written: its rows, and when (seconds since 1970) which teacher actor had it in hand."""
+
+    rows: int
+    actor: str = ""
+    began: float = 0.0
+    ended: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Shards -> what the teacher reads: one table row a shard, one list element a sample (or caption).
+
+    What the user can mend travels as text in `error`: Ray loses the type of an exception on its way to the driver.
+    """
+
+    modality: Modality
+    prepare: Callable[[Any], bytes]
+
+    def __call__(self, shards: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
+
+    def _shard(self, shard: str, header: str) -> dict[str, Any]:
+        try:
+            return self._rows(shard, header)
+        except (OSError, ValueError) as error:
+            return {"error": f"{shard}: {error}", "header": header}
+
+    def _rows(self, shard: str, header: str) -> dict[str, Any]:
+        keys, captions, problems, payloads, unreadable = [], [], [], [], []
+        for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
+            if isinstance(sample, Problem):
+                unreadable += [[sample.key, sample.reason]] if sample.what != "caption" else []
+                continue
+            for row in [sample] if self.modality == "image" else sample.captions:
+                payload, problem = self._row(row)
+                keys.append(sample.key)
+                captions.append("" if isinstance(row, Sample) else row.id)
+                payloads.append(payload)
+                problems.append(problem)
+        known = json.dumps(json.loads(header) | {"unreadable": unreadable})
+        return {"header": known, "keys": keys, "captions": captions, "problems": problems, "payloads": payloads}
+
+    def _row(self, row: Any) -> tuple[bytes, str | None]:
+        try:
+            return self.prepare(row), None
+        except ValueError as error:
+            return b"", str(error)
+
+
+class Score:
+    """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
+
+    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
+        self.teacher = build_teacher(part, modality).to(own_device())
+        self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
+
+    def __call__(self, shards: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._shard(shards.slice(k, 1)) for k in range(len(shards))], _WRITTEN)
+
+    def _shard(self, shard: pa.Table) -> dict[str, Any]:
+        if shard["error"][0].is_valid:
+            return {"error": shard["error"][0].as_py()}
+        began = time.time()
+        try:
+            return {"rows": self._write(shard), "actor": self.name, "began": began, "ended": time.time()}
+        except (OSError, ValueError) as error:
+            return {"error": str(error)}
+
+    def _write(self, shard: pa.Table) -> int:
+        header = sidecar.Header(**json.loads(shard["header"][0].as_py()))
+        if sidecar.teacher_id(stored_identity(self.teacher, header.dtype)) != sidecar.teacher_id(header.identity):
+            raise ValueError(f"this node has other weights of {header.identity['model']!r} than the driver; give every node the same")
+        keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
+        payloads = shard["payloads"][0].values
+        ok = np.array([p is None for p in problems], dtype=bool)
+        vectors = np.zeros((len(keys), self.teacher.width), np.float32)
+        chosen = [payloads[int(row)].as_py() for row in np.flatnonzero(ok)]
+        if chosen:
+            vectors[ok] = embed_in_batches(self.teacher, chosen, self.batch_size)
+        target = sidecar.sidecar_uri(self.store, header.shard)
+        return sidecar.write_sidecar(target, header, keys, vectors, captions, problems).rows

@@ -1,0 +1,207 @@
+"""The driver of `itm teach`: it finds out what is missing, has it scored, and closes the store."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from itm.config import Part, Recipe
+from itm.data import files, sidecar
+from itm.data.manifest import check_present
+from itm.data.records import Problem
+from itm.data.shards import Manifest, ShardInfo, read_manifest
+from itm.teachers.identity import Modality, build_teacher, choice_of
+from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
+from itm.teachers.stores import stored_identity, stores_root
+from pipelines.teaching.actors import Prepare, Score, Written
+
+ACTOR_CPUS = 0.25
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+
+
+def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:
+    """Make (or complete) the stores that a recipe asks for; returns modality -> store URI.
+
+    Raises ValueError when no teacher is named, nothing can be written, a teacher gives unusable vectors, or too many rows are rejected.
+    """
+    split = split or recipe.data.train_split
+    parts: dict[Modality, Part] = {m: part for m in MODALITIES if (part := getattr(recipe.teachers, m)) is not None}
+    if not parts:
+        raise ValueError(f"recipe {recipe.name!r} names no teacher: set teachers.image and/or teachers.text")
+    return {modality: _make_store(Job.of(recipe, split, modality, part)) for modality, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One store to make."""
+
+    recipe: Recipe
+    split: str
+    modality: Modality
+    part: Part
+    split_uri: str
+    root: str
+    manifest: Manifest
+
+    @classmethod
+    def of(cls, recipe: Recipe, split: str, modality: Modality, part: Part) -> Job:
+        folder = files.absolute(files.join(recipe.data.root, split))
+        root = stores_root(recipe, split)
+        files.check_writable(root)
+        manifest = read_manifest(folder)
+        check_present(folder, manifest)
+        return cls(recipe, split, modality, part, folder, root, manifest)
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        return choice_of(self.part, self.modality, self.recipe.teachers.dtype)
+
+    def header(self, shard: ShardInfo, identity: dict[str, Any]) -> sidecar.Header:
+        return sidecar.Header(identity, self.modality, self.recipe.teachers.dtype, shard.name, shard.sha256)
+
+
+def _make_store(job: Job) -> str:
+    """Everything that has no valid sidecar yet, then the receipt of the whole."""
+    if job.part.kind == SHUFFLED:
+        shuffle = shuffle_of(job.part)
+        base = sidecar.open_store(_make_store(replace(job, part=shuffle.of)))
+        identity = shuffled_identity(base.identity, shuffle.seed, job.manifest)
+        work = partial(_permute, base=base, seed=shuffle.seed)
+    else:
+        teacher = build_teacher(job.part, job.modality)
+        identity = stored_identity(teacher, job.recipe.teachers.dtype)
+        work = partial(_score, prepare=teacher.prepare)
+        del teacher  # its weights would lie beside those of the actors
+    uri = files.join(job.root, sidecar.teacher_id(identity))
+    with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
+        done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
+    todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
+    started = time.perf_counter()
+    written = list(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
+    counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
+    return _finish(job, uri, identity, counts | busy(written))
+
+
+def _is_done(store: str, shard: ShardInfo, identity: dict[str, Any]) -> bool:
+    header = sidecar.read_header(sidecar.sidecar_uri(store, shard.name))
+    if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.FORMAT:
+        return False
+    return sidecar.teacher_id(header.identity) == sidecar.teacher_id(identity)
+
+
+def busy(written: Sequence[Written]) -> dict[str, float]:
+    """`actor_busy`: share of their time, from an actor's first shard to the last of all, that the actors did not wait for decoded rows."""
+    actors = {w.actor for w in written if w.actor}
+    if not actors:
+        return {}
+    end = max(w.ended for w in written)
+    alive = sum(end - min(w.began for w in written if w.actor == actor) for actor in actors)
+    return {"actor_busy": sum(w.ended - w.began for w in written) / alive}
+
+
+def _progress(written: Iterator[Written], total: int, title: str) -> Iterator[Written]:
+    from tqdm import tqdm
+
+    return iter(tqdm(written, title, total, unit="shard", mininterval=1, disable=not total))
+
+
+def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> str:
+    """Check the whole store, list what was rejected, log the run, and write store.json last."""
+    files.remove_abandoned(uri)
+    sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
+    problems = [problem for s in sidecars for problem in _problems(s)]
+    rows = sum(s.header.rows for s in sidecars)
+    expected = job.manifest.samples if job.modality == "image" else job.manifest.captions
+    if rows != expected:
+        raise ValueError(
+            f"{uri}: {rows} rows for {expected} in the manifest of {job.split_uri}; the manifest is out of date: run `itm pack`"
+        )
+    quarantine = files.join(uri, "quarantine.jsonl")
+    if problems or files.exists(quarantine):
+        files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
+    seen = rows + sum(len(s.header.unreadable) for s in sidecars)
+    whole = sum(int(s.ok.sum()) for s in sidecars)
+    assert seen == whole + len(problems), (seen, whole, len(problems))
+    if len(problems) > job.recipe.data.max_reject_rate * seen:
+        raise ValueError(
+            f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "
+            f"the first: {problems[0].reason}; all are in {quarantine}"
+        )
+    headers = {s.header.shard: s.header for s in sidecars}
+    if counts["shards_scored"] or not files.exists(files.join(uri, "store.json")):
+        flow = {"rows_in": seen, "rows_out": whole, "rows_rejected": len(problems)}
+        _track(job, uri, identity, counts | flow | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
+    return sidecar.write_store(job.root, job.choice, headers, identity)
+
+
+def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
+    captions = rows.captions or [""] * len(rows.keys)
+    for key, caption, reason in zip(rows.keys, captions, rows.problems, strict=True):
+        if reason is not None:
+            yield Problem(key, rows.header.shard, "teach", f"caption {caption}: {reason}" if caption else reason)
+    for key, reason in rows.header.unreadable:
+        yield Problem(key, rows.header.shard, "read", reason)
+
+
+def _track(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> None:
+    """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
+    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.registry import Tracker
+
+    params = {f"teacher.{name}": value for name, value in identity.items()} | {"split": job.split, "modality": job.modality, "store": uri}
+    data = [DatasetRef(job.split, job.manifest.fingerprint(), job.split_uri, "teaching")]
+    name, tags = f"teach {job.split} {sidecar.teacher_id(identity)}", {"stage": "teach", "teacher_id": sidecar.teacher_id(identity)}
+    with Tracker.start(job.recipe.registry.experiment, name, params, tags, data) as tracker:
+        if counts["rows_scored"]:
+            counts["rows_per_second"] = counts["rows_scored"] / counts["seconds"]
+        tracker.metrics(counts)
+
+
+def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, base: sidecar.Store, seed: int) -> Iterator[Written]:
+    """Write the sidecars of a shuffled store from those of its base store."""
+    shards = {shard.name: shard for shard in todo}
+    for name, rows in shuffled_rows(base, job.manifest, seed, shards) if todo else ():
+        target = sidecar.sidecar_uri(uri, name)
+        done = sidecar.write_sidecar(target, job.header(shards[name], identity), rows.keys, rows.vectors, rows.captions, rows.problems)
+        yield Written(done.rows)
+
+
+def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, prepare: Callable[[Any], bytes]) -> Iterator[Written]:
+    """Score the shards in any order; yields each as its sidecar is written.
+
+    A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,
+    a quarter each: if they held all of them they would wait for ever for the tasks that feed them.
+    """
+    if not todo:
+        return
+    import ray
+
+    from pipelines.on_ray.session import connect, core
+
+    connect()
+    teachers = job.recipe.teachers
+    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    actors = max(1, min(teachers.actors, len(todo), int(cpus / 2 / ACTOR_CPUS)))
+    rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
+    dataset = (
+        ray.data.from_items(rows, override_num_blocks=len(rows))
+        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
+        .map_batches(
+            Score,
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size),
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=ACTOR_CPUS,
+            num_gpus=min(1.0, gpus / actors) if gpus else None,
+        )
+    )
+    for row in dataset.iter_rows():
+        if (error := row.pop("error")) is not None:
+            raise ValueError(error)
+        yield Written(**row)

@@ -1,0 +1,135 @@
+"""The driver of `itm train`: it recognises or opens the run, has the workers train, and writes the receipt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from itm.config import Recipe
+from itm.data import files
+from itm.data.formats import read_json
+from itm.data.manifest import Manifest
+from itm.data.shards import read_manifest
+from itm.tracking.lineage import DatasetRef, git_commit
+from itm.tracking.registry import Tracker, tracking_uri
+from pipelines.training import FORMAT
+from pipelines.training.group import run_group
+from pipelines.training.job import START, Job
+from pipelines.training.preparation import prepare
+from pipelines.training.worker import work
+
+
+def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+    if recipe.evaluation.ensemble:
+        members = ", ".join(recipe.evaluation.ensemble)
+        raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
+    identity, given = recipe.fingerprint(), recipe
+    recipe = located(recipe)
+    files.check_writable(recipe.folder)
+    if overwrite:
+        forget(recipe.folder)
+    for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
+        files.remove_abandoned(folder)
+    manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+    finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
+    _check_same(recipe.folder, (finished, started), given, manifest)
+    if finished:
+        print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
+        return finished
+    job = prepare(recipe, manifest)
+    teachers = {modality: store.teacher for modality, store in job.stores.items()}
+    about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    with tracked(job, about, started) as tracker:
+        job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
+        summary = execute(job)
+        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary}
+        done["matcher"] = files.join(recipe.folder, "matcher")
+        files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
+        flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
+        flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
+        tracker.metrics(flow, step=summary["steps"])
+    return done
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, for processes with another working directory."""
+    data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
+    text = recipe.text
+    if text.path and files.exists(text.path):
+        text = text.model_copy(update={"path": files.absolute(text.path)})
+    return recipe.model_copy(update={"data": data, "text": text, "output": files.absolute(recipe.output)})
+
+
+@contextmanager
+def tracked(job: Job, about: dict[str, Any], started: dict[str, Any] | None) -> Iterator[Tracker]:
+    """The MLflow run of this training: a new one, or that of the interrupted run it continues."""
+    recipe = job.recipe
+    if started and started["tracking_uri"] == tracking_uri():
+        tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
+    else:
+        source = job.split(recipe.data.train_split)
+        tracker = Tracker.start(
+            recipe.registry.experiment,
+            recipe.name,
+            recipe.flat(),
+            {"stage": "train", **about},
+            [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
+            system_metrics=True,
+        )
+        said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
+        files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
+    with tracker:
+        yield tracker
+
+
+def execute(job: Job) -> dict[str, Any]:
+    train = job.recipe.train
+    with tqdm(total=job.course.steps, desc=f"train {job.recipe.name}", unit="step", mininterval=1) as bar:
+
+        def show(done: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+
+        if train.workers:
+            return run_group(job, show)
+        device = torch.device("cuda" if train.use_gpu else "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
+        return work(job, device, show)
+
+
+def forget(folder: str) -> None:
+    """Delete what an earlier run wrote; run.json first, so that no half of it looks finished."""
+    for name in ("run.json", "started.json", "losses.jsonl"):
+        if files.exists(uri := files.join(folder, name)):
+            files.delete(uri)
+    inner = [uri for name in ("checkpoints", START) for uri in files.list_files(files.join(folder, name))]
+    for uri in (*inner, *files.list_files(folder, ".jsonl")):
+        files.delete(uri)
+
+
+def _read(uri: str) -> dict[str, Any] | None:
+    return read_json(uri, FORMAT) if files.exists(uri) else None
+
+
+def _check_same(folder: str, earlier: tuple[dict[str, Any] | None, ...], recipe: Recipe, manifest: Manifest) -> None:
+    """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
+    recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
+    same: dict[str, list[str | None]] = {
+        "recipe_fingerprint": [recipe.fingerprint(), recipe.whole_fingerprint(recorded) if recorded else None],
+        "manifest": [manifest.fingerprint()],
+    }
+    for said in filter(None, earlier):
+        for what, values in same.items():
+            if said[what] not in values:
+                raise ValueError(
+                    f"{folder} holds a run with {what} {said[what]}, this one has {values[0]}; give the run another name=, or --overwrite"
+                )

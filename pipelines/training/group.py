@@ -1,0 +1,86 @@
+"""The worker group of Ray Train: started for a job, watched while it trains, its errors told as the user's own."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from itm.config import Recipe
+from itm.data import files
+from pipelines.on_ray.progress import Board, watched
+from pipelines.on_ray.stream import PrepareActor
+from pipelines.training.job import Job
+from pipelines.training.worker import work
+
+
+def run_group(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
+    """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
+
+    With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
+    """
+    from pipelines.on_ray.session import connect
+
+    connect()
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    train = job.recipe.train
+    check_room(job.recipe, ray.cluster_resources().get("CPU", 0.0))
+    # On the driver's node: elsewhere it would die with a node whose workers can be replaced, and take the run with it.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
+    workers = (train.min_workers, train.workers) if train.min_workers else train.workers
+    trainer = TorchTrainer(
+        worker_entry,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "board": board},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu),  # type: ignore[arg-type]  # as well
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
+            name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
+            storage_path=files.join(job.folder, "ray"),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    with watched(board, show):
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            raise cause_of(error) from None
+    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    return summary
+
+
+def check_room(recipe: Recipe, cpus: float) -> None:
+    """Raises ValueError where trainers on CPUs would leave none to the actors that decode for them, and both wait for ever."""
+    train, data = recipe.train, recipe.data
+    wanted = train.workers * (1 + PrepareActor.CPUS * data.decode_workers)
+    if data.decode == "actors" and not train.use_gpu and train.workers <= cpus < wanted:
+        raise ValueError(
+            f"train.workers={train.workers} and their decoding actors need {wanted:g} CPUs, the cluster has {cpus:g}: "
+            "set data.decode=trainer, or start another node"
+        )
+
+
+def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
+    from ray.train.torch import get_device
+
+    board = config["board"]
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # ranks on one machine would fight for its cores
+    return work(config["job"], get_device(), lambda done, loss: board.put.remote(done, loss))
+
+
+def cause_of(error: Exception) -> Exception:
+    """A ValueError that a worker raised for the user, else Ray's own report."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        inner = getattr(failure, "cause", failure)
+        if isinstance(inner, ValueError):
+            return ValueError(str(inner))
+    return error

@@ -1,0 +1,57 @@
+"""A checked training run, as the driver hands it to the workers, and how each of them builds what it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from itm.config import Recipe
+from itm.data import files
+from itm.data.manifest import Manifest
+from itm.data.preprocess import Inputs
+from itm.data.sidecar import Store
+from itm.kinds import build_part
+from itm.matchers.folder import build_matcher, take_weights
+from itm.methods import METHODS
+from pipelines.training.course import Course
+
+START = "start"  # the matcher that a run fine-tunes, copied into its folder: an alias may move while it trains
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked training run. Every path in it is absolute: a Ray worker has another working directory."""
+
+    recipe: Recipe
+    manifest: Manifest
+    course: Course
+    inputs: Inputs
+    stores: dict[str, Store]
+    run_id: str
+    tracking_uri: str
+
+    @property
+    def folder(self) -> str:
+        return self.recipe.folder
+
+    @property
+    def checkpoints(self) -> str:
+        return files.join(self.folder, "checkpoints")
+
+    def split(self, name: str) -> str:
+        return files.join(self.recipe.data.root, name)
+
+
+def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
+    """The method around a matcher, fresh (the same weights for the same seed) or with the weights of `train.start`.
+
+    Raises ValueError for what cannot run together.
+    """
+    torch.manual_seed(recipe.seed)
+    matcher = build_matcher(recipe.model, inputs)
+    if recipe.train.start:
+        take_weights(matcher, files.join(recipe.folder, START))
+    method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    return method

@@ -1,0 +1,108 @@
+"""What a rank does between steps, one function a moment: log, validate, checkpoint; and finish, after the last of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from itm.data import files
+from itm.distributed import all_reduce_sum, rank
+from itm.evaluation.dataset import encode_split
+from itm.evaluation.metrics import retrieval_metrics
+from itm.evaluation.scoring import score_matrix
+from itm.matchers.folder import save_matcher
+from itm.training.checkpoint import Best, best_uri, read_weights, save_checkpoint, write_weights
+from itm.training.compiled import as_written
+from itm.training.optim import scalars
+from pipelines.training.rank import Rank
+
+Report = Callable[[int, float], None]
+"""(steps done, loss), called on rank 0 at every logged step."""
+
+
+def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
+    """Losses, learning rate, speed and rejected pairs of all ranks, into the state and the tracker."""
+    rejected = all_reduce_sum(torch.tensor(float(len(here.problems.rows)), device=here.step.device))
+    # Pairs of all ranks a second, in this process's share of the run, validation and checkpoints not counted.
+    speed = (done - here.first) * here.course.plan.global_batch / max(here.clock.here, 1e-9)
+    rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": float(rejected)}
+    values = losses | rates | dict(scalars(here.step.plain))
+    here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
+    if here.tracker:
+        here.tracker.metrics(values, step=done)
+        report(done, losses["loss"])
+
+
+def validate(here: Rank, done: int) -> None:
+    """On rank 0, which keeps the weights of the best rSum; the others wait for it in the next step."""
+    job, recipe = here.job, here.job.recipe
+    if not recipe.data.val_split:
+        return
+    with here.clock.stopped(), here.step.whole() as method, as_written(recipe.train.compile):
+        if here.tracker is None:
+            return
+        matcher: Any = method.matcher
+        split, device, size = job.split(recipe.data.val_split), here.step.device, recipe.evaluation.batch_size
+        encoded = encode_split(matcher, split, size, device=device, max_reject_rate=recipe.data.max_reject_rate)
+        scores = score_matrix(matcher, encoded.images, encoded.captions, block=recipe.evaluation.block, device=device)
+        metrics = retrieval_metrics(scores, encoded.positives)
+        here.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
+        if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
+            best = Best(done, metrics)
+            write_weights(best_uri(job.checkpoints, best), matcher)
+            here.state = replace(here.state, best=best)
+
+
+def checkpoint(here: Rank, done: int) -> None:
+    """Raises RuntimeError when the pairs that were used and rejected are not those that were planned."""
+    here.problems.write()
+    used, rejected = map(int, all_reduce_sum(here.unsaved.to(here.step.device)).tolist())
+    here.unsaved.zero_()
+    before, plan = here.state, here.course.plan
+    with here.clock.stopped():
+        position = plan.locate(done)
+        here.state = replace(
+            before,
+            position=position,
+            digest=plan.digest(position),
+            seconds=here.clock.total,
+            pairs=before.pairs + (done - before.position.step) * plan.global_batch,
+            used=before.used + used,
+            rejected=before.rejected + rejected,
+        )
+        after = here.state
+        if after.used + after.rejected != after.pairs:
+            raise RuntimeError(f"{after.pairs} pairs were planned, {after.used} used and {after.rejected} rejected up to step {done}")
+        if rank() == 0:
+            rows = "".join(json.dumps(row) + "\n" for row in after.losses)
+            files.write_atomic(files.join(here.job.folder, "losses.jsonl"), rows.encode())
+        save_checkpoint(here.job.checkpoints, after, here.step)
+
+
+def finish(here: Rank) -> dict[str, Any]:
+    """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split.
+
+    Returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected, rows_in, rows_out, rows_rejected.
+    """
+    matcher: Any = here.step.gathered(here.step.kept).matcher
+    if here.tracker is None:
+        return {}
+    state = here.state
+    if state.best is not None:
+        read_weights(best_uri(here.job.checkpoints, state.best), matcher)
+    save_matcher(matcher.cpu(), files.join(here.job.folder, "matcher"))
+    here.tracker.close()
+    return {
+        "steps": here.course.steps,
+        "seconds": round(state.seconds, 2),
+        "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
+        "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
+        "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
+        "rows_in": state.pairs,
+        "rows_out": state.used,
+        "rows_rejected": state.rejected,
+    }

@@ -1,0 +1,103 @@
+"""Everything about a training that can be refused is refused here, before a worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import itm
+from itm.config import Recipe
+from itm.data import files
+from itm.data.manifest import Manifest, check_present
+from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
+from itm.data.records import Problem
+from itm.data.shards import Sample, read_manifest, read_samples
+from itm.data.sidecar import Store
+from itm.data.text import build_tokenizer
+from itm.matchers.folder import save_matcher
+from itm.precision import warn_if_slow
+from itm.teachers.stores import store_for
+from itm.training.cached import check_cached
+from itm.training.compiled import check_compiler
+from pipelines.training.course import Course
+from pipelines.training.job import START, Job, build_method
+
+
+def prepare(recipe: Recipe, manifest: Manifest) -> Job:
+    """Everything that can be refused is refused here: too few pairs, a missing store or split, a method that the model cannot serve."""
+    data, train = recipe.data, recipe.train
+    split = files.join(data.root, data.train_split)
+    if data.val_split:
+        try:
+            read_manifest(files.join(data.root, data.val_split))
+        except ValueError as error:
+            raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+    course = Course.of(recipe, manifest)
+    check_present(split, manifest)
+    captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path and not train.start else None
+    image, first = ImageInput.of(data), first_sample(split, manifest, data.image)
+    if first and image.kind == "regions":
+        image = replace(image, region_width=read_regions(first[0], 1)["regions"].shape[1])
+    tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
+    inputs = Inputs(image, tokenizer)
+    method = build_method(recipe, inputs)
+    if not train.use_gpu:
+        warn_if_slow(train.precision, torch.device("cpu"))
+    if train.compile and not train.use_gpu:
+        check_compiler(torch.device("cpu"))
+    if first:
+        try_out(method.matcher, inputs, first)  # type: ignore[arg-type]
+    if first and train.cache_chunk is not None:
+        check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
+    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
+    return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="")
+
+
+def try_out(matcher: nn.Module, inputs: Inputs, first: tuple[bytes, str]) -> None:
+    """Encode one pair, without a trace in the matcher. Raises ValueError where its sizes do not fit the data: before a worker starts."""
+    training = matcher.training
+    with torch.no_grad():
+        matcher.eval()
+        matcher.encode_images(inputs.images([first[0]]))  # type: ignore[operator]
+        matcher.encode_captions(inputs.captions([first[1]]))  # type: ignore[operator]
+    matcher.train(training)
+
+
+def started_from(recipe: Recipe) -> Any:
+    """The matcher that the run fine-tunes, as it was when the run began."""
+    kept = files.join(recipe.folder, START)
+    if not files.exists(files.join(kept, "config.json")):
+        save_matcher(itm.load_matcher(str(recipe.train.start)), kept)
+    return itm.load_matcher(kept)
+
+
+def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        for item in read_samples(files.join(split, shard.name)):
+            if isinstance(item, Sample):
+                yield from (caption.text for caption in item.captions)
+
+
+def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str] | None:
+    """(image or region bytes, caption) of the first sample that has what the recipe trains on."""
+    for shard in manifest.shards:
+        for item in read_samples(files.join(split, shard.name)):
+            data = None if isinstance(item, Problem) else item.regions if kind == "regions" else item.image
+            with suppress(ValueError):
+                if isinstance(item, Sample) and data is not None and (decode(data) if kind == "pixels" else read_regions(data, 1)):
+                    return data, item.captions[0].text
+    return None
+
+
+def store_of(recipe: Recipe, manifest: Manifest, modality: str) -> Store:
+    """The finished store of the recipe's teacher, which must have scored every shard. Raises ValueError with the remedy."""
+    if getattr(recipe.teachers, modality) is None:
+        raise ValueError(f"method {recipe.method.kind!r} needs {modality} teacher vectors: set teachers.{modality} and run `itm teach`")
+    store = store_for(recipe, recipe.data.train_split, modality)
+    store.check((shard.name, shard.sha256) for shard in manifest.shards)
+    return store

@@ -1,0 +1,92 @@
+"""What one rank holds while it trains, and how a run begins or is taken up again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from itm.data.plan import Position
+from itm.distributed import rank, world_size
+from itm.tracking.registry import Tracker
+from itm.training.checkpoint import State, latest, load_checkpoint
+from itm.training.step import Step
+from itm.training.switches import build_step
+from pipelines.training.course import Course
+from pipelines.training.job import Job, build_method
+from pipelines.training.problems import Problems
+
+
+@dataclass
+class Rank:
+    """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
+
+    unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint.
+    """
+
+    job: Job
+    course: Course
+    step: Step
+    state: State
+    clock: Stopwatch
+    problems: Problems
+    tracker: Tracker | None
+    unsaved: Tensor
+
+    @classmethod
+    def restored(cls, job: Job, device: torch.device) -> Rank:
+        """From the newest checkpoint of the job, or from its beginning. Raises ValueError for a checkpoint of other pairs or weights."""
+        state = latest(job.checkpoints) or State(Position(), job.course.plan.digest(Position()))
+        job.course.plan.check_digest(state.position, state.digest, f"checkpoint {state.position.step} of {job.folder}")
+        # The ranks that are there: a resized worker group has others than the recipe names. They see the same pairs in the same order.
+        course = job.course.taken_up(state.position, world_size())
+        step = build_step(build_method(job.recipe, job.inputs), job.recipe.train, course.rate, job.recipe.seed, device)
+        if state.position.step:
+            load_checkpoint(job.checkpoints, state, step)
+        return cls(
+            job,
+            course,
+            step,
+            state,
+            Stopwatch(state.seconds),
+            Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
+            Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None,
+            torch.zeros(2, dtype=torch.float64),
+        )
+
+    @property
+    def first(self) -> int:
+        """The step at which this process took the run up."""
+        return self.course.plan.start.step
+
+
+class Stopwatch:
+    """Seconds of training, over all restarts of a run; stopped during validation and checkpoints."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.finished = before, 0.0
+        self.since: float | None = None
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    @property
+    def here(self) -> float:
+        """Of this process."""
+        return self.finished + (time.perf_counter() - self.since if self.since else 0.0)
+
+    @property
+    def total(self) -> float:
+        return self.before + self.here
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.finished, self.since = self.here, None
+        try:
+            yield
+        finally:
+            self.start()
