@@ -45,7 +45,7 @@ def find_part(table: Kinds[T], kind: str, what: str) -> type[T]:
         return _imported(kind, table.base, what)
     if kind not in table:
         near = difflib.get_close_matches(str(kind), table, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(table))}, or package.module:Name for one of your own"
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(table)}, or package.module:Name for one of your own"
         raise ValueError(f"unknown {what} {kind!r}; {hint}")
     module, _, name = table[kind].partition(":")
     found: type[T] = getattr(import_module(module), name)

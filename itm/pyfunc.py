@@ -6,6 +6,11 @@
 
 Rows hold `image` (encoded bytes or a path), `text`, or both. `vectors`: each row holds one of the two. `scores`: every
 image against every text, (I, T); rows without one of the two only add to the other side.
+
+A matcher that names parts of a package of its maker's loads only if the caller allows that package:
+
+    mlflow.pyfunc.load_model(uri, model_config={"allow": ["acme"]})
+    MLFLOW_PYFUNC_INFERENCE_CONFIG='{"allow": ["acme"]}' mlflow models serve -m ...
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ class ItmModel(PythonModel):
     def load_context(self, context: Any) -> None:
         from itm.matchers.folder import load_matcher_folder
 
-        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"])
+        allow = (context.model_config or {}).get("allow", [])
+        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"], allow)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used."""

@@ -15,10 +15,11 @@ import argparse
 import base64
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pipelines.cli import script
+from pipelines.cli import allow_argument, script
 
 if TYPE_CHECKING:
     from itm.retrieval.engine import Hits
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="look for the captions of this image file instead")
     parser.add_argument("--model", required=True, help="models:/name@alias, models:/name/version or a matcher folder")
     parser.add_argument("--shards", required=True, help="folder or URI of a split")
+    allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
     parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
     parser.add_argument("--html", help="also write a page with the images")
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.text is None) == (args.image is None):
         raise ValueError('give either a text or --image, e.g. itm search "a red circle" --model ... --shards ...')
-    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index)
+    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index, allow=args.allow)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
@@ -46,14 +48,23 @@ def run(args: argparse.Namespace) -> None:
         files.write_atomic(args.html, page(found).encode())
 
 
-def search(text: str | None = None, *, model: str, shards: str, image: str | None = None, k: int = 5, index: str | None = None) -> Hits:
+def search(
+    text: str | None = None,
+    *,
+    model: str,
+    shards: str,
+    image: str | None = None,
+    k: int = 5,
+    index: str | None = None,
+    allow: Sequence[str] = (),
+) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`.
 
     Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
     """
     from itm.retrieval import engine
 
-    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index)
+    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index, allow=allow)
 
 
 def page(found: Hits) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +41,23 @@ class Hits:
         return "\n".join([f"{self.question!r} in {self.searched}", *lines])
 
 
-def search(text: str | None = None, *, model: str, shards: str, image: str | None = None, k: int = 5, index: str | None = None) -> Hits:
-    """The k best images for `text`, or the k best captions for the file `image`.
+def search(
+    text: str | None = None,
+    *,
+    model: str,
+    shards: str,
+    image: str | None = None,
+    k: int = 5,
+    index: str | None = None,
+    allow: Sequence[str] = (),
+) -> Hits:
+    """The k best images for `text`, or the k best captions for the file `image`. `allow`: as in `itm.load_matcher`.
 
     Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
-    matcher = itm.load_matcher(model)
+    matcher = itm.load_matcher(model, allow)
     split = load_index(matcher, shards, index or files.join(shards, "index"))
     if text is not None:
         scores = score_matrix(matcher, split.images, encode_texts(matcher, [text]))[:, 0]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itm.kinds import origins
+
 LONGEST_PARAM = 6000  # characters; MLflow's limits
 LONGEST_TAG = 8000
 LONGEST_NAME = 250
@@ -35,6 +37,15 @@ class DatasetRef:
     digest: str
     source: str
     context: str = "training"
+
+
+def packages_used(choices: Mapping[str, Any]) -> dict[str, str]:
+    """The tag `packages`: import path, version and source hash of each part of a user's own package that a recipe names and that is loaded.
+
+    {} where there is none.
+    """
+    found = "; ".join(f"{path} of {origin}" for path, origin in origins(choices).items())
+    return {"packages": found} if found else {}
 
 
 def git_commit() -> str:

@@ -71,7 +71,8 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
 
     A matcher is named by the last words of its folder and a digest of its whole name, an ensemble by all its members.
     """
-    words = ["evaluation"] + [split] * (split != recipe.data.test_split) + [protocol] * (protocol != recipe.evaluation.protocol)
+    words = ["evaluation"] + [split] * (split != recipe.data.test_split)
+    words += [re.sub(r"[^\w.-]", "-", protocol)] * (protocol != recipe.evaluation.protocol)
     if len(matchers) > 1:
         words += [re.sub(r"\W+", "_", uri.removesuffix("/matcher").rsplit("/", 1)[-1])[:40] for uri in matchers]
     if matchers:

@@ -52,6 +52,6 @@ def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
     torch.manual_seed(recipe.seed)
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
-        take_weights(matcher, files.join(recipe.folder, START))
+        take_weights(matcher, files.join(recipe.folder, START), recipe.allowed)
     method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
     return method
