@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
+from itm.data import files
 from itm.tracking.lineage import git_commit, tracking_uri
 from pipelines.cli import RECIPES, STAGES, module_of, script
 
@@ -118,7 +119,7 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 def _check_places(recipe: Recipe) -> None:
     for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root)):
-        if place and "://" not in place and not place.startswith("/"):
+        if place and not place.startswith(("/", "file://")) and not files.is_remote(place):
             raise ValueError(f"{key}={place} is relative: a job's folder goes when it ends. Say {key}=/shared/... or {key}=s3://bucket/...")
 
 

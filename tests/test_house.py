@@ -210,6 +210,14 @@ def test_what_is_planted_too_large_is_found(tmp_path: Path):
     ]
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_assert_only_narrows_a_type(path: Path):
+    """What guards data must raise: `python -O` leaves asserts out."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            assert re.fullmatch(r"(isinstance\(.+\)|[\w.]+ is not None)( and [\w.]+ is not None)*", ast.unparse(node.test)), node.lineno
+
+
 def test_no_test_imports_another_test():
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for name in imports_of(ast.parse(path.read_text())):

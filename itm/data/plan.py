@@ -66,9 +66,13 @@ class Plan:
         return self.pairs // self.global_batch
 
     def locate(self, step: int) -> Position:
-        """Where step `step` begins. After `start`, a partly consumed epoch is finished first; its incomplete rest is dropped."""
+        """Where step `step` begins. After `start`, a partly consumed epoch is finished first; its incomplete rest is dropped.
+
+        Raises ValueError for a step before `start`.
+        """
         ahead = step - self.start.step
-        assert ahead >= 0, (step, self.start)
+        if ahead < 0:
+            raise ValueError(f"step {step} lies before step {self.start.step}, where this plan begins")
         first = (self.pairs - self.start.offset) // self.global_batch
         if ahead < first:
             return Position(step, self.start.epoch, self.start.offset + ahead * self.global_batch)

@@ -37,6 +37,19 @@ class Problem:
         return json.dumps(asdict(self), ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
+class RowsLost(ValueError):
+    """Rows went in that neither came out nor were rejected."""
+
+
+def check_rows(where: str, rows_in: int, rows_out: int, rows_rejected: int) -> None:
+    """Raises RowsLost naming `where` (the shard or store) and the counts unless every row that went in came out or was rejected."""
+    if rows_in != rows_out + rows_rejected:
+        raise RowsLost(
+            f"{where}: {rows_in} rows went in, {rows_out} came out and {rows_rejected} were rejected, which leaves "
+            f"{rows_in - rows_out - rows_rejected} unaccounted for; delete its output and run the stage again"
+        )
+
+
 @dataclass(frozen=True)
 class Caption:
     """id is unique in its split; meta holds what the source knows about this caption (scenes: its logical form)."""
@@ -145,7 +158,8 @@ def open_image(data: bytes) -> Any:
     """A PIL image whose pixels are not decoded yet. Raises ValueError when it promises more than MAX_PIXELS; PIL raises what it likes."""
     from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 
-    assert WebPImagePlugin.SUPPORTED, "this Pillow was built without WebP"
+    if not WebPImagePlugin.SUPPORTED:
+        raise RuntimeError("this Pillow was built without WebP, which shards may hold: install a Pillow wheel of 11 or newer")
     try:
         image = Image.open(io.BytesIO(data), formats=_PIL_FORMATS)
     except UnidentifiedImageError:  # its own text names a memory address, another one each time

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -89,43 +88,6 @@ class Sidecar:
             return codes
         scale = self.table["scale"].combine_chunks().to_numpy(zero_copy_only=False)
         return codes.astype(np.float32) * scale.astype(np.float32)[:, None]
-
-    @cached_property
-    def _row_of(self) -> dict[tuple[str, str | None], int]:
-        return {name: row for row, name in enumerate(_names(self.keys, self.captions))}
-
-    def rows(self, keys: Sequence[str], captions: Sequence[str] | None = None) -> np.ndarray:
-        """Row numbers (N,) int64 of samples, or of captions by (key, caption id), in the order asked.
-
-        Raises ValueError naming the first that is not in this sidecar.
-        """
-        names = _names(keys, captions)
-        missing = next((name for name in names if name not in self._row_of), None)
-        if missing is not None:
-            raise ValueError(f"{self.uri}: no row for {_name(*missing)}; the shard has changed since it was scored: {REMEDY}")
-        return np.array([self._row_of[name] for name in names], dtype=np.int64)
-
-
-def join(sidecar: Sidecar, keys: Sequence[str], captions: Sequence[str] | None = None) -> np.ndarray:
-    """The vectors (N, D) of a whole shard, zipped by position; row k is asserted to be that of keys[k] (and captions[k]).
-
-    Raises ValueError naming the file, the first differing row and both keys.
-    """
-    for row, (their, our) in enumerate(zip_longest(_names(sidecar.keys, sidecar.captions), _names(keys, captions))):
-        if their != our:
-            raise ValueError(
-                f"{sidecar.uri}: row {row} is of {_name(*their) if their else 'no sample'}, but the shard has "
-                f"{_name(*our) if our else 'no sample'} there: {REMEDY}"
-            )
-    return sidecar.vectors
-
-
-def _names(keys: Sequence[str], captions: Sequence[str] | None) -> list[tuple[str, str | None]]:
-    return [(key, None) for key in keys] if captions is None else list(zip(keys, captions, strict=True))
-
-
-def _name(key: str, caption: str | None) -> str:
-    return f"sample {key!r}" if caption is None else f"sample {key!r}, caption {caption!r}"
 
 
 def write_sidecar(

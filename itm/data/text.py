@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from itm.config import Text
+from itm.data import files
 from itm.data.formats import check_format
 from itm.data.treebank import treebank_words
 
@@ -84,7 +85,7 @@ class WordVocabulary:
         Their captions were not cleaned: give clean=False for their weights. Raises ValueError naming the file when it holds no vocabulary.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(files.read_bytes(path))
             rules = content.get("rules", "treebank" if "idx2word" in content else "plain")
             return cls(content["word2idx"], max_length=max_length, clean=clean, rules=rules)
         except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:

@@ -19,7 +19,7 @@ from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
 from itm.evaluation.scoring import encode_rows, scoring_mode
-from itm.types import Encoded, positives_from_ids
+from itm.types import Encoded
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,6 @@ class Names:
     def positives(self) -> tuple[Tensor, Tensor]:
         """Truth by ids, as `retrieval_metrics` takes it."""
         return torch.arange(len(self.image_keys)), self.caption_image
-
-    def positive_matrix(self) -> Tensor:
-        return positives_from_ids(*self.positives)
 
     def check(self) -> None:
         """Raises ValueError, with counts and the first offender, for duplicate ids, images without caption, captions without image."""

@@ -177,7 +177,8 @@ def choose_k(probes: Sequence[Probe], bound: float) -> int:
     for k in steps[steps >= max(KS)].tolist():
         if all(high <= bound for p in probes for _, _, high in p.loss(k).values()):
             return int(k)
-    raise AssertionError("nothing is lost at the largest k that any query needs")
+    lost = {p.way: int((p.needed > steps.max()).sum()) for p in probes}
+    raise RuntimeError(f"the largest k that any query needs, {int(steps.max())}, still loses hits of {lost}")
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:

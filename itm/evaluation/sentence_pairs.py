@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.types import Encoded
@@ -41,7 +42,7 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     A tab in the first line makes it a TSV, which knows no quotes. Raises ValueError for columns that are not there, and when no row, or a
     larger share than `max_reject_rate`, cannot be used.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    text = files.read_bytes(path).decode("utf-8-sig")
     first = text.partition("\n")[0]
     tabs = "\t" in first
     lines = text.splitlines(keepends=True)

@@ -199,9 +199,9 @@ def _save(uri: str, values: np.ndarray) -> None:
 
 
 def _load(uri: str) -> np.ndarray:
-    if "://" in uri:
+    if files.is_remote(uri):
         return np.load(io.BytesIO(files.read_bytes(uri)), allow_pickle=False)
-    return np.load(uri, mmap_mode="c", allow_pickle=False)
+    return np.load(files.absolute(uri), mmap_mode="c", allow_pickle=False)
 
 
 @functools.cache

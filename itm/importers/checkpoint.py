@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from itm.data import files
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.text import HFTokenizer, WordVocabulary
 from itm.importers.load import load_official
@@ -23,6 +24,7 @@ def import_checkpoint(
 
     Raises ValueError as `load_official`, and when the vocabulary is missing or of another size than the weights.
     """
+    vocab = None if vocab is None else files.absolute(vocab)
     matcher = load_official(checkpoint, **needed)
     kind = str(matcher.kind)
     words = _word_embeddings(matcher)

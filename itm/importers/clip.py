@@ -6,11 +6,12 @@ All published CLIP and CUSA models have 64 numbers a head and QuickGELU; the oth
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from itm.importers.state import fill
+from itm.importers.state import bare_tensors, fill, tensor_of
 from itm.matchers.clip import CLIP
 
 HEAD_WIDTH = 64
@@ -39,12 +40,12 @@ NOT_THE_MATCHER = re.compile(
 """The temperature, index buffers, the causal mask that a TorchScript archive keeps, and CUSA's temperatures, which belong to its losses."""
 
 
-def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
+def load_clip(state: Mapping[str, object], **needed: Any) -> nn.Module:
     """The matcher of a flat state dict, float32, in evaluation mode. `needed`: vocab_size to be compared with the file.
 
     Raises ValueError naming missing or unexpected keys, or for another vocabulary size.
     """
-    tensors = {key.removeprefix("module."): value.float() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value.float() for key, value in bare_tensors(state).items()}
     if any("visual.attnpool." in key for key in tensors):
         raise ValueError(
             "this is a ResNet CLIP (visual.attnpool): Hugging Face's CLIP, which this one is, has vision transformers only. Use ViT-B-32, "
@@ -52,13 +53,9 @@ def load_clip(state: dict[str, Any], **needed: Any) -> nn.Module:
         )
     own: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        bare = key.removeprefix("clip_model.")
-        if not NOT_THE_MATCHER.search(bare):
-            own |= _renamed(bare, value)
-    for key in ("text_model.embeddings.token_embedding.weight", "vision_model.embeddings.patch_embedding.weight"):
-        if f"backbone.{key}" not in own:
-            raise ValueError(f"checkpoint does not fit CLIP: missing {key} (or its OpenAI name). Is it whole, and of this family?")
-    words = own["backbone.text_model.embeddings.token_embedding.weight"].shape[0]
+        if not NOT_THE_MATCHER.search(key):
+            own |= _renamed(key, value)
+    words = _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0]
     if needed.get("vocab_size", words) != words:
         raise ValueError(f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use its own tokenizer")
     heads = {name: f"image_heads.{name}.linear.weight" in own for name in ("cross", "uni")}
@@ -88,24 +85,28 @@ def _config(own: dict[str, Tensor]) -> dict[str, Any]:
     def layers(tower: str) -> int:
         return len({key.split(".")[4] for key in own if key.startswith(f"backbone.{tower}.encoder.layers.")})
 
-    patches = own["backbone.vision_model.embeddings.patch_embedding.weight"]
-    positions = own["backbone.vision_model.embeddings.position_embedding.weight"].shape[0] - 1
-    text_positions, text_width = own["backbone.text_model.embeddings.position_embedding.weight"].shape
+    patches = _backbone(own, "vision_model.embeddings.patch_embedding.weight")
+    positions = _backbone(own, "vision_model.embeddings.position_embedding.weight").shape[0] - 1
+    text_positions, text_width = _backbone(own, "text_model.embeddings.position_embedding.weight").shape
     vision = {
         "hidden_size": patches.shape[0],
-        "intermediate_size": own["backbone.vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": _backbone(own, "vision_model.encoder.layers.0.mlp.fc1.weight").shape[0],
         "num_hidden_layers": layers("vision_model"),
         "num_attention_heads": max(1, patches.shape[0] // HEAD_WIDTH),
         "patch_size": patches.shape[-1],
         "image_size": round(positions**0.5) * patches.shape[-1],
     }
     text = {
-        "vocab_size": own["backbone.text_model.embeddings.token_embedding.weight"].shape[0],
+        "vocab_size": _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0],
         "hidden_size": text_width,
-        "intermediate_size": own["backbone.text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": _backbone(own, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
         "num_hidden_layers": layers("text_model"),
         "num_attention_heads": max(1, text_width // HEAD_WIDTH),
         "max_position_embeddings": text_positions,
     }
-    width = own["backbone.visual_projection.weight"].shape[0]
+    width = _backbone(own, "visual_projection.weight").shape[0]
     return {"vision_config": vision, "text_config": text, "projection_dim": width}
+
+
+def _backbone(own: dict[str, Tensor], key: str) -> Tensor:
+    return tensor_of(own, f"backbone.{key}", "CLIP (by Hugging Face's names)")

@@ -23,7 +23,9 @@ import torch
 from numpy._core.multiarray import scalar
 from torch import nn
 
+from itm.data import files
 from itm.importers.scan import load_scan
+from itm.importers.state import state_of
 from itm.importers.torchscript import is_torchscript, read_torchscript
 
 PLAIN_TYPES: list[Any] = [
@@ -46,16 +48,19 @@ def load_official(path: str | Path, **needed: Any) -> nn.Module:
     """
     checkpoint = read_checkpoint(path)
     family = recognise(checkpoint)
-    if family == "scan":
-        return load_scan(checkpoint, **needed)
-    if family == "uniter":
-        from itm.importers.uniter import load_uniter
+    try:
+        if family == "scan":
+            return load_scan(checkpoint, **needed)
+        if family == "uniter":
+            from itm.importers.uniter import load_uniter
 
-        return load_uniter(_state(checkpoint), **needed)
-    if family == "clip":
-        from itm.importers.clip import load_clip
+            return load_uniter(state_of(checkpoint), **needed)
+        if family == "clip":
+            from itm.importers.clip import load_clip
 
-        return load_clip(_state(checkpoint), **needed)
+            return load_clip(state_of(checkpoint), **needed)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"
     raise ValueError(f"{path} is of no known family (SCAN, SGRAF, UNITER, IAIS, CUSA, CLIP); it holds {found}")
 
@@ -66,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Any:
     Formats: zip and legacy `torch.save` (Python 2 pickles too), safetensors, TorchScript.
     Raises FileNotFoundError, and ValueError for a file that is none of these or holds objects outside the allow-list.
     """
-    path = Path(path)
+    path = Path(files.absolute(path))
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.suffix == ".safetensors":
@@ -100,13 +105,5 @@ def recognise(checkpoint: Any) -> str | None:
     return None
 
 
-def _state(checkpoint: Any) -> dict[str, Any]:
-    """The flat state dict, bare or below `model` or `state_dict`."""
-    for name in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(name), Mapping):
-            return dict(checkpoint[name])
-    return dict(checkpoint)
-
-
-def _keys(checkpoint: Any) -> list[str]:
-    return [str(key) for key in _state(checkpoint)] if isinstance(checkpoint, Mapping) else []
+def _keys(checkpoint: object) -> list[str]:
+    return list(map(str, state_of(checkpoint))) if isinstance(checkpoint, Mapping) else []

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from itm.importers.state import fill
+from itm.importers.state import bare_tensors, fill, tensor_of
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
 
+FAMILY = "SCAN or SGRAF"
 SCORING = ("cross_attn", "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse")
 
 
@@ -31,8 +32,8 @@ def load_scan(checkpoint: dict[str, Any], **needed: Any) -> nn.Module:
     """
     options = {**_as_dict(checkpoint.get("opt")), **needed}
     parts = checkpoint["model"]
-    state = {own_name(i, key): value for i, part in enumerate(parts) for key, value in part.items()}
-    words = _tensor(state, "text.embed.weight")
+    state = {own_name(i, key): value for i, part in enumerate(parts) for key, value in bare_tensors(part).items()}
+    words = tensor_of(state, "text.embed.weight", FAMILY)
     wanted = needed.get("vocab_size")
     if wanted is not None and wanted != words.shape[0]:
         raise ValueError(f"the checkpoint embeds {words.shape[0]} words, the vocabulary has {wanted}: use its own vocabulary file")
@@ -46,15 +47,9 @@ def _as_dict(opt: Any) -> dict[str, Any]:
     return dict(opt) if isinstance(opt, dict) else dict(vars(opt)) if opt is not None else {}
 
 
-def _tensor(state: dict[str, Tensor], key: str) -> Tensor:
-    if key not in state:
-        raise ValueError(f"checkpoint does not fit SCAN or SGRAF: missing {key}. Is it whole, and of this family?")
-    return state[key]
-
-
 def _image(state: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
     weight_norm = "image.fc.weight_v" in state
-    weight = _tensor(state, "image.fc.weight_v" if weight_norm else "image.fc.weight")
+    weight = tensor_of(state, "image.fc.weight_v" if weight_norm else "image.fc.weight", FAMILY)
     if weight_norm and "image.fc.weight_g" in state:
         state["image.fc.weight_g"] = state["image.fc.weight_g"].reshape(())
     width, in_width = weight.shape
@@ -66,7 +61,7 @@ def _text(state: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "gru",
         "word_dim": state["text.embed.weight"].shape[1],
-        "width": _tensor(state, "text.rnn.weight_hh_l0").shape[1],
+        "width": tensor_of(state, "text.rnn.weight_hh_l0", FAMILY).shape[1],
         "layers": layers,
         "bidirectional": "text.rnn.weight_hh_l0_reverse" in state,
         "normalize": not options.get("no_txtnorm"),
@@ -82,8 +77,8 @@ def _scan(towers: dict[str, Any], options: dict[str, Any]) -> nn.Module:
 
 def _sgraf(towers: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     sizes: dict[str, Any] = {
-        "sim_dim": _tensor(state, "sim_tranloc_w.weight").shape[0],
-        "regions": _tensor(state, "v_global_w.embedding_local.1.weight").shape[0],
+        "sim_dim": tensor_of(state, "sim_tranloc_w.weight", FAMILY).shape[0],
+        "regions": tensor_of(state, "v_global_w.embedding_local.1.weight", FAMILY).shape[0],
     }
     towers["text"]["dropout"] = 0.4
     if any(key.startswith("SAF_module.") for key in state):

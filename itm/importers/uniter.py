@@ -7,25 +7,27 @@ tensors; only the number of heads cannot be seen in them (64 numbers a head in b
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from itm.importers.state import fill
+from itm.importers.state import bare_tensors, fill, tensor_of
 from itm.matchers.joint.uniter import UNITER
 
+FAMILY = "UNITER"
 PRETRAINING_HEADS = ("cls.", "feat_regress.", "region_classifier.")
 HEAD_WIDTH = 64
 
 
-def load_uniter(state: dict[str, Any], **needed: Any) -> UNITER:
+def load_uniter(state: Mapping[str, object], **needed: Any) -> UNITER:
     """The matcher of a flat state dict, float32, in evaluation mode; `matcher.dropped` names the pre-training keys that were left out.
 
     `rank_output`, absent from pre-trained files, is copied from row 1 (match) of `itm_output`. `needed`: `heads` for a hidden size that
     is no multiple of 64, `vocab_size` to be compared with the file, and any other option of UNITER (dropout, score_tokens, ...).
     Raises ValueError naming missing or unexpected keys, shapes that do not fit, another vocabulary size, or `heads` when it is needed.
     """
-    tensors = {_own_name(key): value.float() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {_own_name(key): value.float() for key, value in bare_tensors(state).items()}
     dropped = sorted(key for key in tensors if key.startswith(PRETRAINING_HEADS))
     kept = {key: value for key, value in tensors.items() if key not in set(dropped)}
     for part in ("weight", "bias"):
@@ -38,13 +40,12 @@ def load_uniter(state: dict[str, Any], **needed: Any) -> UNITER:
 
 
 def _own_name(key: str) -> str:
-    """Without the prefix of a wrapper, and with today's names for the two parameters of a LayerNorm."""
-    parts = key.removeprefix("module.").split(".")
-    return ".".join({"gamma": "weight", "beta": "bias"}.get(part, part) for part in parts)
+    """With today's names for the two parameters of a LayerNorm."""
+    return ".".join({"gamma": "weight", "beta": "bias"}.get(part, part) for part in key.split("."))
 
 
 def _sizes(state: dict[str, Tensor], needed: dict[str, Any]) -> dict[str, Any]:
-    words = _tensor(state, "uniter.embeddings.word_embeddings.weight")
+    words = tensor_of(state, "uniter.embeddings.word_embeddings.weight", FAMILY)
     vocab_size, hidden = words.shape
     wanted = needed.get("vocab_size", vocab_size)
     if wanted != vocab_size:
@@ -57,13 +58,7 @@ def _sizes(state: dict[str, Tensor], needed: dict[str, Any]) -> dict[str, Any]:
         "hidden": hidden,
         "layers": max(layers, default=0) + 1,
         "heads": hidden // HEAD_WIDTH,
-        "intermediate": _tensor(state, "uniter.encoder.layer.0.intermediate.dense.weight").shape[0],
-        "positions": _tensor(state, "uniter.embeddings.position_embeddings.weight").shape[0],
-        "region_dim": _tensor(state, "uniter.img_embeddings.img_linear.weight").shape[1],
+        "intermediate": tensor_of(state, "uniter.encoder.layer.0.intermediate.dense.weight", FAMILY).shape[0],
+        "positions": tensor_of(state, "uniter.embeddings.position_embeddings.weight", FAMILY).shape[0],
+        "region_dim": tensor_of(state, "uniter.img_embeddings.img_linear.weight", FAMILY).shape[1],
     }
-
-
-def _tensor(state: dict[str, Tensor], key: str) -> Tensor:
-    if key not in state:
-        raise ValueError(f"checkpoint does not fit UNITER: missing {key}. Is it whole, and of this family?")
-    return state[key]

@@ -17,10 +17,11 @@ def contrastive_loss(scores: Tensor, tau: Tensor | float, positives: Tensor | No
     scores (I,T), images in rows; tau > 0; positives (I,T) bool or 0/1, every row and column with at least one, default the diagonal.
     The target of a row is uniform over its positives. reduction `sum`: sum over columns, mean over rows (the usual InfoNCE); `mean`:
     divided once more by the number of columns, as CUSA ships it: 1/B of an InfoNCE, which decides the balance with CSA and USA
-    (docs/methods/cusa.md#scale-of-the-contrastive-term).
+    (docs/methods/cusa.md#scale-of-the-contrastive-term). Raises ValueError for scores that are not square without positives.
     """
     if positives is None:
-        assert scores.shape[0] == scores.shape[1], "scores that are not square need positives"
+        if scores.shape[0] != scores.shape[1]:
+            raise ValueError(f"scores {tuple(scores.shape)} are not square, so their diagonal is no truth: give positives")
         positives = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     positives = positives.to(scores.dtype)
     return (contrastive_rows(scores, tau, positives, reduction) + contrastive_rows(scores.T, tau, positives.T, reduction)) / 2

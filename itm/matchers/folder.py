@@ -61,11 +61,11 @@ def take_weights(matcher: nn.Module, uri: str, allow: Iterable[str] = ()) -> Non
 
 def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
     """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
-    target = str(folder)
-    local = "://" not in target
+    target = files.absolute(folder)
+    local = not files.is_remote(target)
     if local:
-        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(Path(target).absolute() if local else None) as scratch:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+    with _scratch(Path(target) if local else None) as scratch:
         written = scratch / "matcher"
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
@@ -115,7 +115,7 @@ def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> nn.Mod
 
     Raises ValueError naming what is missing, NewerFormat, and, before anything is imported, for a part of a package that is not in `allow`.
     """
-    with files.local_copy(folder) if "://" in str(folder) else contextlib.nullcontext(Path(folder)) as path:
+    with files.local_copy(folder) if files.is_remote(folder) else contextlib.nullcontext(Path(files.absolute(folder))) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run: numbers with chance, comparison, loss curves, score histogram, retrievals, lineage.
 
-`render` is a pure function of `Page`; the stage collects the facts. Everything that comes from data or recipes is escaped.
+`render` is a pure function of `Page`; the stage collects the facts. Layout and wording are in templates/page.html.j2, the look in
+templates/style.css; here the figures become text. Everything that comes from data or recipes is escaped.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from itm.report.charts import Series, curves, histogram, meter
-from itm.report.style import STYLE
 
 RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("semantic_r1", "semantic R@1"))
 FRACTIONS = (("map_at_r", "mAP@R"), ("r_precision", "R-precision"))
@@ -21,111 +25,144 @@ TITLES = dict((*RECALLS, *FRACTIONS, *RANKS))
 WAYS = {"t2i": "text to image", "i2t": "image to text", "i2i": "image to image", "t2t": "text to text"}
 COMPARED = ("rsum", "t2i_r1", "i2t_r1", "t2i_semantic_r1", "i2t_semantic_r1", "t2i_map_at_r", "i2t_map_at_r")
 PACE = ("lr", "samples_per_s", "rejected")
+TEMPLATES = Path(__file__).parent / "templates"
+T = TypeVar("T")
+
+Evaluation = Mapping[str, Any]
+"""The content of an evaluation.json."""
+Losses = Sequence[Mapping[str, float]]
+"""The rows of a losses.jsonl."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the page shows. `evaluation`: the content of evaluation.json; `losses`: rows of losses.jsonl; `others`: name -> evaluation of
-    the runs to compare with; `thumbnails`: image key -> data URI; `lineage`: label -> text."""
+    """What the page shows. `others`, `other_losses`: by name, of the runs to compare with; `thumbnails`: image key -> data URI;
+    `lineage`: label -> text."""
 
     title: str
     about: str
-    evaluation: Mapping[str, Any]
-    losses: Sequence[Mapping[str, float]] = ()
-    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    other_losses: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    evaluation: Evaluation
+    losses: Losses = ()
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
+    other_losses: Mapping[str, Losses] = field(default_factory=dict)
     thumbnails: Mapping[str, str] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
 
 
+class Figure(NamedTuple):
+    """A metric as text; bar: its meter, or nothing; chance: '' where none is known."""
+
+    title: str
+    value: str
+    chance: str
+    bar: Markup = Markup()
+
+
+class Cell(NamedTuple):
+    """A metric of one compared run, and whether it is the best of its column."""
+
+    text: str
+    best: bool
+
+
+class Run(NamedTuple):
+    """A row of the comparison."""
+
+    title: str
+    cells: list[Cell]
+
+
+class Comparison(NamedTuple):
+    """Runs side by side; comparable: all were measured on the same split by the same protocol."""
+
+    titles: list[str]
+    runs: list[Run]
+    chance: list[str]
+    comparable: bool
+
+
+class Way(NamedTuple):
+    """The metrics of one direction."""
+
+    title: str
+    rows: list[Figure]
+
+
 def render(page: Page) -> str:
     """The whole page as HTML text."""
-    sections = [
-        _header(page),
-        _section("Runs compared", _comparison(page), "Best of each column in green; judge a gain against the spread between seeds."),
-        _section("Metrics", _metrics(page.evaluation), "The bar is the value, the tick is what a random order would score."),
-        _section("Training", _training(page)),
-        _section(
-            "Scores of pairs", _histogram(page), "Each class is normalised by itself: the overlap is what the model cannot tell apart."
-        ),
-        _section(
-            "Text finds images", _gallery(page, "t2i"), "Green: the pair holds. Four queries that went right, then four that went wrong."
-        ),
-        _section("Image finds text", _gallery(page, "i2t")),
-        _section("Lineage", _lineage(page.lineage)),
-    ]
-    metas = ('charset="utf-8"', 'name="viewport" content="width=device-width,initial-scale=1"', 'name="color-scheme" content="light dark"')
-    head = "".join(f"<meta {meta}>" for meta in metas) + f"<title>{escape(page.title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body><main>{''.join(sections)}</main></body></html>\n"
+    return (
+        _templates()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            counts=", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in page.evaluation["counts"].items()),
+            tiles=_tiles(page.evaluation),
+            comparison=_comparison(page),
+            ways=_ways(page.evaluation),
+            charts={title: Markup(chart) for title, chart in _charts(page).items() if chart},
+            score_histogram=_histogram(page.evaluation.get("histogram")),
+            examples={way: page.evaluation.get("examples", {}).get(way, []) for way in ("t2i", "i2t")},
+            lineage={label: text for label, text in page.lineage.items() if text},
+        )
+    )
 
 
-def _section(title: str, body: str, note: str = "") -> str:
-    if not body:
-        return ""
-    return f"<section><h2>{title}</h2>{f'<p class=soft>{note}</p>' if note else ''}{body}</section>"
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
 
 
-def _header(page: Page) -> str:
-    metrics, chance = page.evaluation["metrics"], page.evaluation["chance"]
-    tiles = [
-        f"<div class=tile><span>{_title(name)}</span><b>{_value(name, metrics[name])}</b>"
-        f"<span>{'chance ' + _value(name, chance[name]) if name in chance else '&nbsp;'}</span></div>"
-        for name in (*COMPARED, "i2i_r1", "i2i_map_at_r", "t2t_r1", "t2t_map_at_r")
-        if name in metrics
-    ]
-    counts = ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in page.evaluation["counts"].items())
-    protocol = f"{escape(page.evaluation['protocol'])} &middot; {escape(counts)} &middot; {escape(page.evaluation['score_type'])}"
-    about = f"<p>{escape(page.about)}</p>" if page.about else ""
-    return f"<header><h1>{escape(page.title)}</h1>{about}<small>{protocol}</small><div class=tiles>{''.join(tiles)}</div></header>"
+def _tiles(evaluation: Evaluation) -> list[Figure]:
+    names = (*COMPARED, "i2i_r1", "i2i_map_at_r", "t2t_r1", "t2t_map_at_r")
+    return [_figure(name, evaluation) for name in names if name in evaluation["metrics"]]
 
 
-def _comparison(page: Page) -> str:
+def _figure(name: str, evaluation: Evaluation) -> Figure:
+    chance = evaluation["chance"]
+    return Figure(_title(name), _value(name, evaluation["metrics"][name]), _value(name, chance[name]) if name in chance else "")
+
+
+def _comparison(page: Page) -> Comparison | None:
+    """None when there is nothing to compare with."""
     runs = _with_own(page.others, page.title, page.evaluation)
     if len(runs) < 2:
-        return ""
+        return None
     names = [name for name in COMPARED if all(name in run["metrics"] for run in runs.values())]
     best = {name: max(run["metrics"][name] for run in runs.values()) for name in names}
-    head = "<tr><th>run</th>" + "".join(f"<th>{_title(name)}</th>" for name in names) + "</tr>"
-    rows = []
-    for title in runs:
-        cells = "".join(
-            f"<td{' class=best' if runs[title]['metrics'][name] == best[name] else ''}>{_value(name, runs[title]['metrics'][name])}</td>"
-            for name in names
-        )
-        rows.append(f"<tr{' class=this' if title == page.title else ''}><td>{escape(title)}</td>{cells}</tr>")
-    chance = "".join(f"<td>{_value(name, page.evaluation['chance'][name])}</td>" for name in names)
-    table = f"<table>{head}{''.join(rows)}<tr class=chance><td>chance</td>{chance}</tr></table>"
-    warning = "" if len({(run["split_hash"], run["protocol"]) for run in runs.values()}) == 1 else _warning()
-    return f"{warning}<div class='card scroll'>{table}</div>"
+    rows = [
+        Run(title, [Cell(_value(name, run["metrics"][name]), run["metrics"][name] == best[name]) for name in names])
+        for title, run in runs.items()
+    ]
+    chance = [_value(name, page.evaluation["chance"][name]) for name in names]
+    measured = {(run["split_hash"], run["protocol"]) for run in runs.values()}
+    return Comparison(list(map(_title, names)), rows, chance, len(measured) == 1)
 
 
-def _with_own(others: Mapping[str, Any], title: str, own: Any) -> dict[str, Any]:
+def _with_own(others: Mapping[str, T], title: str, own: T) -> dict[str, T]:
     """The runs in the order they were named; this run comes first when it was not named."""
     return dict(others) if title in others else {title: own, **others}
 
 
-def _warning() -> str:
-    return "<p class='mark bad'>These runs were measured on different data or protocols: the columns cannot be compared.</p>"
+def _ways(evaluation: Evaluation) -> list[Way]:
+    metrics = evaluation["metrics"]
+    names = {way: [n for n in metrics if n.startswith(f"{way}_") and not n.endswith("r_mean")] for way in WAYS}
+    return [Way(WAYS[way], [_row(way, name, evaluation) for name in found]) for way, found in names.items() if found]
 
 
-def _metrics(evaluation: Mapping[str, Any]) -> str:
-    metrics, chance = evaluation["metrics"], evaluation["chance"]
-    ways = [way for way in WAYS if any(name.startswith(f"{way}_") for name in metrics)]
-    cards = []
-    for way in ways:
-        rows = []
-        for name in (n.removeprefix(f"{way}_") for n in metrics if n.startswith(f"{way}_") and not n.endswith("r_mean")):
-            key = f"{way}_{name}"
-            bar = "" if name in dict(RANKS) else meter(metrics[key], chance.get(key), 1.0 if _is_fraction(key) else 100.0)
-            known = _value(key, chance[key]) if key in chance else "-"
-            title = TITLES.get(name, name.replace("_", " "))
-            rows.append(f"<tr><td>{title}</td><td class=wide>{bar}</td><td>{_value(key, metrics[key])}</td><td>{known}</td></tr>")
-        head = "<tr><th></th><th></th><th>value</th><th>chance</th></tr>"
-        cards.append(f"<div class='card scroll'><h3>{WAYS[way]}</h3><table>{head}{''.join(rows)}</table></div>")
-    return f"<div class=two>{''.join(cards)}</div>"
+def _row(way: str, name: str, evaluation: Evaluation) -> Figure:
+    """A metric with its bar; ranks have none."""
+    plain = name.removeprefix(f"{way}_")
+    figure = _figure(name, evaluation)._replace(title=TITLES.get(plain, plain.replace("_", " ")))
+    if plain in dict(RANKS):
+        return figure
+    bar = meter(evaluation["metrics"][name], evaluation["chance"].get(name), 1.0 if _is_fraction(name) else 100.0)
+    return figure._replace(bar=Markup(bar))
 
 
-def _training(page: Page) -> str:
+def _charts(page: Page) -> dict[str, str]:
+    """Title -> figure; '' where there is nothing to draw."""
     names = list(dict.fromkeys(name for row in page.losses for name in row if name != "step"))
     heats = [n for n in names if "tau" in n or n.startswith("temperatures.")]
     followed = [n for n in names if ".thresholds." in n]
@@ -143,58 +180,18 @@ def _training(page: Page) -> str:
         runs = _with_own(page.other_losses, page.title, page.losses)
         together: Series = {title: _series(rows, ["loss"]).get("loss", []) for title, rows in runs.items()}
         charts["loss of the compared runs (terms differ between methods)"] = curves(together, "step", "loss")
-    cards = [f"<div class=card><h3>{title}</h3>{chart}</div>" for title, chart in charts.items() if chart]
-    return f"<div class=two>{''.join(cards)}</div>" if cards else ""
+    return charts
 
 
-def _series(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> Series:
+def _series(rows: Losses, names: Sequence[str]) -> Series:
     return {name: [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)] for name in names}
 
 
-def _histogram(page: Page) -> str:
-    shares = page.evaluation.get("histogram")
+def _histogram(shares: Mapping[str, Sequence[float]] | None) -> Markup:
     if not shares:
-        return ""
+        return Markup()
     classes = {"pairs that hold": shares["positives"], "pairs that do not": shares["negatives"]}
-    return f"<div class=card>{histogram(shares['edges'], classes, 'score')}</div>"
-
-
-def _gallery(page: Page, way: str) -> str:
-    rows = page.evaluation.get("examples", {}).get(way, [])
-    card = _text_query if way == "t2i" else _image_query
-    return f"<div class=ask>{''.join(card(row, page.thumbnails) for row in rows)}</div>" if rows else ""
-
-
-def _text_query(row: Mapping[str, Any], thumbnails: Mapping[str, str]) -> str:
-    hits = "".join(
-        f"<div class='hit{' good' if hit['holds'] else ''}'>{_thumb(hit['image'], thumbnails)}{hit['score']:.3f}</div>"
-        for hit in row["hits"]
-    )
-    head = f"<div class=head><span class=quote>{escape(row['text'])}</span>{_mark(row)}</div>"
-    return f"<div class=card>{head}<div class=hits>{hits}</div></div>"
-
-
-def _image_query(row: Mapping[str, Any], thumbnails: Mapping[str, str]) -> str:
-    texts = "".join(
-        f"<li{' class=good' if hit['holds'] else ''}>{escape(hit['text'])}<span>{hit['score']:.3f}</span></li>" for hit in row["hits"]
-    )
-    side = f"<div class=hit>{_thumb(row['image'], thumbnails)}</div><div><p>{_mark(row)}</p><ol class=texts>{texts}</ol></div>"
-    return f"<div class=card><div class=pair>{side}</div></div>"
-
-
-def _thumb(key: str, thumbnails: Mapping[str, str]) -> str:
-    inside = f'<img src="{thumbnails[key]}" alt="{escape(key)}" title="{escape(key)}">' if key in thumbnails else escape(key)
-    return f"<div class=thumb>{inside}</div>"
-
-
-def _mark(row: Mapping[str, Any]) -> str:
-    word = "right" if row["right"] else "wrong"
-    return f"<span class='mark {'good' if row['right'] else 'bad'}'>{word}, annotated pair at rank {row['rank']}</span>"
-
-
-def _lineage(lineage: Mapping[str, str]) -> str:
-    rows = "".join(f"<dt>{escape(label)}</dt><dd><code>{escape(text)}</code></dd>" for label, text in lineage.items() if text)
-    return f"<div class=card><dl>{rows}</dl></div>" if rows else ""
+    return Markup(histogram(shares["edges"], classes, "score"))
 
 
 def _title(name: str) -> str:

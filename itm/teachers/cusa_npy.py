@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from itm.data import files
 from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.data.text import clean_caption
@@ -32,21 +33,21 @@ class CusaNpyTeacher(Teacher):
     def __init__(self, path: str | list[str], modality: Modality) -> None:
         """Raises ValueError for a file that is missing, holds other objects, or vectors that are not (D,) or (1, D) of one width D > 1."""
         self.modality = modality
-        files = [Path(p) for p in ([path] if isinstance(path, str) else path)]
+        paths = [Path(files.absolute(p)) for p in ([path] if isinstance(path, str) else path)]
         self.vectors: dict[str, np.ndarray] = {}
-        for file in files:
+        for file in paths:
             self.vectors |= {str(key): _vector(file, key, value) for key, value in read_dict(file).items()}
         widths = sorted({len(vector) for vector in self.vectors.values()})
         if len(widths) != 1:
-            raise ValueError(f"{', '.join(map(str, files))}: vectors of widths {widths or 'none'}; all must have the same")
+            raise ValueError(f"{', '.join(map(str, paths))}: vectors of widths {widths or 'none'}; all must have the same")
         self.width = widths[0]
         known = frozenset(self.vectors)
         self.prepare = partial(_image_key if modality == "image" else _caption_key, known=known)
         self.identity = {
             "kind": "cusa_npy",
-            "model": "+".join(file.name for file in files),
+            "model": "+".join(file.name for file in paths),
             "revision": None,
-            "weights_sha256": "+".join(map(_sha256, files)),
+            "weights_sha256": "+".join(map(_sha256, paths)),
             "layer": "stored",
             "width": self.width,
             "dtype": "as stored",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itm.data import files
 from itm.kinds import origins
 
 LONGEST_PARAM = 6000  # characters; MLflow's limits
@@ -25,8 +26,8 @@ def tracking_uri() -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri if "://" in uri or uri.startswith("databricks") else str(Path(uri.removeprefix("file:")).absolute())
+        return f"sqlite:///{files.absolute(uri.removeprefix('sqlite:///'))}"
+    return uri if "://" in uri or uri.startswith("databricks") else files.absolute(uri.removeprefix("file:"))
 
 
 @dataclass(frozen=True)

@@ -366,8 +366,9 @@ def _local(location: str, uri: str, name: str) -> Path:
         fetched = Path(download_artifacts(artifact_uri=uri, dst_path=str(fresh), tracking_uri=tracking_uri()))
         try:
             fetched.rename(cache / name)
-        except OSError:  # another process was first
-            assert (cache / name).exists()
+        except OSError:
+            if not (cache / name).exists():  # else another process was first
+                raise
         shutil.rmtree(fresh, ignore_errors=True)
     return cache / name
 

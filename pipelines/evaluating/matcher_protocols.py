@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import itm
@@ -55,7 +54,7 @@ def _question(args: argparse.Namespace, recipe: Recipe | None, name: str, by_pai
     rejected = recipe.data.max_reject_rate if recipe else Question.max_reject_rate
     if by_pairs:
         columns = args.pair_columns.split(",") if args.pair_columns else None
-        hashes = "+".join(hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] for path in args.pairs)
+        hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
         asked = Question(pairs=args.pairs, columns=columns, batch_size=size, max_reject_rate=rejected, device=own_device())
         return asked, {"split": name, "split_hash": hashes, "pairs": args.pairs, "columns": columns}
     assert recipe is not None

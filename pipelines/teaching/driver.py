@@ -13,7 +13,7 @@ from typing import Any
 from itm.config import Part, Recipe
 from itm.data import files, sidecar
 from itm.data.manifest import check_present
-from itm.data.records import Problem
+from itm.data.records import Problem, check_rows
 from itm.data.shards import Manifest, ShardInfo, read_manifest
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
@@ -126,7 +126,9 @@ def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, floa
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     seen = rows + sum(len(s.header.unreadable) for s in sidecars)
     whole = sum(int(s.ok.sum()) for s in sidecars)
-    assert seen == whole + len(problems), (seen, whole, len(problems))
+    for shard, s in zip(job.manifest.shards, sidecars, strict=True):
+        sent = len(s.header.unreadable) + (shard.samples if job.modality == "image" else shard.captions)
+        check_rows(s.uri, sent, int(s.ok.sum()), len(list(_problems(s))))
     if len(problems) > job.recipe.data.max_reject_rate * seen:
         raise ValueError(
             f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +17,12 @@ import pytest
 from PIL import Image
 
 from itm.config import Text
-from itm.data import files
 from itm.data.manifest import NAME, Manifest
 from itm.data.pairs import Pairs, Work
 from itm.data.plan import Plan
 from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import MAX_CAPTION, MAX_PIXELS, MAX_REGION_BYTES, Problem
-from itm.data.shards import Sample, read_manifest, read_samples
+from itm.data.shards import read_manifest, read_samples
 from itm.data.text import build_tokenizer
 from itm.evaluation.dataset import encode_split
 from pipelines.evaluating.driver import flow_of
@@ -194,20 +192,6 @@ def test_a_region_file_that_lies_about_its_size_is_refused() -> None:
         read_regions(out.getvalue(), limit=4)
 
 
-def test_a_member_whose_size_leads_backwards_ends_the_tar(tmp_path: Path) -> None:
-    """-1 is a valid octal number to `int`; a reader that believes it goes round for ever."""
-    uri = tar_of(tmp_path / "x.tar", [("a.png", png(1)), ("a.json", said("one")), ("b.png", png(2))])
-    data = bytearray(Path(uri).read_bytes())
-    at = data.index(b"b.png")
-    data[at + 124 : at + 136] = b"-0000001000\0"
-    data[at + 148 : at + 156] = b" " * 8
-    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
-    Path(uri).write_bytes(data)
-    items = list(read_samples(uri))
-    assert [i.key for i in items if isinstance(i, Sample)] == ["a"]
-    assert any(isinstance(i, Problem) and "corrupt header" in i.reason for i in items)
-
-
 def test_names_that_are_not_unicode_are_left_out_and_their_row_can_be_written(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         archive.addfile(tarfile.TarInfo("caf\udce9.jpg"))
@@ -283,26 +267,3 @@ def test_clocks_that_disagree_change_nothing(tmp_path: Path, monkeypatch: pytest
     before = {p: p.stat().st_ino for p in uri.iterdir()}
     stage.teach(teach_recipe(tmp_path, {"kind": "statistics"}))
     assert {p: p.stat().st_ino for p in uri.iterdir()} == before
-
-
-def test_half_written_files_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path) -> None:
-    import socket
-    import subprocess
-
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    host = socket.gethostname()
-    names = {
-        "dead": f"a.tar.tmp-{host}-{dead.pid}-01234567",
-        "mine": f"b.tar.tmp-{host}-{os.getpid()}-01234567",
-        "theirs": "c.tar.tmp-other-7-01234567",
-        "old": "d.tar.tmp-other-7-89abcdef",
-    }
-    for name in names.values():
-        (tmp_path / name).write_bytes(b"half")
-    hour_ago = time.time() - 4000
-    os.utime(tmp_path / names["old"], (hour_ago, hour_ago))
-    assert files.list_files(tmp_path) == []
-    files.remove_abandoned(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([names["mine"], names["theirs"]])
-    assert files.remove_abandoned(tmp_path / "none") == []

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from itm.data import files
 from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
 from itm.kinds import build_part
@@ -32,7 +33,7 @@ class BuaTsv(Source):
         if not isinstance(said, ListedImages):
             raise ValueError(f"captions.kind={captions.get('kind')!r} lists no images: take karpathy, coco_captions, pairs_json or csv")
         self.said, self.splits = said, said.splits
-        self.files = [Path(f) for f in ([features] if isinstance(features, str) else features)]
+        self.files = [Path(files.absolute(f)) for f in ([features] if isinstance(features, str) else features)]
         self.rows: dict[str, tuple[int, int, int]] = {}
         for number, file in enumerate(self.files):
             self._index(number, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from itm.data import files
 from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, Listing, read_json
 
@@ -17,7 +18,8 @@ class Karpathy(ListedImages):
     """
 
     def __init__(self, path: str, image_root: str = ".", restval_in_train: bool = True) -> None:
-        dataset = read_json(Path(path))
+        file = Path(files.absolute(path))
+        dataset = read_json(file)
         if not isinstance(dataset, dict) or not dataset.get("images"):
             raise ValueError(f"{path} is no Karpathy split file: it has no `images`")
         self.restval_in_train = restval_in_train
@@ -28,7 +30,7 @@ class Karpathy(ListedImages):
             captions = [Caption(str(s["sentid"]), s["raw"]) for s in image["sentences"]]
             meta = {"image_id": image.get("cocoid", image["imgid"]), "imgid": image["imgid"]}
             listings.setdefault(split, []).append(Listing(name, captions, meta))
-        super().__init__(image_root, listings, [Path(path)])
+        super().__init__(image_root, listings, [file])
 
     def identity(self) -> dict[str, object]:
         return super().identity() | {"restval_in_train": self.restval_in_train}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from itm.data import files
 from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import Source, unique_keys
 
@@ -20,7 +21,7 @@ class Precomp(Source):
     """
 
     def __init__(self, path: str, captions_per_image: int = 5) -> None:
-        self.path, self.per_image = Path(path), captions_per_image
+        self.path, self.per_image = Path(files.absolute(path)), captions_per_image
         self.splits = [p.name.removesuffix("_ims.npy") for p in sorted(self.path.glob("*_ims.npy"))]
         self.splits = [s for s in self.splits if self._file(s, "caps.txt").exists()]
         if not self.splits:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from itm.data.sources.scene_world import COLOURS, SHAPES, World, form_of, slots_of, world_named
+from itm.data.sources.scene_world import World, form_of, slots_of, world_named
 
 _WORDS = {
     "red": ("red", "crimson"),
@@ -110,6 +110,3 @@ def _noun(thing: list[str | None], rng: np.random.Generator) -> str:
 
 def _pick(choices: tuple[str, ...], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
-
-
-assert all(name in _WORDS for name in COLOURS + SHAPES)

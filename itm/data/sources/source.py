@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from itm.data import files
 from itm.data.records import Caption, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
@@ -72,7 +73,7 @@ class ListedImages(Source):
 
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
-        path = Path(self.image_root.replace("{split}", split)) / row.path
+        path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
         if path.suffix.lower() not in _FORMATS:
             return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
@@ -90,11 +91,11 @@ def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
     Raises ValueError when nothing is there.
     """
     if isinstance(path, dict):
-        found = {split: Path(p) for split, p in path.items()}
+        found = {split: Path(files.absolute(p)) for split, p in path.items()}
     elif "{split}" in path:
-        found = {split: p for split in ("train", "val", "test") if (p := Path(path.replace("{split}", split))).exists()}
+        found = {split: p for split in ("train", "val", "test") if (p := Path(files.absolute(path.replace("{split}", split)))).exists()}
     else:
-        found = {"train": Path(path)}
+        found = {"train": Path(files.absolute(path))}
     missing = [str(p) for p in found.values() if not p.exists()]
     if missing or not found:
         raise ValueError(f"no annotation file at {', '.join(missing) or path}; give {{split}} in the path or a mapping split: file")

@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 import pyarrow as pa
 
+from itm.data import files
 from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import Source, read_json, unique_keys
 
@@ -31,10 +32,10 @@ class UniterDb(Source):
     """
 
     def __init__(self, texts: dict[str, str], images: str | list[str], vocab: str | None = None) -> None:
-        self.images = [ImageDatabase(Path(folder)) for folder in ([images] if isinstance(images, str) else images)]
-        self.texts = {split: TextDatabase(Path(folder)) for split, folder in texts.items()}
+        self.images = [ImageDatabase(Path(files.absolute(folder))) for folder in ([images] if isinstance(images, str) else images)]
+        self.texts = {split: TextDatabase(Path(files.absolute(folder))) for split, folder in texts.items()}
         self.splits = list(self.texts)
-        self.pieces = None if vocab is None else Path(vocab).read_text(encoding="utf-8").splitlines()
+        self.pieces = None if vocab is None else files.read_bytes(vocab).decode().splitlines()
         self._names = {split: list(db.captions_of) for split, db in self.texts.items()}
         self._keys = {split: unique_keys(names) for split, names in self._names.items()}
         for split, db in self.texts.items():

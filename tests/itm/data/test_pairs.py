@@ -9,27 +9,10 @@ import pyarrow as pa
 import pytest
 
 from itm.config import Text
-from itm.data import files
 from itm.data.pairs import Pairs, Work
 from itm.data.preprocess import ImageInput, Inputs, decode, draw, fit
-from itm.data.records import Caption, Record
-from itm.data.shards import write_shard
-from itm.data.sidecar import Header, Store, sidecar_uri, teacher_id, write_sidecar
 from itm.data.text import build_tokenizer
-from tests.support.noise_split import every_sample, png, world
-
-
-def store(root: Path, pairs: Pairs, modality: str, broken: str = "") -> Store:
-    """Vectors that spell their row: (shard, row, 1)."""
-    identity = {"kind": "spelled"}
-    for number, (info, samples) in enumerate(zip(pairs.fetch.manifest.shards, every_sample(pairs), strict=True)):
-        captions = [(s.key, c.id) for s in samples for c in s.captions]
-        keys = [key for key, _ in captions] if modality == "text" else [s.key for s in samples]
-        vectors = np.array([[number, row, 1] for row in range(len(keys))], np.float32)
-        header = Header(identity, modality, "fp32", info.name, info.sha256)
-        ids = [c for _, c in captions] if modality == "text" else None
-        write_sidecar(sidecar_uri(str(root), info.name), header, keys, vectors, ids, ["unreadable" if k == broken else None for k in keys])
-    return Store(str(root), modality, "fp32", 3, identity, {})
+from tests.support.noise_split import every_sample, world
 
 
 def whole_epoch(pairs: Pairs) -> list[pa.Table]:
@@ -116,43 +99,3 @@ def test_regions_are_read_padded_and_masked(tmp_path: Path) -> None:
         mask = table["mask"][row].as_py()
         assert sum(mask) == 2 + number % 2
         assert table["regions"][row].as_py() == [float(number * m) for m in mask for _ in range(3)]
-
-
-def test_teacher_rows_belong_to_their_sample_and_caption(tmp_path: Path) -> None:
-    pairs = world(tmp_path)
-    pairs.fetch.stores = {m: store(tmp_path / m, pairs, m) for m in ("image", "text")}
-    samples = every_sample(pairs)
-    for step in range(pairs.fetch.plan.steps_per_epoch):
-        table = pairs(Work(step, 0, 0))
-        for row, (shard, number) in enumerate(pairs.fetch.plan.batch_pairs(step, 0, 0).tolist()):
-            image_row = [s.key for s in samples[shard]].index(table["key"][row].as_py())
-            for modality, at in (("image", image_row), ("text", number)):
-                want = np.array([shard, at, 1]) / np.linalg.norm([shard, at, 1])
-                np.testing.assert_allclose(table[f"teacher_{modality}"][row].as_py(), want, rtol=1e-6)
-
-
-def test_a_sample_that_its_teacher_could_not_read_is_replaced_and_told(tmp_path: Path) -> None:
-    pairs = world(tmp_path, batch=36)
-    pairs.fetch.stores = {"image": store(tmp_path / "image", pairs, "image", broken="k001")}
-    problems = {json.loads(p)["reason"] for p in pairs(Work(0, 0, 0))["problem"].to_pylist() if p}
-    assert problems == {"no image teacher vector: unreadable"}
-
-
-def test_a_sidecar_of_other_rows_is_refused(tmp_path: Path) -> None:
-    pairs = world(tmp_path)
-    pairs.fetch.stores = {"text": store(tmp_path / "text", pairs, "text")}
-    info = pairs.fetch.manifest.shards[0]
-    uri = sidecar_uri(str(tmp_path / "text"), info.name)
-    captions = [(s.key, c.id) for s in every_sample(pairs)[0] for c in s.captions][::-1]
-    header = Header({"kind": "spelled"}, "text", "fp32", info.name, info.sha256)
-    write_sidecar(uri, header, [k for k, _ in captions], np.ones((len(captions), 3), np.float32), [c for _, c in captions])
-    assert teacher_id(header.identity) == pairs.fetch.stores["text"].teacher
-    with pytest.raises(ValueError, match=r"row \d+ is of .*itm teach"):
-        whole_epoch(pairs)
-
-
-def test_shards_that_changed_after_their_manifest_are_refused(tmp_path: Path) -> None:
-    pairs = world(tmp_path)
-    write_shard(files.join(tmp_path, "train", "00000.tar"), [Record("other", "train", [Caption("c", "a red thing")], png(0), "png")])
-    with pytest.raises(ValueError, match=r"00000\.tar has sha256 \w+, its manifest says \w+: the shard changed after the manifest"):
-        whole_epoch(pairs)

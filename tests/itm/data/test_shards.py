@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -13,8 +12,7 @@ import pytest
 
 from itm.data import files
 from itm.data.records import Caption, Problem, Record, Regions, check_image
-from itm.data.shards import Sample, index_shard, read_manifest, read_range, read_samples, scan_shard, write_shard
-from itm.data.tar import Member, members
+from itm.data.shards import Sample, index_shard, read_manifest, read_range, read_samples, write_shard
 from tests.support.tars import pair, png, records, tar_of
 
 
@@ -65,34 +63,6 @@ def test_byte_ranges_of_the_index_hold_exactly_their_samples(tmp_path):
         assert (alone.key, alone.image, alone.captions, alone.regions) == (sample.key, sample.image, sample.captions, sample.regions)
     with pytest.raises(ValueError, match="changed after it was indexed"):
         read_range(uri, index[0].start + 512, index[0].end)
-
-
-@pytest.mark.parametrize("how", ["ustar", "gnu", "pax"])
-def test_the_own_parser_agrees_with_tarfile_even_on_long_names(tmp_path, how):
-    names = ["a.jpg", "folder/b.txt", f"{'d' * 60}/{'e' * 80}.jpg", "empty.txt"]
-    if how != "ustar":
-        names += [f"{'long' * 40}.jpg", f"{'é' * 120}.json"]
-    formats = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-    uri = tar_of(tmp_path / "x.tar", [(n, os.urandom(700) if n != "empty.txt" else b"") for n in names], format=formats[how])
-    data = files.read_bytes(uri)
-    with tarfile.open(uri) as archive:
-        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
-    found = list(members(memoryview(data)))
-    assert [(m.name, m.start, m.size) for m in found] == expected
-    for member in found:  # every span is a tar of its own
-        (alone,) = members(memoryview(data)[member.begin : member.end], fragment=True)
-        assert isinstance(alone, Member)
-        assert alone.name == member.name
-
-
-def test_a_float_mtime_only_adds_pax_headers_that_are_skipped(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, data in pair("a", "one"):
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1234.5
-            archive.addfile(info, io.BytesIO(data))
-    (sample,), problems = split(read_samples(str(tmp_path / "x.tar")))
-    assert (sample.key, problems) == ("a", [])
 
 
 def test_img2dataset_and_clip_benchmark_layouts_are_read_as_they_are(tmp_path):
@@ -158,29 +128,6 @@ def test_a_truncated_tar_keeps_its_whole_samples_and_names_the_shard(tmp_path, c
     assert any(p.shard == "x.tar" and "truncated" in p.reason and p.what == "shard" for p in problems)
 
 
-def test_corrupt_headers_compressed_tars_and_empty_files_are_problems_not_exceptions(tmp_path):
-    uri = tar_of(tmp_path / "x.tar", pair("a", "one") + pair("b", "two"))
-    data = bytearray(files.read_bytes(uri))
-    data[2048 + 10] ^= 255
-    for bad, reason in ((bytes(data), "corrupt header"), (b"\x1f\x8b" + bytes(1000), "compressed"), (b"", "truncated")):
-        files.write_atomic(uri, bad)
-        _, problems = split(read_samples(uri))
-        assert any(reason in p.reason for p in problems)
-
-
-def test_unsafe_names_and_links_are_left_out_by_name(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name in ("/etc/a.jpg", "../b.jpg", "c/../../d.txt"):
-            archive.addfile(tarfile.TarInfo(name))
-        link = tarfile.TarInfo("e.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    samples, problems = split(read_samples(str(tmp_path / "x.tar")))
-    assert not samples
-    assert len(problems) == 4
-    assert "link" in problems[3].reason
-
-
 @pytest.mark.parametrize("text", [b"{", b"[1]", b'{"captions": [1]}', b'{"captions": [{"id": 1}]}', b'{"captions": "x"}', b"\xff\xfe"])
 def test_captions_of_the_wrong_type_are_a_problem(tmp_path, text):
     _, (problem,) = split(read_samples(tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.json", text)])))
@@ -212,38 +159,3 @@ def test_a_corrupt_truncated_or_gigantic_image_is_found_by_decoding_it():
     for bad in (good[: len(good) // 2], b"not an image", b"", bytes(header)):
         with pytest.raises(ValueError, match=r"decoded|pixels"):
             check_image(bad)
-
-
-def test_files_are_replaced_as_a_whole_or_not_at_all(tmp_path):
-    uri = files.join(tmp_path, "deep", "x.bin")
-    files.write_atomic(uri, b"old")
-    with contextlib.suppress(RuntimeError), files.atomic_stream(uri) as stream:
-        stream.write(b"half")
-        raise RuntimeError
-    assert files.read_bytes(uri) == b"old"
-    assert files.list_files(tmp_path / "deep") == [uri]
-    assert files.read_span(uri, 1, 3) == b"ld"
-    with files.local_copy(tmp_path / "deep") as local:
-        assert local == tmp_path / "deep"
-
-
-def test_any_fsspec_filesystem_holds_shards(tmp_path):
-    uri = "memory://bucket/train/00000.tar"
-    info = write_shard(uri, records())
-    assert info == write_shard(str(tmp_path / "00000.tar"), records())
-    manifest = read_manifest("memory://bucket/train")
-    assert manifest.shards == [info]
-    row = scan_shard(uri)[0][2]
-    assert read_range(uri, row.start, row.end).key == "k2"
-    with files.local_copy("memory://bucket/train") as local:
-        assert (local / "00000.tar").read_bytes() == files.read_bytes(uri)
-    assert not local.exists()
-
-
-def test_a_manifest_fingerprint_follows_the_content(tmp_path):
-    for name, n in (("a", 3), ("b", 3), ("c", 2)):
-        write_shard(str(tmp_path / name / "0.tar"), records(n))
-    a, b, c = (read_manifest(str(tmp_path / name)).fingerprint() for name in "abc")
-    assert a == b != c
-    with pytest.raises(ValueError, match="run `itm pack`"):
-        read_manifest(str(tmp_path / "none"))

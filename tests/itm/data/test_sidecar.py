@@ -67,30 +67,11 @@ def test_an_unscored_row_keeps_its_place_and_its_reason(tmp_path):
     assert back.header.rejected == 1
 
 
-def test_join_gives_the_vectors_when_every_key_agrees(tmp_path):
-    back = s.read_sidecar(write(tmp_path))
-    assert s.join(back, KEYS) is back.vectors
-
-
-@pytest.mark.parametrize(
-    ("keys", "row", "said"), [(["b", "c", "a"], 1, "'c'"), (["b", "a"], 2, "no sample"), (["b", "a", "c", "d"], 3, "'d'")]
-)
-def test_join_names_the_first_row_whose_key_differs(tmp_path, keys, row, said):
-    back = s.read_sidecar(write(tmp_path))
-    with pytest.raises(ValueError, match=rf"00000\.arrow: row {row} .*{said}.*itm teach"):
-        s.join(back, keys)
-
-
-def test_caption_rows_are_found_by_sample_key_and_caption_id(tmp_path):
-    header = replace(HEADER, modality="text")
-    v = vectors(4)
+def test_caption_rows_keep_their_sample_key_and_caption_id(tmp_path):
+    header, v = replace(HEADER, modality="text"), vectors(4)
     back = s.read_sidecar(write(tmp_path, header, ["a", "a", "b", "b"], v, captions=["0", "1", "0", "1"]))
-    rows = back.rows(["b", "a"], ["0", "1"])
-    assert rows.tolist() == [2, 1]
-    assert np.allclose(back.vectors[rows], unit(v)[[2, 1]], atol=1e-3)
-    s.join(back, ["a", "a", "b", "b"], ["0", "1", "0", "1"])
-    with pytest.raises(ValueError, match=r"sample 'b', caption '7'.*itm teach"):
-        back.rows(["b"], ["7"])
+    assert list(zip(back.keys, back.captions, strict=True)) == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+    assert np.allclose(back.vectors, unit(v), atol=1e-3)
 
 
 @pytest.mark.parametrize(

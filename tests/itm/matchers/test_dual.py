@@ -3,10 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
 from itm.matchers.dual import DualEncoder, Head
-from itm.matchers.encoders.towers import ConvTower, HFText, HFVision, PooledGRU
 from itm.types import Captions, Images
 
 VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
@@ -62,63 +60,3 @@ def test_the_options_rebuild_the_same_architecture(image, text):
     i, c = images(size=32 if "config" in image else 64), captions()
     torch.testing.assert_close(after.encode_images(i).vector, before.encode_images(i).vector)
     torch.testing.assert_close(after.encode_captions(c).vector, before.encode_captions(c).vector)
-
-
-def test_the_conv_tower_offers_its_grid_and_names_a_wrong_size():
-    tower = ConvTower(image_size=64)
-    encoded = tower(images())
-    assert (encoded.parts.shape, encoded.vector.shape) == ((3, 16, 128), (3, 256))
-    with pytest.raises(ValueError, match=r"data\.image_size"):
-        tower(images(size=32))
-    with pytest.raises(ValueError, match=r"data\.image=pixels"):
-        tower(Images(torch.arange(2), regions=torch.zeros(2, 3, 4)))
-
-
-def test_the_pooled_gru_takes_the_maximum_over_real_words():
-    tower, c = PooledGRU(vocab_size=20), captions()
-    encoded = tower(c)
-    for k, words in enumerate(c.mask.sum(1).tolist()):
-        torch.testing.assert_close(
-            encoded.vector[k], tower.gru(tower.embed(c.tokens[k : k + 1, :words]))[0][0].amax(0), atol=1e-6, rtol=1e-5
-        )
-
-
-def test_patch_tokens_leave_out_the_class_token_and_the_pixels_are_normalised(tmp_path):
-    config = {k: v for k, v in VIT.items() if k != "model_type"}
-    ViTModel(ViTConfig(**config, patch_size=16)).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}')
-    tower, i = HFVision(path=str(tmp_path)).eval(), images(size=32)
-    hidden = ViTModel.from_pretrained(tmp_path)(pixel_values=(i.pixels / 255 - 0.5) / 0.25).last_hidden_state
-    torch.testing.assert_close(tower(i).parts, hidden[:, 1:])
-    assert tower(i).parts.shape == (3, 4, tower.width)
-    with pytest.raises(ValueError, match="image_size=32"):
-        tower(images(size=48))
-
-
-def test_a_vision_tower_is_taken_out_of_clip_and_a_grid_is_flattened(tmp_path):
-    CLIPVisionModel(
-        CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32)
-    ).save_pretrained(tmp_path)
-    assert HFVision(path=str(tmp_path))(images(size=32)).parts.shape == (3, 1, 16)
-    resnet = {"model_type": "resnet", "embedding_size": 4, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
-    encoded = HFVision(config=resnet)(images(size=32))
-    assert (encoded.parts.shape, encoded.vector.shape) == ((3, 16, 12), (3, 12))
-
-
-def test_a_frozen_tower_stays_in_evaluation_mode_and_untrained(tmp_path):
-    BertModel(BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"}, vocab_size=20)).save_pretrained(tmp_path)
-    tower = HFText(vocab_size=20, path=str(tmp_path), freeze=True).train()
-    assert not tower.model.training
-    assert not any(p.requires_grad for p in tower.parameters())
-    assert HFText(vocab_size=20, **tower.options).options == tower.options
-
-
-def test_a_foreign_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"30 ids.*embeds 20.*text\.path"):
-        HFText(vocab_size=30, config={**BERT, "vocab_size": 20})
-    with pytest.raises(ValueError, match="either path"):
-        HFVision()
-    with pytest.raises(ValueError, match="model_type"):
-        HFVision(config={"hidden_size": 8})
-    with pytest.raises(ValueError, match="holds no model"):
-        HFVision(path=str(tmp_path))

@@ -1,28 +1,32 @@
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from itm.report.charts import curves, histogram, meter
-from itm.report.page import Page, render
+from itm.report.page import TEMPLATES, Page, render
 from pipelines import evaluate, report
+from tests.support import ROOT
 from tests.support.small_split import small_run
 
 VOID = {"meta", "img", "br"}
 
 
 class Outline(HTMLParser):
-    """Collects headings, and fails on a tag that is closed wrongly."""
+    """Collects headings, tags with the names of their attributes, and all text; fails on a tag that is closed wrongly."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.headings = [], []
+        self.open, self.headings, self.tags, self.text = [], [], [], ""
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, [name for name, _ in attrs]))
+        self.text += "".join(value or "" for _, value in attrs)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -33,6 +37,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        self.text += data
         if self.open and self.open[-1] == "h2":
             self.headings.append(data)
 
@@ -56,6 +61,34 @@ def test_the_page_has_every_section_and_needs_nothing_from_outside(run):
 def test_text_from_recipes_is_escaped(run):
     text = Path(report.report(run)).read_text()
     assert "five &lt; six &amp; &lt;script&gt;" in text
+
+
+def hostile_page(text: str) -> Page:
+    """A page that says `text` wherever data or recipes can put a word."""
+    hit = {"text": text, "image": text, "score": 0.5, "holds": True}
+    row = {"text": text, "image": f"{text}2", "right": True, "rank": 1, "hits": [hit]}
+    metrics = {"rsum": 1.0, f"t2i_{text}": 2.0}
+    evaluation = {"protocol": text, "score_type": text, "counts": {text: 1}, "metrics": metrics, "chance": {"rsum": 0.5}}
+    evaluation |= {"split_hash": text, "examples": {"t2i": [row], "i2t": [row]}}
+    losses = [{"step": step, text: 1.0, "loss": 2.0, "tau": 3.0} for step in range(2)]
+    return Page(text, text, evaluation, losses, {"b" + text: evaluation}, {text: losses}, {f"{text}2": "data:,x"}, {text: text})
+
+
+def test_no_word_of_captions_keys_names_or_metrics_becomes_markup():
+    word = "<script>alert('\"')</script>"
+    page = render(hostile_page(word))
+    outline, harmless = Outline(page), Outline(render(hostile_page("harmless")))
+    assert "<script" not in page and word not in page
+    assert outline.tags == harmless.tags
+    assert outline.text.count(word) == harmless.text.count("harmless") > 10
+
+
+def test_the_wheel_ships_everything_that_the_page_is_made_of():
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["itm.report"]
+    shipped = {path for pattern in data for path in TEMPLATES.parent.glob(pattern)}
+    assert shipped == {
+        path for path in TEMPLATES.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".py"
+    }
 
 
 def test_the_numbers_of_the_evaluation_and_their_chance_are_on_the_page(run):

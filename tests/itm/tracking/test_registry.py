@@ -14,8 +14,8 @@ import torch
 import yaml
 
 import itm
-from itm.tracking.lineage import LONGEST_NAME, LONGEST_PARAM, git_commit, plain_name, shorten
-from itm.tracking.registry import DatasetRef, Tracker, client, download, find_version, promote, tracking_uri
+from itm.tracking.lineage import LONGEST_PARAM
+from itm.tracking.registry import DatasetRef, Tracker, client, download, find_version, promote
 from tests.support import ROOT
 from tests.support.registry_world import TEXTS, free_ports, matcher_folder, register_matcher, tiny_matcher, wait_for
 
@@ -26,19 +26,6 @@ pytestmark = pytest.mark.e2e
 def run_id(name: str = "run") -> str:
     with Tracker.start("tests", name) as tracker:
         return tracker.run_id
-
-
-def test_an_address_is_absolute_whatever_was_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    for given, wanted in {
-        "": f"sqlite:///{tmp_path}/mlflow.db",
-        "sqlite:///sub/x.db": f"sqlite:///{tmp_path}/sub/x.db",
-        "sqlite:////abs/x.db": "sqlite:////abs/x.db",
-        "mlruns": f"{tmp_path}/mlruns",
-        "http://host:5000": "http://host:5000",
-    }.items():
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-        assert tracking_uri() == wanted
 
 
 def test_a_run_keeps_params_metrics_lineage_and_artifacts(registry: Path, tmp_path: Path):
@@ -86,22 +73,6 @@ def test_a_run_whose_body_raises_is_marked_failed(registry: Path):
     with pytest.raises(RuntimeError, match="boom"), Tracker.start("tests", "bad") as tracker:
         raise RuntimeError("boom")
     assert client().get_run(tracker.run_id).info.status == "FAILED"
-
-
-def test_cut_texts_and_names_stay_distinct():
-    assert shorten("x" * 10, 10) == "x" * 10
-    assert shorten("x" * 9000 + "a", 6000) != shorten("x" * 9000 + "b", 6000)
-    assert plain_name("a@1%b") == "a_1_b"
-    assert plain_name("n" * 300 + "a") != plain_name("n" * 300 + "b")
-    assert len(plain_name("n" * 300)) == LONGEST_NAME
-
-
-def test_the_commit_comes_from_the_job_or_from_git(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ITM_GIT_COMMIT", "abc")
-    assert git_commit() == "abc"
-    monkeypatch.delenv("ITM_GIT_COMMIT")
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert git_commit().removesuffix("-dirty") == asked.stdout.strip()
 
 
 def test_a_registered_matcher_comes_back_with_the_same_scores(registry: Path, tmp_path: Path):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itm.data.sources.scene_language import holds
-from itm.data.sources.scene_world import WORLDS, form_of, slots_of
+from itm.data.sources.scene_language import holds, say
+from itm.data.sources.scene_world import COLOURS, SHAPES, WORLDS, form_of, slots_of
 from itm.data.sources.scenes import Scenes, relevance, scene_truth_caption, scene_truth_image
 
 
@@ -149,3 +149,14 @@ def test_the_worlds_have_their_sizes_and_scene_ids_invert():
     assert Counter(len(list(Scenes("tiny", n_val=3).records(s))) for s in ("val", "test")) == {3: 1, 50: 1}
     with pytest.raises(ValueError, match="unknown world"):
         Scenes("huge")
+
+
+def test_every_colour_and_shape_has_words_of_its_own():
+    said = {}
+    for colour, shape in itertools.product(range(len(COLOURS)), range(len(SHAPES))):
+        for seed in range(20):
+            slots = np.array([colour, shape, colour, shape, -1])
+            said.setdefault((colour, shape), set()).add(
+                re.split(r" (?:and|next to|together with) ", say(slots, np.random.default_rng(seed)))[-1]
+            )
+    assert sum(map(len, said.values())) == len(set().union(*said.values()))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from itm.kinds import build_part
 from itm.losses.triplet import triplet_loss
-from itm.matchers.late import uarda_threshold as threshold
-from itm.matchers.late.uarda import UARDA, relevance_threshold
-from itm.matchers.late.uarda_threshold import NaafState, RelevanceThreshold, ThresholdOptions, misclassification_cost, naaf_walk
+from itm.matchers.late.uarda import UARDA
+from itm.matchers.late.uarda_threshold import NaafState, naaf_walk
 from itm.matchers.norms import l2
 from itm.methods import METHODS
 from itm.types import Batch, Captions, Encoded, Images, SoftLabels
@@ -93,68 +92,6 @@ def test_padding_blocks_and_order_do_not_change_a_score(direction: str):
     torch.testing.assert_close(torch.cat([matcher.score(left[:3], right), matcher.score(left[3:], right)]), want, atol=1e-12, rtol=0)
     rows, columns = torch.randperm(5), torch.randperm(4)
     torch.testing.assert_close(matcher.score(left[rows], right[columns]), want[rows][:, columns], atol=1e-12, rtol=0)
-
-
-def test_the_solver_finds_the_minimum_of_a_fine_grid():
-    draw = torch.rand(200, 5, dtype=torch.float64)
-    parameters = [draw[:, 0], 0.02 + 0.3 * draw[:, 1], draw[:, 2] - 0.3, 0.02 + 0.3 * draw[:, 3], 0.3 + 3 * draw[:, 4]]
-    t = relevance_threshold(*parameters)
-    grid = torch.linspace(0, 1, 20001, dtype=torch.float64)
-    costs = misclassification_cost(grid[:, None], *parameters)
-    assert bool((misclassification_cost(t, *parameters) <= costs.amin(0) + 1e-15).all())
-    assert bool(((t == 0) | (t == 1) | ((t - grid[costs.argmin(0)]).abs() < 2e-4)).all())
-
-
-def test_equal_variances_give_the_textbook_boundary():
-    t = relevance_threshold(0.6, 0.1, 0.2, 0.1, 2.0)
-    assert t.item() == pytest.approx(0.4 + 0.01 * torch.log(torch.tensor(2.0, dtype=torch.float64)).item() / 0.4, abs=1e-15)
-    near = relevance_threshold(0.6, 0.1 + 1e-10, 0.2, 0.1, 2.0)
-    assert near.item() == pytest.approx(t.item(), abs=1e-8)
-
-
-def test_the_solver_refuses_what_is_no_distribution():
-    with pytest.raises(ValueError, match="above 0"):
-        relevance_threshold(0.5, 0.0, 0.2, 0.1, 2.0)
-
-
-def test_the_update_follows_the_formulas_and_waits_for_enough_words():
-    state = RelevanceThreshold(ThresholdOptions(min_words=50, kappa=1.0))
-    matched, mismatched = 0.6 + 0.1 * torch.randn(60), 0.2 + 0.08 * torch.randn(60)
-    state.update(matched[:49], mismatched[:49])
-    assert state.t.item() == 0.0
-    state.update(matched, mismatched)
-    mp, sp, mn, sn = (float(f(x.double())) for x in (matched, mismatched) for f in (torch.mean, torch.std))
-    best = min(relevance_threshold(mp, sp, mn, sn, 2.0).item(), mp - sp)
-    assert state.t.item() == pytest.approx(0.7 * best, abs=1e-12)
-    assert state.t_safe.item() == pytest.approx(0.7 * max(0.0, mp - 3 * sp), abs=1e-12)
-    state.update(matched, mismatched)
-    assert state.t.item() == pytest.approx(0.7 * best + 0.3 * 0.7 * best, abs=1e-12)
-    assert state.report()["updates"] == 2
-
-
-def test_two_ranks_update_like_one(monkeypatch: pytest.MonkeyPatch):
-    alone, split = (RelevanceThreshold(ThresholdOptions(min_words=40)) for _ in range(2))
-    matched, mismatched = 0.6 + 0.1 * torch.randn(60, dtype=torch.float64), 0.2 + 0.08 * torch.randn(60, dtype=torch.float64)
-    alone.update(matched, mismatched)
-    other = torch.stack([threshold._sums(x[25:]) for x in (matched, mismatched)])
-    monkeypatch.setattr(threshold, "all_reduce_sum", lambda own: own + other)
-    split.update(matched[:25], mismatched[:25])
-    torch.testing.assert_close(split.t, alone.t, atol=1e-13, rtol=0)
-    split.update(matched, mismatched, everywhere=True)
-    alone.update(matched, mismatched, everywhere=True)
-    torch.testing.assert_close(split.t, alone.t, atol=1e-13, rtol=0)
-
-
-def test_the_cap_keeps_the_threshold_below_the_matched_words_and_warm_up_holds_zero():
-    state = RelevanceThreshold(ThresholdOptions(min_words=10, warmup_steps=3))
-    matched, mismatched = 0.19 + 0.05 * torch.randn(100), 0.30 + 0.05 * torch.randn(100)
-    for _ in range(8):
-        state.update(matched, mismatched)
-        assert state.t.item() == 0.0, "mismatched above matched: no boundary"
-    state = RelevanceThreshold(ThresholdOptions(min_words=10, warmup_steps=3))
-    for step in range(8):
-        state.update(mismatched, mismatched - 0.02)
-        assert (state.t.item() == 0.0) == (step < 3) or state.t.item() <= float(mismatched.mean() - mismatched.std())
 
 
 def trained_batch(matcher: Any, rows: int = 12) -> tuple[Tensor, Tensor]:
