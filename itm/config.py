@@ -143,6 +143,7 @@ class Registry(Strict):
     model: str = "itm-matcher"
     metric: str = "rsum"
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
+    loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
 
 
 # Prose, places of outputs, processes and how they compute. What stood here in version 0.1.0 stays: `whole_fingerprint` needs it.
@@ -154,6 +155,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
+    "registry": {"loggers"},
 }
 
 

@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -25,7 +26,7 @@ class MissingPackage(ValueError):
 
 
 IMPORT_PATH = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-_LOADED: dict[str, type] = {}  # import path -> class, of this process: what `sys.modules` is to modules
+_BY_PATH: set[str] = set()  # the import paths of parts that this process has loaded: their packages go to Ray workers
 
 
 class Kinds(dict[str, str], Generic[T]):
@@ -70,8 +71,6 @@ def build_part(table: Kinds[T], kind: str, options: Mapping[str, object], what: 
 
 
 def _imported(path: str, base: str, what: str) -> type:
-    if path in _LOADED:
-        return _subclass(_LOADED[path], path, base, what)
     parsed = IMPORT_PATH.fullmatch(path)
     if not parsed:
         raise ValueError(f"{what} {path!r} is no import path; write package.module:Name")
@@ -91,7 +90,7 @@ def _imported(path: str, base: str, what: str) -> type:
         near = difflib.get_close_matches(attribute, vars(module), n=1)
         raise ValueError(f"{what} {path!r}: {name} has no {attribute!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     part = _subclass(getattr(module, attribute), path, base, what)
-    _LOADED[path] = part
+    _BY_PATH.add(path)
     return part
 
 
@@ -144,51 +143,60 @@ def check_allowed(choices: object, allow: Iterable[str], where: str) -> None:
 
 
 def origins(choices: object) -> dict[str, str]:
-    """Import path -> `package version, sha256 <12 digits of its source file>`, of the parts in nested `choices` that were loaded."""
-    return {path: _origin(path) for _, path in import_paths(choices) if path in _LOADED}
-
-
-def _origin(path: str) -> str:
-    file = sys.modules[_LOADED[path].__module__].__file__
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "unknown"
-    package, found = path.partition(":")[0].partition(".")[0], _distribution(path)
-    return f"{f'{found.name} {found.version}' if found else f'{package} (no version)'}, sha256 {digest}"
+    """Import path -> `package version, sha256 <12 digits of its source file>`, of the parts in nested `choices` that are loaded."""
+    return {path: _origin(path, part) for path, part in _loaded(choices)}
 
 
 def requirements(choices: object) -> list[str]:
     """`distribution==version` of the packages of the loaded parts in `choices`, of those that pip could install elsewhere."""
-    found = [_distribution(path) for _, path in import_paths(choices) if path in _LOADED]
+    found = [_distribution(path) for path, _ in _loaded(choices)]
     return sorted({f"{d.name}=={d.version}" for d in found if d is not None and not _from_folder(d)})
 
 
 def local_packages(choices: object = None) -> list[Path]:
-    """Folder (or file) of the packages that no package index could give: of the loaded parts in `choices`, unset = of all loaded ones."""
-    paths = list(_LOADED) if choices is None else [path for _, path in import_paths(choices) if path in _LOADED]
+    """Folder (or file) of the packages that no package index could give: of the loaded parts in `choices`; unset = of all that this process
+    has loaded by an import path."""
     places = set()
-    for path in paths:
+    for path, _ in _loaded(_BY_PATH if choices is None else choices):
         found = _distribution(path)
         if found is None or _from_folder(found):
-            places.add(_place(path))
+            package = sys.modules[path.partition(":")[0].partition(".")[0]]
+            folders = list(getattr(package, "__path__", []))
+            places.add(Path(folders[0] if folders else str(package.__file__)))
     return sorted(places)
 
 
-def _place(path: str) -> Path:
-    package = sys.modules[path.partition(":")[0].partition(".")[0]]
-    if folders := list(getattr(package, "__path__", [])):
-        return Path(folders[0])
-    return Path(str(package.__file__))
+def _loaded(choices: object) -> Iterator[tuple[str, type]]:
+    """Import path and class of the parts in nested `choices` whose modules are imported."""
+    for _, path in import_paths(choices):
+        module, _, name = path.partition(":")
+        if isinstance(part := getattr(sys.modules.get(module), name, None), type):
+            yield path, part
+
+
+def _origin(path: str, part: type) -> str:
+    file = sys.modules[part.__module__].__file__
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else "unknown"
+    package, found = path.partition(":")[0].partition(".")[0], _distribution(path)
+    return f"{f'{found.name} {found.version}' if found else f'{package} (no version)'}, sha256 {digest}"
 
 
 def _distribution(path: str) -> importlib.metadata.Distribution | None:
     """What pip installed the module of an import path from; None for one that merely lies on the path of modules."""
     module = path.partition(":")[0]
     file = Path(str(sys.modules[module].__file__))
-    for name in importlib.metadata.packages_distributions().get(module.partition(".")[0], []):
+    for name in _distributions(tuple(sys.path)).get(module.partition(".")[0], []):
         found = importlib.metadata.distribution(name)
         own = (Path(str(found.locate_file(f))) for f in found.files or [] if f.name == file.name)
         if _from_folder(found) or any(place.resolve() == file.resolve() for place in own):
             return found
     return None
+
+
+@lru_cache(maxsize=1)
+def _distributions(path: tuple[str, ...]) -> Mapping[str, list[str]]:
+    """Package -> what installed it. Reading all that is installed takes a second or more, so it is read once for a `sys.path`."""
+    return importlib.metadata.packages_distributions()
 
 
 def _from_folder(distribution: importlib.metadata.Distribution) -> bool:

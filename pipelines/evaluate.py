@@ -65,10 +65,10 @@ def _of_matcher(args: argparse.Namespace) -> dict[str, Any]:
     from pipelines.evaluating.matcher_protocols import probe
 
     recipe = recipe_from(args) if args.recipe else None
-    if name := args.protocol or (recipe and recipe.evaluation.protocol):
+    if name := args.protocol or (recipe.evaluation.protocol if recipe else ""):
         protocol = find_protocol(name)
         if isinstance(protocol, MatcherProtocol):
-            return probe(args, recipe, protocol)
+            return probe(args, recipe, name, protocol)
     if recipe is None:
         raise ValueError("say what to evaluate: -c RECIPE, or --scores FILE.npy --truth IDS.json")
     options = {"protocol": args.protocol, "tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}

@@ -30,6 +30,8 @@ def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
     """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
     options = _with_image_size(part, inputs.image.size)
     matcher: nn.Module = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    if ":" in part.kind:
+        matcher.kind = part.kind  # type: ignore[assignment]
     matcher.inputs = inputs  # type: ignore[assignment]
     return matcher
 
@@ -70,7 +72,7 @@ def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
         matcher.inputs.save(written)  # type: ignore[union-attr,operator]
-        config = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        config: dict[str, object] = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
         if packages := origins(config):
             config["packages"] = packages
         (written / "config.json").write_text(json.dumps(config, indent=1))

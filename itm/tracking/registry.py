@@ -42,6 +42,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from itm.kinds import import_paths, origins
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, packages_used, plain_name, shorten, texts, tracking_uri
+from itm.tracking.loggers import Logger
 from itm.tracking.package import save_package
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -62,11 +63,12 @@ class Tracker:
     As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
     """
 
-    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool) -> None:
+    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
         self.run_id = run_id
         self.uri = uri
         self._client = client(uri)
         self._owner = owner
+        self._loggers = loggers
         if owner:
             self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
         self._pending: deque[Any] = deque()
@@ -97,9 +99,12 @@ class Tracker:
         return tracker
 
     @classmethod
-    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False) -> Tracker:
-        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs."""
-        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics)
+    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
+        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
+
+        loggers: they are told what this tracker is told.
+        """
+        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
@@ -108,9 +113,13 @@ class Tracker:
         self._pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
         while len(self._pending) > _MOST_PENDING:
             self._pending.popleft().wait()
+        for logger in self._loggers:
+            logger.metrics(values, step)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
+        for logger in self._loggers:
+            logger.tags(values)
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
         """Record lineage: metadata only, nothing is read or copied."""
@@ -127,6 +136,8 @@ class Tracker:
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a file, or a folder with its name, to the run's artifacts (below `folder`)."""
         self._client.log_artifact(self.run_id, str(path), folder)
+        for logger in self._loggers:
+            logger.artifact(str(path))
 
     def flush(self) -> None:
         """Wait until every metric is stored. Raises MlflowException if one could not be."""
@@ -138,6 +149,8 @@ class Tracker:
         if self._monitor:
             self._monitor.finish()
             self._monitor = None
+        for logger in self._loggers:
+            logger.close()
         self.flush()
 
     def finish(self, status: str = "FINISHED") -> None:

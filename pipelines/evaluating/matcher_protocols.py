@@ -18,9 +18,9 @@ from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import output_of, stored, track
 
 
-def probe(args: argparse.Namespace, recipe: Recipe | None, protocol: MatcherProtocol) -> dict[str, Any]:
+def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> dict[str, Any]:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
-    name, uris, by_pairs = args.protocol or (recipe and recipe.evaluation.protocol), list(args.matcher or []), protocol.reads == "pairs"
+    uris, by_pairs = list(args.matcher or []), protocol.reads == "pairs"
     if len(uris) > 1:
         raise ValueError(f"protocol {name} is of one matcher, not of an ensemble: name one --matcher")
     if by_pairs != bool(args.pairs):

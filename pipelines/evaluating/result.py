@@ -94,9 +94,11 @@ def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
     receipt = files.join(recipe.folder, "run.json")
     if not files.exists(receipt):
         return
+    from itm.tracking.loggers import loggers_of
     from itm.tracking.registry import Tracker
 
-    with Tracker.resume(json.loads(files.read_bytes(receipt))["run_id"]) as tracker:
+    run_id = json.loads(files.read_bytes(receipt))["run_id"]
+    with Tracker.resume(run_id, loggers=loggers_of(recipe, run_id)) as tracker:
         flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
         tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})

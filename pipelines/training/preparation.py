@@ -22,6 +22,7 @@ from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
 from itm.precision import warn_if_slow
 from itm.teachers.stores import store_for
+from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
 from pipelines.training.course import Course
@@ -46,6 +47,7 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
+    check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
     if train.compile and not train.use_gpu:
