@@ -8,11 +8,11 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test check bench golden chaos clean
+.PHONY: help setup demo test test-system check docs bench golden chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,11 +28,22 @@ demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, th
 test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: they wait more than they compute
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
+	$(BIN)/python -m pytest -rs tests/system
+
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_house.py
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the site of docs/ into site/; pages made from the code are made again, every warning is an error
+	$(BIN)/python -m tests.support.docs_pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line a case
 	$(BIN)/python -m tests.support.replay $(GOLDEN)
@@ -46,4 +57,4 @@ chaos: $(READY)  ## kill every stage at random moments, twenty times, and compar
 	$(BIN)/python -m tests.support.chaos
 
 clean:  ## remove what runs and the demo made
-	rm -rf runs data mlruns mlflow.db
+	rm -rf runs data mlruns mlflow.db site

@@ -9,20 +9,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def load_matcher(uri: str | Path, allow: Iterable[str] = ()) -> Any:
-    """A matcher in eval mode, with `.inputs` that turn raw images and texts into its input types.
+def load_matcher(uri: str | Path, device: str = "cpu", allow: Iterable[str] = ()) -> Any:
+    """A matcher in eval mode on `device` (auto, cpu, cuda, ...), with `.inputs` that turn raw images and texts into its input types.
 
     `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry. `allow`: packages whose
     code may run because the matcher names a part of them, e.g. ["acme"]; the project's own parts need none.
     Raises ValueError naming what is missing and what exists, and MissingExtra for a registry without the extra `tracking`.
     """
+    from itm.device import resolve_device
     from itm.matchers.folder import load_matcher_folder
 
+    target = resolve_device(device)
     if str(uri).startswith(("models:/", "runs:/")):
         from itm.extras import needed_by
 
-        with needed_by(f"load_matcher({str(uri)!r})"):
+        with needed_by(f"load_matcher({str(uri)!r})", extra="tracking"):
             from itm.tracking.registry import download
 
         uri = download(str(uri))
-    return load_matcher_folder(uri, allow)
+    return load_matcher_folder(uri, allow).to(target)

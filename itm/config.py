@@ -42,11 +42,11 @@ class Data(Strict):
 
     source: Part | None = Field(None, description="raw data for `itm pack`; unset = the shards exist already")
     root: str = Field("data/shards", description="folder or URI of the shards, one sub-folder a split")
-    train_split: str = "train"
-    val_split: str = "val"
-    test_split: str = "test"
+    train_split: str = Field("train", description="sub-folder that is trained on")
+    val_split: str = Field("val", description="sub-folder that validation reads; empty = train without validation")
+    test_split: str = Field("test", description="sub-folder that `itm evaluate` reads")
     shard_samples: int = Field(250, ge=1, description="images per packed shard")
-    image: Literal["pixels", "regions"] = "pixels"
+    image: Literal["pixels", "regions"] = Field("pixels", description="what the model sees of an image: pixels, or a region file")
     image_size: int = Field(224, ge=8, description="pixels a side")
     crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random: training only")
     flip: bool = Field(False, description="random horizontal flip in training (wrong for captions that say left or right)")
@@ -60,7 +60,7 @@ class Data(Strict):
 class Text(Strict):
     """How a caption becomes tokens."""
 
-    kind: Literal["words", "hf"] = "words"
+    kind: Literal["words", "hf"] = Field("words", description="a vocabulary of whole words, or a Hugging Face tokenizer")
     path: str | None = Field(None, description="HF tokenizer (name or folder), or a word-vocabulary json")
     min_count: int = Field(1, ge=1, description="a word seen less often becomes <unk>")
     max_length: int = Field(64, ge=3, description="tokens, start and end included; longer captions are cut and counted")
@@ -71,11 +71,11 @@ class Teachers(Strict):
     """The soft-label stores that training reads, and the teachers that `itm teach` runs."""
 
     root: str | None = Field(None, description="folder or URI of the stores; unset = <data.root>/<split>/teachers")
-    image: Part | None = None
-    text: Part | None = None
-    dtype: Literal["int8", "fp16", "fp32"] = "fp16"
-    batch_size: int = Field(64, ge=1)
-    actors: int = Field(1, ge=1)
+    image: Part | None = Field(None, description="teacher of images; unset = none")
+    text: Part | None = Field(None, description="teacher of captions; unset = none")
+    dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
+    batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
+    actors: int = Field(1, ge=1, description="processes that hold a teacher")
 
 
 class Train(Strict):
@@ -92,19 +92,24 @@ class Train(Strict):
         description="train with as few workers while there is no room for all, from the last checkpoint at each change; each lost node "
         "counts in max_failures. Unset = wait for room for all",
     )
-    use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
+    use_gpu: bool = Field(False, description="one GPU for each worker")
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = Field(
+        "fp32", description="of products and convolutions, weights stay fp32; bf16, fp16 = autocast; auto = bf16 on a GPU, fp32 on a CPU"
+    )
+    deterministic: bool = Field(False, description="the same bits each run on one kind of device, or an error naming what cannot; slower")
     optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = Field(1e-3, gt=0, description="highest learning rate")
+    min_lr: float = Field(0.0, ge=0, description="lowest learning rate of the schedule")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(1e-4, ge=0)
-    schedule: Literal["constant", "cosine", "cosine_epoch", "step", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "cosine_epoch", "step", "linear"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up; cosine_epoch changes it once an epoch"
+    )
     step_epochs: int = Field(15, ge=1, description="`step`: the rate is multiplied by step_gamma every so many epochs")
-    step_gamma: float = Field(0.1, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
+    step_gamma: float = Field(0.1, gt=0, description="factor of the schedule `step`")
+    warmup_steps: int = Field(0, ge=0, description="first steps, in which the learning rate rises linearly")
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the gradient; unset = not clipped")
     accumulate: int = Field(1, ge=1, description="micro-steps per optimiser step")
     cache_chunk: int | None = Field(
         None, ge=1, description="rows the encoders hold activations of; the loss still sees all of batch_size. Unset = all at once"
@@ -119,18 +124,20 @@ class Train(Strict):
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(10, ge=1, description="steps between logged losses")
     max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint; 0 = the first lost node ends the run")
 
     @model_validator(mode="after")
     def _check_workers(self) -> Train:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        if self.precision == "fp16" and self.shard_weights:
+            raise ValueError("precision=fp16 scales its losses by each worker's own gradients, which shard_weights splits: use bf16")
         return self
 
 
 class Evaluation(Strict):
-    protocol: str = "auto"
+    protocol: str = Field("auto", description="which pairs are asked against which truth")
     ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
@@ -139,9 +146,9 @@ class Evaluation(Strict):
 class Registry(Strict):
     """Experiment tracking and the promotion gate."""
 
-    experiment: str = "itm"
-    model: str = "itm-matcher"
-    metric: str = "rsum"
+    experiment: str = Field("itm", description="MLflow experiment of the runs")
+    model: str = Field("itm-matcher", description="name in the model registry")
+    metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
     loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
 
@@ -152,7 +159,7 @@ NO_CHOICES: dict[str, Any] = {
     "allow": True,
     "about": True,
     "paper": True,
-    "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights"},
+    "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
     "registry": {"loggers"},
@@ -160,8 +167,8 @@ NO_CHOICES: dict[str, Any] = {
 
 
 class Recipe(Strict):
-    name: str
-    seed: int = 0
+    name: str = Field(description="name of the run, its folder below `output`")
+    seed: int = Field(0, description="of initial weights, order of pairs and augmentation")
     about: str = Field("", description="what this run is, in a sentence")
     paper: dict[str, Any] = Field(default_factory=dict, description="published figures and the decisions where code and paper differ")
     output: str = Field("runs", description="folder or URI; a run writes below <output>/<name>")
@@ -172,8 +179,8 @@ class Recipe(Strict):
     data: Data = Field(default_factory=Data)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
-    model: Part
-    method: Part = Part(kind="matching")
+    model: Part = Field(description="the matcher that is trained")
+    method: Part = Field(Part(kind="matching"), description="how it is trained: its losses")
     train: Train = Field(default_factory=Train)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     registry: Registry = Field(default_factory=Registry)
@@ -249,7 +256,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Resolved:
     """The recipe of `load_recipe` with the layers it was made of."""
-    layers, choices = _layers(Path(path)), {}
+    layers = _layers(Path(path))
+    choices: dict[str, Any] = {}
     for layer in layers:
         choices = _merge(choices, layer.choices)
     choices = deepcopy(choices)

@@ -1,4 +1,4 @@
-"""Device, rank, world size and gathering over ranks. Everything works alone at world size 1, without a process group."""
+"""Rank, world size and gathering over ranks. Everything works alone at world size 1, without a process group."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-def own_device() -> str:
-    """Where this process computes when nothing says otherwise."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def world_size() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
-EXTRAS = {"ray": "pipeline", "mlflow": "tracking", "boto3": "s3"}  # package -> extra
+EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",)}  # extra -> packages
 
 
 class MissingExtra(ModuleNotFoundError):
@@ -14,13 +14,16 @@ class MissingExtra(ModuleNotFoundError):
 
 
 @contextmanager
-def needed_by(who: str) -> Iterator[None]:
-    """In this block an import of a package that an extra brings, and that is not there, raises MissingExtra."""
+def needed_by(who: str, extra: str) -> Iterator[None]:
+    """In this block an import of a package that an extra brings, and that is not there, raises MissingExtra.
+
+    extra: the one that brings all that `who` usually needs; it is named where it has the package, else the first that has it.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if isinstance(error, MissingExtra) or package not in EXTRAS:
+        having = [name for name in (extra, *EXTRAS) if package in EXTRAS[name]]
+        if isinstance(error, MissingExtra) or not having:
             raise
-        line = f"{who} needs {package}: pip install '{DISTRIBUTION}[{EXTRAS[package]}]'"
-        raise MissingExtra(line, name=error.name) from error
+        raise MissingExtra(f"{who} needs {package}: pip install '{DISTRIBUTION}[{having[0]}]'", name=error.name) from error

@@ -5,7 +5,8 @@
     model.predict([{"image": "photo.jpg", "text": "a red circle"}], params={"output": "scores"})
 
 Rows hold `image` (encoded bytes or a path), `text`, or both. `vectors`: each row holds one of the two. `scores`: every
-image against every text, (I, T); rows without one of the two only add to the other side.
+image against every text, (I, T); rows without one of the two only add to the other side. It runs on a GPU where there is one; the variable
+ITM_DEVICE names another device (`resolve_device`).
 
 A matcher that names parts of a package of its maker's loads only if the caller allows that package:
 
@@ -15,6 +16,7 @@ A matcher that names parts of a package of its maker's loads only if the caller 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,12 @@ ROWS_PER_CALL = 64
 
 class ItmModel(PythonModel):
     def load_context(self, context: Any) -> None:
+        from itm.device import resolve_device
         from itm.matchers.folder import load_matcher_folder
 
         allow = (context.model_config or {}).get("allow", [])
-        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"], allow)
+        self.device = resolve_device(os.environ.get("ITM_DEVICE", "auto"))
+        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"], allow).to(self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used."""
@@ -67,10 +71,10 @@ class ItmModel(PythonModel):
         return np.stack([vectors[n] for n in sorted(vectors)])
 
     def _encode_images(self, raw: list[Any]) -> Any:
-        return _in_pieces(raw, lambda piece: self.matcher.encode_images(self.matcher.inputs.images(piece)))
+        return _in_pieces(raw, lambda piece: self.matcher.encode_images(self.matcher.inputs.images(piece).to(self.device)))
 
     def _encode_texts(self, texts: list[Any]) -> Any:
-        return _in_pieces(texts, lambda piece: self.matcher.encode_captions(self.matcher.inputs.captions(piece)))
+        return _in_pieces(texts, lambda piece: self.matcher.encode_captions(self.matcher.inputs.captions(piece).to(self.device)))
 
 
 def _in_pieces(cells: list[Any], encode: Any) -> Any:

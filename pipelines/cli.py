@@ -109,12 +109,12 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     try:
-        with needed_by(f"itm {stage}"):
+        with needed_by(f"itm {stage}", extra="pipeline"):
             return int(module.run(args) or 0)
     except (ValueError, OSError, MissingExtra) as error:
         if os.environ.get("ITM_TRACEBACK"):
             raise
-        print(f"itm {stage}: {error}", file=sys.stderr)
+        print(error if isinstance(error, MissingExtra) else f"itm {stage}: {error}", file=sys.stderr)
         return 2
 
 

@@ -7,9 +7,8 @@ Sizes shrink, data and pre-trained weights are replaced by what needs no downloa
 
 from __future__ import annotations
 
-from typing import Any
-
 from itm.config import Recipe, parse_recipe
+from itm.data.formats import Json
 
 REGION_WIDTH = 358  # of the regions of scenes
 REGIONS = 6
@@ -76,7 +75,7 @@ def debug_twin(recipe: Recipe) -> Recipe:
     return parse_recipe(choices, where=f"debug twin of {recipe.name}")
 
 
-def _model(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+def _model(kind: str, options: Json) -> Json:
     if kind == "clip":
         return {"config": CLIP_CONFIG, "heads": options.get("heads")}
     options = _shrink(options)
@@ -85,5 +84,5 @@ def _model(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _shrink(options: dict[str, Any]) -> dict[str, Any]:
+def _shrink(options: Json) -> Json:
     return {k: _shrink(v) if isinstance(v, dict) else SIZES.get(k, v) for k, v in options.items()}

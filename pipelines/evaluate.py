@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from itm.evaluation import TIES
 from pipelines.cli import recipe_arguments, recipe_from, script
@@ -27,6 +27,7 @@ from pipelines.on_ray.options import add_arguments as add_scoring_arguments
 
 if TYPE_CHECKING:
     from itm.config import Recipe
+    from itm.data.formats import Json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_matcher(args: argparse.Namespace) -> dict[str, Any]:
+def _of_matcher(args: argparse.Namespace) -> Json:
     from itm.evaluation.protocols import MatcherProtocol, find_protocol
     from pipelines.evaluating.matcher_protocols import probe
 
@@ -84,7 +85,7 @@ def evaluate(
     tie: str = "pessimistic",
     how: How = IN_MEMORY,
     save_scores: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
     Several matchers are an ensemble, whose score is the mean of theirs.
@@ -95,9 +96,7 @@ def evaluate(
     return driver.evaluate(recipe, matcher_uri, split, protocol=protocol, tie=tie, how=how, save_scores=save_scores)
 
 
-def evaluate_scores(
-    scores: str, truth: str | None, protocol: str = "auto", tie: str = "pessimistic", output: str | None = None
-) -> dict[str, Any]:
+def evaluate_scores(scores: str, truth: str | None, protocol: str = "auto", tie: str = "pessimistic", output: str | None = None) -> Json:
     """Evaluate a .npy score matrix (images, captions) of any origin; the truth file holds the ids of its rows and columns."""
     from pipelines.evaluating import score_file
 

@@ -3,7 +3,7 @@
 itm recipes                               # one line a recipe
 itm recipes sgr-coco train.epochs=10      # the whole recipe after `extends`, defaults and overrides; valid YAML
 itm recipes my.yaml --debug               # its debug twin
-itm recipes --markdown                    # the table of the published results
+itm recipes --markdown                    # the table of docs/recipes.md
 """
 
 from __future__ import annotations

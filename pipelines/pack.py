@@ -16,15 +16,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 from itm.config import Part, Recipe
 from itm.data import files
-from itm.data.formats import read_json
+from itm.data.formats import Json, read_json
 from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
-from itm.data.records import Caption, Problem, Record, check_image, json_fault
+from itm.data.records import Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
+from itm.data.sources.source import Source
 from itm.kinds import build_part
 from pipelines.cli import recipe_arguments, recipe_from, script
 
@@ -121,7 +121,7 @@ def _usable(job: Job, finished: bool) -> Receipt | None:
     return receipt if receipt and receipt.made_from == job.made_from and (finished or not receipt.problems) else None
 
 
-def _claim(folder: str, made_from: str, choices: dict[str, Any], overwrite: bool) -> None:
+def _claim(folder: str, made_from: str, choices: Json, overwrite: bool) -> None:
     """Mark the folder as ours before the first shard; refuse one that holds other shards, unless told to delete them."""
     uri = files.join(folder, CLAIM)
     if files.exists(uri) and read_json(uri, FORMAT).get("made_from") == made_from:
@@ -180,7 +180,7 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     keys: set[str] = set()
     for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
         if isinstance(item, Record):
-            captions = [Caption(c.id, " ".join(c.text.split()), c.meta) for c in item.captions]
+            captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
             item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
@@ -235,10 +235,11 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
 
 
 @lru_cache(maxsize=2)
-def _source(part: str) -> Any:
+def _source(part: str) -> Source:
     """Built once a worker process: a source may have a large annotation file to read."""
     choice = Part.model_validate_json(part)
-    return build_part(SOURCES, choice.kind, choice.options, "source")
+    source: Source = build_part(SOURCES, choice.kind, choice.options, "source")
+    return source
 
 
 if __name__ == "__main__":

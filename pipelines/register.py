@@ -14,12 +14,11 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
+from itm.data.formats import Json, read_json
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
 from pipelines.training import FORMAT as RUN_FORMAT
@@ -67,14 +66,14 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
         raise ValueError(f"registry.metric={gate.metric} was not measured; {folder}/evaluation.json has {', '.join(sorted(metrics))}")
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     with files.local_copy(files.join(folder, "matcher")) as matcher:
-        if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher, recipe.allowed)):
+        if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher, allow=recipe.allowed)):
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
         version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated), code=SERVED)
     gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")
     return Registered(gate.model, version, bool(gained), gained.reason)
 
 
-def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) -> dict[str, Any]:
+def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
     """What was trained is told by run.json: the recipe at hand may be another when --run is given."""
     return {
         "recipe": trained.get("recipe_fingerprint", recipe.fingerprint()),
@@ -86,7 +85,7 @@ def _tags(recipe: Recipe, trained: dict[str, Any], evaluated: dict[str, Any]) ->
     }
 
 
-def _read(folder: str, name: str, stage: str, known: int) -> dict[str, Any]:
+def _read(folder: str, name: str, stage: str, known: int) -> Json:
     uri = files.join(folder, name)
     if not files.exists(uri):
         raise ValueError(f"no {uri}; run `itm {stage}` with the same recipe first")

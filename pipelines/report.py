@@ -14,11 +14,10 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
+from itm.data.formats import Json, read_json
 from itm.data.shards import index_shard, read_range
 from itm.report.page import Page, render
 from pipelines.cli import recipe_arguments, recipe_from, script
@@ -63,7 +62,7 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     return output
 
 
-def lineage(recipe: Recipe, evaluation: dict[str, Any], trained: dict[str, Any]) -> dict[str, str]:
+def lineage(recipe: Recipe, evaluation: Json, trained: Json) -> dict[str, str]:
     """Where the numbers come from: choices, data, teachers, code, weights, run."""
     teachers = ", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items())
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
@@ -83,7 +82,7 @@ def lineage(recipe: Recipe, evaluation: dict[str, Any], trained: dict[str, Any])
     return {label: str(text) for label, text in facts.items() if text}
 
 
-def thumbnails(evaluation: dict[str, Any]) -> dict[str, str]:
+def thumbnails(evaluation: Json) -> dict[str, str]:
     """Image key -> JPEG data URI, for the images of the examples that have one; read by byte range from their shards."""
     wanted: dict[str, set[str]] = {}
     for row in _images(evaluation):
@@ -97,7 +96,7 @@ def thumbnails(evaluation: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _images(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def _images(evaluation: Json) -> Iterable[Json]:
     shown = evaluation.get("examples", {})
     yield from shown.get("i2t", [])
     for row in shown.get("t2i", []):
@@ -116,7 +115,7 @@ def _data_uri(image: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _evaluation(folder: str) -> dict[str, Any]:
+def _evaluation(folder: str) -> Json:
     found = _json(files.join(folder, "evaluation.json"), FORMAT)
     if not found:
         raise ValueError(f"no evaluation.json in {folder}; run `itm evaluate` with the same recipe first")
@@ -125,10 +124,10 @@ def _evaluation(folder: str) -> dict[str, Any]:
 
 def _losses(folder: str) -> list[dict[str, float]]:
     uri = files.join(folder, "losses.jsonl")
-    return [json.loads(line) for line in files.read_bytes(uri).decode().splitlines() if line] if files.exists(uri) else []
+    return [json.loads(line) for line in files.read_bytes(uri).decode().split("\n") if line] if files.exists(uri) else []
 
 
-def _json(uri: str, known: int) -> dict[str, Any]:
+def _json(uri: str, known: int) -> Json:
     return read_json(uri, known) if files.exists(uri) else {}
 
 

@@ -15,14 +15,15 @@ import argparse
 import base64
 import html
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from itm.device import HELP
 from pipelines.cli import allow_argument, script
 
 if TYPE_CHECKING:
     from itm.retrieval.engine import Hits
+    from itm.types import Matcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
     parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--device", default="auto", help=HELP)
     parser.add_argument("--html", help="also write a page with the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -40,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.text is None) == (args.image is None):
         raise ValueError('give either a text or --image, e.g. itm search "a red circle" --model ... --shards ...')
-    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index, allow=args.allow)
+    model = args.model
+    if args.allow:
+        import itm
+
+        model = itm.load_matcher(args.model, allow=args.allow)
+    found = search(args.text, image=args.image, model=model, shards=args.shards, k=args.k, index=args.index, device=args.device)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
@@ -51,20 +58,20 @@ def run(args: argparse.Namespace) -> None:
 def search(
     text: str | None = None,
     *,
-    model: str,
+    model: str | Matcher,
     shards: str,
     image: str | None = None,
     k: int = 5,
     index: str | None = None,
-    allow: Sequence[str] = (),
+    device: str = "auto",
 ) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`.
 
-    Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
+    Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
     """
     from itm.retrieval import engine
 
-    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index, allow=allow)
+    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index, device=device)
 
 
 def page(found: Hits) -> str:

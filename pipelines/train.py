@@ -13,12 +13,13 @@ weights.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 if TYPE_CHECKING:
     from itm.config import Recipe
+    from itm.data.formats import Json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"matcher: {done['matcher']}")
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, overwrite: bool = False) -> Json:
     """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
     from pipelines.training import driver
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from itm.device import HELP
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 if TYPE_CHECKING:
@@ -22,24 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
     parser.add_argument("--split", help="which split's stores (default: data.train_split)")
     parser.add_argument("--rows", type=int, default=128, help="rows to recompute per store (default: 128)")
+    kind = HELP.partition(" (default")[0]
+    parser.add_argument("--device", help=f"{kind} (default: the kind that wrote the store, where it is there)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of rows (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    results = verify(recipe_from(args), args.split, args.rows, args.seed)
+    results = verify(recipe_from(args), args.split, args.rows, args.seed, args.device)
     for result in results:
         print(result)
     return int(any(not result.ok for result in results))
 
 
-def verify(recipe: Recipe, split: str | None = None, rows: int = 128, seed: int = 0) -> list[Verified]:
-    """Recompute `rows` random rows of each store of the recipe.
+def verify(recipe: Recipe, split: str | None = None, rows: int = 128, seed: int = 0, device: str | None = None) -> list[Verified]:
+    """Recompute `rows` random rows of each store of the recipe on `device`; unset: the kind of device that wrote them, where it is there.
 
-    Raises ValueError when a store is missing, belongs to other shards, or its teacher has other weights now.
+    Raises ValueError when a store is missing, belongs to other shards, its teacher has other weights now, or the device is not there.
     """
     from pipelines.teaching import recompute
 
-    return recompute.verify(recipe, split, rows, seed)
+    return recompute.verify(recipe, split, rows, seed, device)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ FLOORS = {
     "itm.types": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
+    "itm.device": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,

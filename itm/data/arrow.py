@@ -13,7 +13,7 @@ Columns = dict[str, Any]
 """Name -> numpy array (N, ...), or a list of N strings or nulls."""
 
 
-def to_table(columns: Mapping[str, Any]) -> pa.Table:
+def to_table(columns: Mapping[str, object]) -> pa.Table:
     """A numpy array (N, ...) becomes one fixed-size list a row; lists and Arrow arrays stay as they are.
 
     The shape behind a list is not stored: whoever reads derives it, so no schema metadata has to survive a transport.
@@ -35,7 +35,7 @@ def to_columns(table: pa.Table) -> Columns:
     return {name: _cells(table.column(name)) for name in table.column_names}
 
 
-def _cells(cells: pa.ChunkedArray) -> Any:
+def _cells(cells: pa.ChunkedArray) -> np.ndarray | list[object]:
     chunk = cells.chunk(0) if cells.num_chunks == 1 else cells.combine_chunks()
     if pa.types.is_fixed_size_list(chunk.type):
         return chunk.flatten().to_numpy(zero_copy_only=False).reshape(len(chunk), -1).copy()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -16,7 +16,7 @@ from itm.types import Batch, Captions, SoftLabels
 IMAGE_COLUMNS = ("pixels", "regions", "boxes", "mask")
 
 
-def to_batch(columns: pa.Table | Mapping[str, Any]) -> Batch:
+def to_batch(columns: pa.Table | Mapping[str, np.ndarray]) -> Batch:
     """Columns image_id, pixels | regions + boxes + mask, tokens, token_mask, [teacher_image, teacher_text] -> Batch.
 
     Arrays are taken over without a copy; those of a table are copied.

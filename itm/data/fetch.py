@@ -9,16 +9,16 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from itm.data import files
-from itm.data.arrow import to_table
+from itm.data.arrow import Columns, to_table
 from itm.data.manifest import CHANGED, Manifest, SampleIndex
 from itm.data.plan import Plan
-from itm.data.records import Caption, Problem
+from itm.data.records import Caption, Json, Problem
 from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
@@ -40,7 +40,14 @@ class _Shard(NamedTuple):
     uri: str
     samples: list[SampleIndex]
     begins: list[int]
-    file: Any
+    file: pa.NativeFile
+
+
+class _Image(NamedTuple):
+    """A sample, and the columns that all pairs of its image share."""
+
+    sample: Sample
+    columns: Json
 
 
 class Fetch:
@@ -61,17 +68,17 @@ class Fetch:
         self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
         self._sidecar = lru_cache(2 * _OPEN_SHARDS)(self._open_sidecar)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state)
         self._caches()
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        samples: dict[tuple[int, int], dict[str, Any] | Problem] = {}
-        rows: list[dict[str, Any]] = []
+        samples: dict[tuple[int, int], _Image | Problem] = {}
+        rows: list[Json] = []
         for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
             begins = self._shard(shard).begins
             number = bisect_right(begins, row) - 1
@@ -93,8 +100,8 @@ class Fetch:
             )
         return _Shard(uri, index, begins, files.open_file(uri))
 
-    def _sample(self, shard: int, number: int) -> dict[str, Any] | Problem:
-        """The columns that all pairs of an image share (and the `sample` itself), or why it cannot be used."""
+    def _sample(self, shard: int, number: int) -> _Image | Problem:
+        """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
         start, end = index[number].start, index[number].end
         sample = parse_range(file.read_at(end - start, start), uri, start)
@@ -102,19 +109,18 @@ class Fetch:
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
-        columns = {"sample": sample, "data": data, "key": sample.key, "shard": name, "image_id": self.first_image[shard] + number}
+        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": self.first_image[shard] + number}
         if "image" in self.stores:
             vector = self._vector("image", shard, number, sample, None)
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_image"] = vector
-        return columns
+        return _Image(sample, columns)
 
-    def _pair(self, prepared: dict[str, Any] | Problem, shard: int, row: int, ordinal: int) -> dict[str, Any] | Problem:
-        if isinstance(prepared, Problem):
-            return prepared
-        columns = dict(prepared)
-        sample: Sample = columns.pop("sample")
+    def _pair(self, image: _Image | Problem, shard: int, row: int, ordinal: int) -> Json | Problem:
+        if isinstance(image, Problem):
+            return image
+        sample, columns = image.sample, dict(image.columns)
         caption = sample.captions[ordinal]
         if "text" in self.stores:
             vector = self._vector("text", shard, row, sample, caption)
@@ -139,12 +145,12 @@ class Fetch:
         return sidecar.vectors[row].astype(np.float32)
 
 
-def _table(rows: list[dict[str, Any]], work: Work) -> pa.Table:
+def _table(rows: list[Json], work: Work) -> pa.Table:
     """A row that cannot be used repeats the columns of a good one, beside its problem."""
     good = next((row for row in rows if "problem" not in row), None)
     if good is None:
-        raise unusable(rows[0]["problem"], len(rows), work.step)
-    columns: dict[str, Any] = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
+        raise unusable(str(rows[0]["problem"]), len(rows), work.step)
+    columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
     columns |= vectors | {"data": pa.array(columns["data"], pa.large_binary()), "image_id": np.array(columns["image_id"], np.int64)}
     problems = pa.array([row.get("problem") for row in rows], pa.string())

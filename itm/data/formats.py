@@ -7,6 +7,9 @@ from typing import Any
 
 from itm.data import files
 
+Json = dict[str, Any]
+"""The content of a JSON object. What it must hold is checked where it is read."""
+
 
 class NewerFormat(ValueError):
     """A file that a later version of itm wrote: nobody may take it for a damaged one and replace it."""
@@ -19,7 +22,7 @@ def check_format(where: str, said: Any, known: int) -> None:
         raise NewerFormat(f"{where} has format {found!r}, this version reads up to {known}: upgrade itm-pipeline")
 
 
-def read_json(uri: str, known: int) -> dict[str, Any]:
+def read_json(uri: str, known: int) -> Json:
     """The JSON object in a file of a format up to `known`. Raises NewerFormat; ValueError naming a file that holds none."""
     try:
         said = json.loads(files.read_bytes(uri))

@@ -6,8 +6,6 @@ keeps its place; the reason travels in the column `problem` of the place it left
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 
@@ -19,6 +17,7 @@ from itm.data.plan import Plan
 from itm.data.preprocess import Inputs, draw
 from itm.data.records import Problem
 from itm.data.sidecar import Store
+from itm.types import Captions
 
 __all__ = ["Pairs", "Work"]
 
@@ -55,53 +54,59 @@ class Pairs:
         return columns | {"problem": problems, "step": rows["step"]}
 
     def _images(self, rows: Columns) -> Columns:
-        """Image columns; an image that cannot be read turns its rows into problems."""
+        """Image columns; an image that cannot be read turns its rows into problems. Of rows with one image the first is decoded."""
         epoch = self.fetch.plan.locate(int(rows["step"][0])).epoch
         columns = {name: self.buffers.empty(shape) for name, shape in self.inputs.image.shapes(len(rows["key"])).items()}
-        first: dict[int, int] = {}
+        row_of: dict[int, int] = {}
         for i, number in enumerate(rows["image_id"].tolist()):
             if rows["problem"][i] is not None:
                 continue
-            at = first.setdefault(number, i)
-            if at < i:
-                rows["problem"][i] = rows["problem"][at]
+            if number in row_of:
+                rows["problem"][i] = rows["problem"][row_of[number]]
                 for array in columns.values():
-                    array[i] = array[at]
+                    array[i] = array[row_of[number]]
                 continue
-            out = {name: array[i] for name, array in columns.items()}
+            row_of[number] = i
+            target = {name: array[i] for name, array in columns.items()}
             try:
-                found = self.inputs.image_columns(rows["data"][i], draw(self.fetch.plan.seed, epoch, rows["key"][i]), out)
+                found = self.inputs.image_columns(rows["data"][i], draw(self.fetch.plan.seed, epoch, rows["key"][i]), target)
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error)).row()
                 continue
-            if not columns:
+            if not columns:  # of regions the shapes are known from the first image that can be read
                 columns = {name: np.empty((len(rows["key"]), *value.shape), value.dtype) for name, value in found.items()}
             for name, value in found.items():
-                if value is not out.get(name):
+                if value is not target.get(name):  # else it was decoded right into its place
                     columns[name][i] = value
         return columns
 
     def _words(self, rows: Columns) -> Columns:
-        """tokens (N, max_length) and token_mask; a caption that cannot be tokenised turns its row into a problem."""
-        length = self.inputs.tokenizer.max_length
-        tokens, mask = np.zeros((len(rows["key"]), length), np.int64), np.zeros((len(rows["key"]), length), bool)
-        good = [i for i, problem in enumerate(rows["problem"]) if problem is None]
-        try:
-            groups = [good] if good else []
-            encoded = [self.inputs.captions([rows["text"][i] for i in group]) for group in groups]
-        except ValueError:
-            groups, encoded = [], []
-            for i in good:
-                try:
-                    encoded.append(self.inputs.captions([rows["text"][i]]))
-                    groups.append([i])
-                except ValueError as error:
-                    rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error), "caption").row()
-        for group, captions in zip(groups, encoded, strict=True):
+        """tokens (N, max_length) int64 and token_mask (N, max_length) bool; zero and False in the rows of problems."""
+        shape = len(rows["key"]), self.inputs.tokenizer.max_length
+        tokens, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for group, captions in self._tokenised(rows):
             width = captions.tokens.shape[1]
             tokens[group, :width], mask[group, :width] = captions.tokens.numpy(), captions.mask.numpy()
         return {"tokens": tokens, "token_mask": mask}
 
+    def _tokenised(self, rows: Columns) -> list[tuple[list[int], Captions]]:
+        """Row numbers with their token ids: all good rows in one call, or, where one of their captions cannot be tokenised, each in a
+        call of its own, and that row becomes a problem."""
+        good = [i for i, problem in enumerate(rows["problem"]) if problem is None]
+        if not good:
+            return []
+        try:
+            return [(good, self.inputs.captions([rows["text"][i] for i in good]))]
+        except ValueError:
+            pass
+        done: list[tuple[list[int], Captions]] = []
+        for i in good:
+            try:
+                done.append(([i], self.inputs.captions([rows["text"][i]])))
+            except ValueError as error:
+                rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error), "caption").row()
+        return done
 
-def _take(values: Any, rows: np.ndarray) -> Any:
+
+def _take(values: np.ndarray | list[object], rows: np.ndarray) -> np.ndarray | list[object]:
     return values[rows] if isinstance(values, np.ndarray) else [values[i] for i in rows]

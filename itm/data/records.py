@@ -6,10 +6,15 @@ import io
 import json
 import zipfile
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import PIL.Image
+
+Json = dict[str, object]
+"""An object of a JSON file, or one to be written: metadata, identities, receipts."""
 IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
 # A crafted file of a few KB can claim gigapixels; 64 M pixels is above any camera still in use.
 MAX_PIXELS = 64_000_000
@@ -41,25 +46,31 @@ class RowsLost(ValueError):
     """Rows went in that neither came out nor were rejected."""
 
 
-def check_rows(where: str, rows_in: int, rows_out: int, rows_rejected: int) -> None:
+def check_rows(where: str, seen: int, kept: int, rejected: int) -> None:
     """Raises RowsLost naming `where` (the shard or store) and the counts unless every row that went in came out or was rejected."""
-    if rows_in != rows_out + rows_rejected:
+    if seen != kept + rejected:
         raise RowsLost(
-            f"{where}: {rows_in} rows went in, {rows_out} came out and {rows_rejected} were rejected, which leaves "
-            f"{rows_in - rows_out - rows_rejected} unaccounted for; delete its output and run the stage again"
+            f"{where}: {seen} rows went in, {kept} came out and {rejected} were rejected, which leaves "
+            f"{seen - kept - rejected} unaccounted for; delete its output and run the stage again"
         )
 
 
 @dataclass(frozen=True)
 class Caption:
-    """id is unique in its split; meta holds what the source knows about this caption (scenes: its logical form)."""
+    """id is unique in its split; meta holds what the source knows about this caption (scenes: its logical form).
+
+    unread: why the source could not read it (file, row and field), which leaves `text` empty.
+    """
 
     id: str
     text: str
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
+    unread: str | None = None
 
     def fault(self) -> str | None:
         """Why this caption cannot be used, or None."""
+        if self.unread:
+            return self.unread
         if not self.text.strip():
             return f"caption {self.id} is empty"
         if len(self.text) > MAX_CAPTION:
@@ -128,7 +139,7 @@ class Record:
     image: bytes | None = None
     image_format: str = "jpg"
     regions: Regions | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
 
 
 def _array(held: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -145,7 +156,7 @@ def _whole_number(name: str, array: np.ndarray | None) -> int:
     return int(array.item())
 
 
-def json_fault(*values: Any) -> str | None:
+def json_fault(*values: object) -> str | None:
     """Why these names and metadata cannot be stored in a shard, or None."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
@@ -154,7 +165,7 @@ def json_fault(*values: Any) -> str | None:
     return None
 
 
-def open_image(data: bytes) -> Any:
+def open_image(data: bytes) -> PIL.Image.Image:
     """A PIL image whose pixels are not decoded yet. Raises ValueError when it promises more than MAX_PIXELS; PIL raises what it likes."""
     from PIL import Image, UnidentifiedImageError, WebPImagePlugin
 

@@ -25,22 +25,24 @@ from pyarrow import fs, ipc
 
 from itm.data import files
 from itm.data.formats import NewerFormat, check_format
+from itm.data.records import Json
 
 FORMAT = 1
 REMEDY = "run `itm teach` with this recipe (finished shards are kept)"
 _NOT_UNIT = 0.05  # int8 of the widest vectors is off by less
 _ARROW = {"fp16": pa.float16(), "fp32": pa.float32(), "int8": pa.int8()}
-_NUMPY: dict[str, Any] = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
+_NUMPY: dict[str, type[np.generic]] = {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}
 
 
 @dataclass(frozen=True)
 class Header:
     """What a sidecar says about itself, kept as JSON in the Arrow schema metadata.
 
-    `unreadable` lists the (key, reason) of samples that the shard reader already rejected: they have no row.
+    `unreadable` lists the (key, reason) of samples that the shard reader already rejected: they have no row. `device`: the kind of device
+    that computed the vectors, whose last digits another kind does not repeat; it is written where it is not the CPU.
     """
 
-    identity: dict[str, Any]
+    identity: Json
     modality: str
     dtype: str
     shard: str
@@ -50,6 +52,13 @@ class Header:
     rejected: int = 0
     width: int = 0
     format: int = FORMAT
+    device: str = "cpu"
+
+    def to_json(self) -> str:
+        said = asdict(self)
+        if self.device == "cpu":
+            del said["device"]
+        return json.dumps(said, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def write_sidecar(
     _check(uri, keys, vectors, ok, "mend the teacher")
     unit = np.zeros_like(vectors)
     unit[ok] = vectors[ok] / np.linalg.norm(vectors[ok], axis=1, keepdims=True)
-    columns: dict[str, Any] = {"key": pa.array(keys, pa.string())}
+    columns: dict[str, pa.Array] = {"key": pa.array(keys, pa.string())}
     if header.modality == "text":
         columns["caption"] = pa.array(captions, pa.string())
     columns["problem"] = pa.array(problems, pa.string())
@@ -118,7 +127,7 @@ def write_sidecar(
     if scale is not None:
         columns["scale"] = pa.array(scale, pa.float16())
     done = Header(**asdict(header) | {"rows": len(keys), "rejected": int((~ok).sum()), "width": vectors.shape[1]})
-    table = pa.table(columns).replace_schema_metadata({"itm": json.dumps(asdict(done), sort_keys=True)})
+    table = pa.table(columns).replace_schema_metadata({"itm": done.to_json()})
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -235,13 +244,13 @@ def _matrix(column: pa.ChunkedArray, header: Header) -> np.ndarray:
 # --- stores -------------------------------------------------------------------------------------------------------------------
 
 
-def teacher_id(identity: Mapping[str, Any]) -> str:
+def teacher_id(identity: Mapping[str, object]) -> str:
     """A readable name and 10 hex digits of the whole identity: `minilm-all-MiniLM-L6-v2-0a1b2c3d4e`."""
     model = re.sub(r"[^A-Za-z0-9._]+", "-", str(identity.get("model", "")).rstrip("/").split("/")[-1]).strip("-.")[:40]
     return "-".join(filter(None, (str(identity["kind"]).replace("_", "-"), model, _digest(identity))))
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -253,8 +262,8 @@ class Store:
     modality: str
     dtype: str
     width: int
-    identity: dict[str, Any]
-    shards: dict[str, dict[str, Any]]
+    identity: Json
+    shards: dict[str, Json]
 
     @property
     def teacher(self) -> str:
@@ -279,7 +288,7 @@ def sidecar_uri(store: str, shard: str) -> str:
     return files.join(store, f"{shard.rsplit('/', 1)[-1].removesuffix('.tar')}.arrow")
 
 
-def write_store(root: str, choice: Mapping[str, Any], headers: Mapping[str, Header], identity: dict[str, Any]) -> str:
+def write_store(root: str, choice: Mapping[str, object], headers: Mapping[str, Header], identity: Json) -> str:
     """Write store.json (and the pointer that leads from a recipe's choice to it) and return the store's URI.
 
     headers: by shard name, in shard order. choice: modality, dtype, kind, options, as a recipe spells its teacher.
@@ -303,7 +312,7 @@ def open_store(root: str, teacher: str | None = None) -> Store:
     return Store(uri, said["modality"], said["dtype"], said["width"], said["identity"], said["shards"])
 
 
-def find_store(root: str, choice: Mapping[str, Any]) -> Store:
+def find_store(root: str, choice: Mapping[str, object]) -> Store:
     """The store that `itm teach` last finished for a recipe's choice of teacher; no teacher is loaded.
 
     Raises ValueError naming the teacher and the remedy when there is none.
@@ -314,7 +323,7 @@ def find_store(root: str, choice: Mapping[str, Any]) -> Store:
     return open_store(root, _read_json(pointer, {"teacher": str})["teacher"])
 
 
-def _pointer(root: str, choice: Mapping[str, Any]) -> str:
+def _pointer(root: str, choice: Mapping[str, object]) -> str:
     return files.join(root, f"{choice['modality']}-{choice['kind']}-{_digest(dict(choice))}.json")
 
 
@@ -331,7 +340,7 @@ def _read_json(uri: str, keys: Mapping[str, type]) -> dict[str, Any]:
     return dict(said)
 
 
-def _write_json(uri: str, value: Any) -> None:
+def _write_json(uri: str, value: object) -> None:
     data = (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
     if not files.exists(uri) or files.read_bytes(uri) != data:
         files.write_atomic(uri, data)

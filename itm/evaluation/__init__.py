@@ -5,7 +5,7 @@ from __future__ import annotations
 from itm.kinds import Kinds
 
 TIES = ("pessimistic", "optimistic", "official", "official_iais", "lower_index")  # how equal scores are ordered
-PRECISIONS = ("fp32", "tf32", "bf16")  # of scoring
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of scoring
 
 PROTOCOLS: Kinds[object] = Kinds(
     "itm.evaluation.protocols:Protocol",

@@ -258,7 +258,7 @@ def _rank_block(scores: np.ndarray, query: Tensor, column: Tensor, tie: str) -> 
 
 
 def in_order(query: Tensor, own: Tensor, tie: str) -> Tensor:
-    """Rows of the positives, which come by query and column, by query and rank."""
+    """The order (P,) that sorts positives, given by query and column, by query and then by rank: score first, equal scores by the rule."""
     order = torch.arange(len(query)).flip(0) if tie.startswith("official") else torch.arange(len(query))
     order = order[own[order].argsort(descending=True, stable=True)]
     return order[query[order].argsort(stable=True)]
@@ -268,14 +268,22 @@ def ranks_of(query: Tensor, own: Tensor, ahead: Tensor, tie: str) -> Tensor:
     """(P,) int64 ranks (top = 1) of positives `in_order`, from the scores ahead of each in its row, positives counted.
 
     ahead: scores not below its own (pessimistic), above it (optimistic), or put ahead of it by the rule.
+
+    A rank is the number of negatives ahead plus the positive's own number among the positives of its query. `ahead` counts positives
+    as well. In a run of positives of equal score, those counted reach to the last of the run (pessimistic: not below includes them all)
+    or end before its first (optimistic: above includes none); taking their number away leaves the negatives.
     """
-    k = torch.arange(len(query)) - torch.searchsorted(query, query) + 1
-    new = torch.ones(len(query), dtype=torch.bool)  # where a run of equal positives of one query begins
-    new[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
-    run = new.cumsum(0) - 1
+    number = torch.arange(len(query)) - torch.searchsorted(query, query) + 1  # 1, 2, ... within each query
+    begins = torch.ones(len(query), dtype=torch.bool)  # a run of equal positives of one query
+    begins[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
+    run = begins.cumsum(0) - 1
     if tie == "pessimistic":
-        return ahead - k[new.roll(-1)][run] + k
-    return ahead - k[new][run] + 1 + k if tie == "optimistic" else ahead + 1
+        last_of_run = number[begins.roll(-1)][run]
+        return ahead - last_of_run + number
+    if tie == "optimistic":
+        first_of_run = number[begins][run]
+        return ahead - (first_of_run - 1) + number
+    return ahead + 1
 
 
 def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: Literal["left", "right"]) -> Tensor:

@@ -9,7 +9,7 @@ of the matcher's tokenizer (start and end not counted) and of regions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from itm.matchers.joint.pairs import Relations
 from itm.methods.iais_taps import find_tap
 from itm.types import Images
 
+Entity = dict[str, list[int]]
+"""`words` and `regions` of one annotated entity, positions from 0."""
 MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
 
 
@@ -88,7 +90,7 @@ def _matched_pairs(
 
 def _isda(captions: list[Caption], relations: Relations) -> dict[str, Tensor]:
     """sum (G',), mean (G',) of the captions that name at least two entities."""
-    entities = [caption.meta.get("entities") or [] for caption in captions]
+    entities = [cast(list[Entity], caption.meta.get("entities") or []) for caption in captions]
     rows = [row for row, found in enumerate(entities) if len(found) > 1]
     most = max((len(entities[row]) for row in rows), default=0)
     sides: dict[str, Tensor] = {}
@@ -96,11 +98,12 @@ def _isda(captions: list[Caption], relations: Relations) -> dict[str, Tensor]:
         members = sides[side] = torch.zeros(len(rows), most, mask.shape[1], device=mask.device)
         for place, row in enumerate(rows):
             for number, entity in enumerate(entities[row]):
-                wrong = [i for i in entity[side] if not (0 <= i < mask.shape[1] and mask[row, i])]
-                if wrong or not entity[side]:
+                named = entity[side]
+                wrong = [i for i in named if not (0 <= i < mask.shape[1] and mask[row, i])]
+                if wrong or not named:
                     have = int(mask[row].sum())
-                    raise ValueError(f"caption {captions[row].id}: entity {number} names {side} {entity[side]}, the pair has {have} {side}")
-                members[place, number, entity[side]] = 1.0
+                    raise ValueError(f"caption {captions[row].id}: entity {number} names {side} {named}, the pair has {have} {side}")
+                members[place, number, named] = 1.0
     if not rows:
         return {"sum": torch.zeros(0), "mean": torch.zeros(0)}
     found = isda(relations.blocks[0][rows], relations.blocks[1][rows], sides["words"], sides["regions"])

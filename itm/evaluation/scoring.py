@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itm.evaluation import PRECISIONS
-from itm.precision import warn_if_slow
+from itm.device import resolve_device
+from itm.precision import computing, warn_if_slow
 from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
-OWN_TILES = (1024, 4096)  # images x captions for matchers that cut tiles themselves: what one side alone needs is computed this seldom
+OWN_TILES = (1024, 4096)
+"""Images x captions given at once to a matcher that cuts tiles itself: large, since it computes once a call what one side alone needs."""
 
 
 def score_matrix(
@@ -37,18 +38,20 @@ def score_matrix(
     """(I,T) float32 scores on the CPU, larger = better; exact: no pair is skipped or approximated.
 
     Inputs are raw (`Images`, `Captions`: encoded here, `batch_size` rows a call) or `Encoded`; an ensemble takes one `Encoded` a member.
-    block: images per tile; unset = from the memory budget. precision: fp32 (the score of record), tf32 or bf16 (autocast; larger error).
+    block: images per tile; unset = from the memory budget. precision: fp32 (the score of record), tf32, bf16 or fp16 (`itm.precision`).
+    device: auto, cpu, cuda, ... (`resolve_device`).
     The block size changes a score by float32 rounding at most (a GEMM may sum in another order for another shape).
-    Raises ValueError for an unknown precision, an empty side, or an ensemble whose encodings do not match its members.
+    Raises ValueError for an unknown precision or device, an empty side, or an ensemble whose encodings do not match its members.
     """
+    where = resolve_device(device)
     members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
     left, right = _per_member(images, len(members), "image"), _per_member(captions, len(members), "caption")
     total: Tensor | None = None
     for member, own_images, own_captions in zip(members, left, right, strict=True):
-        with _scoring(member, torch.device(device), precision):
-            encoded_images = _encoded(member, own_images, batch_size, device)
-            encoded_captions = _encoded(member, own_captions, batch_size, device)
-            scores = _tiled(member, encoded_images, encoded_captions, block, torch.device(device))
+        with _scoring(member, where, precision):
+            encoded_images = _encoded(member, own_images, batch_size, where)
+            encoded_captions = _encoded(member, own_captions, batch_size, where)
+            scores = _tiled(member, encoded_images, encoded_captions, block, where)
         total = scores if total is None else total.add_(scores)
     assert total is not None
     return total.div_(len(members))
@@ -77,16 +80,9 @@ def scoring_mode(matcher: Any, device: str | torch.device = "cpu") -> Iterator[N
 
 @contextlib.contextmanager
 def _scoring(matcher: Any, device: torch.device, precision: str) -> Iterator[None]:
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     warn_if_slow(precision, device)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with scoring_mode(matcher, device), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with scoring_mode(matcher, device), computing(precision, device):
+        yield
 
 
 def _per_member(rows: Any, members: int, what: str) -> list[Any]:

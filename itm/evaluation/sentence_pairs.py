@@ -66,8 +66,9 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
         except ValueError as error:
             pairs.bad.append((number, str(error)))
         else:
-            for column, value in ((pairs.left, left), (pairs.right, right), (pairs.gold, rating)):
-                column.append(value)  # type: ignore[arg-type]
+            pairs.left.append(left)
+            pairs.right.append(right)
+            pairs.gold.append(rating)
     total = len(pairs.gold) + len(pairs.bad)
     if len(pairs.gold) < 2 or len(pairs.bad) > max_reject_rate * total:
         named = "; ".join(f"line {number}: {reason}" for number, reason in pairs.bad[:3]) or "two pairs are the least"

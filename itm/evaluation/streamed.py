@@ -20,16 +20,20 @@ from itm.evaluation.tiles import Spread, Tile, TileStore, read_tile
 
 
 class TiledScores(Streamed):
-    """The scores of a store, images in rows; `.T` has captions in rows. `scores[rows]` reads dense rows, `rank` streams."""
+    """The scores of a store, images in rows; `.T` has captions in rows. `scores[rows]` reads dense rows, `rank` streams.
+
+    Numbers of images and captions are those of the split. A *place* is where one lies in the store, whose captions are sorted by length.
+    """
 
     def __init__(self, store: TileStore, spread: Spread = itertools.starmap, turned: bool = False) -> None:
         self.store, self.spread, self.turned = store, spread, turned
-        orders = torch.arange(store.grid.images), store.order
-        self._gallery, self._places = orders[not turned], orders[turned].argsort()
-        self._gallery_places = orders[not turned].argsort()
         grid = store.grid
+        at_place = torch.arange(grid.images), store.order  # the image, and the caption, at each place
+        self._gallery = at_place[not turned]  # the number of the column at each place
+        self._places = at_place[turned].argsort()  # the place of each row
+        self._gallery_places = self._gallery.argsort()  # the place of each column
         self.shape = (grid.captions, grid.images) if turned else (grid.images, grid.captions)
-        self._steps = (grid.columns, grid.rows) if turned else (grid.rows, grid.columns)
+        self._steps = (grid.columns, grid.rows) if turned else (grid.rows, grid.columns)  # rows and columns of a tile, as turned
 
     @property
     def T(self) -> TiledScores:
@@ -56,16 +60,16 @@ class TiledScores(Streamed):
         return ranking_of(query, rank, torch.bincount(query, minlength=self.shape[0]), 0 if absent is None else absent, self.shape[1])
 
     def _tiles(self, block: int) -> Iterator[tuple[Tile, slice]]:
-        """Tiles of one block of rows, each with the gallery places that it covers."""
+        """The tiles of the `block`-th stripe of rows, each with the places of the columns that it covers."""
         step = self._steps[1]
         for other in range(-(-self.shape[1] // step)):
             yield (other, block) if self.turned else (block, other), slice(other * step, min((other + 1) * step, self.shape[1]))
 
     def _own(self, query: Tensor, column: Tensor) -> Tensor:
-        """(P,) float32 score of each pair, read from its tile."""
+        """(P,) float32: the score of each pair of row and column. Each tile that holds some of them is read once."""
         row, place = self._places[query], self._gallery_places[column]
         across = -(-self.shape[1] // self._steps[1])
-        number = row // self._steps[0] * across + place // self._steps[1]
+        number = row // self._steps[0] * across + place // self._steps[1]  # of the tile that holds the pair
         order = number.argsort(stable=True)
         tiles, counts = torch.unique_consecutive(number[order], return_counts=True)
         parts = order.split(counts.tolist())
@@ -82,7 +86,7 @@ class TiledScores(Streamed):
         return own
 
     def _ahead(self, query: Tensor, column: Tensor, own: Tensor, tie: str) -> Tensor:
-        """(P,) int64: scores of the gallery ahead of each positive, positives included."""
+        """(P,) int64: scores of the whole row ahead of each positive, other positives included; a sum over the tiles of its stripe."""
         order = self._places[query].argsort(stable=True)
         row, column, own = self._places[query][order], column[order], own[order]
         starts = torch.arange(0, self.shape[0] + self._steps[0], self._steps[0])

@@ -142,8 +142,9 @@ def fill(
 ) -> None:
     """Compute the tiles that are missing, with a progress bar, and write the receipt.
 
-    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put makes a handle that `spread` hands to
-    the workers as its value. options: some of `score_matrix`, and `compile`. Raises ValueError naming the first NaN.
+    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put: stores a value once for all jobs and
+    returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`, and `compile`.
+    Raises ValueError naming the first NaN.
     """
     from tqdm import tqdm
 

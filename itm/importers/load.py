@@ -24,6 +24,7 @@ from numpy._core.multiarray import scalar
 from torch import nn
 
 from itm.data import files
+from itm.device import resolve_device
 from itm.importers.scan import load_scan
 from itm.importers.state import state_of
 from itm.importers.torchscript import is_torchscript, read_torchscript
@@ -40,25 +41,26 @@ PLAIN_TYPES: list[Any] = [
 """Beside tensors and containers: option objects and numpy numbers, which the authors' scripts store as they are."""
 
 
-def load_official(path: str | Path, **needed: Any) -> nn.Module:
+def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> nn.Module:
     """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
 
-    `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a file that is no checkpoint, holds
-    objects other than tensors and plain values, is of no known family, or does not fit its family (keys named).
+    device: auto, cpu, cuda, ... `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a
+    file that is no checkpoint, holds objects other than tensors and plain values, is of no known family, or does not fit its family
+    (keys named).
     """
-    checkpoint = read_checkpoint(path)
+    target, checkpoint = resolve_device(device), read_checkpoint(path)
     family = recognise(checkpoint)
     try:
         if family == "scan":
-            return load_scan(checkpoint, **needed)
+            return load_scan(checkpoint, **needed).to(target)
         if family == "uniter":
             from itm.importers.uniter import load_uniter
 
-            return load_uniter(state_of(checkpoint), **needed)
+            return load_uniter(state_of(checkpoint), **needed).to(target)
         if family == "clip":
             from itm.importers.clip import load_clip
 
-            return load_clip(state_of(checkpoint), **needed)
+            return load_clip(state_of(checkpoint), **needed).to(target)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"

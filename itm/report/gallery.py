@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -17,11 +17,28 @@ SAMPLE = 256  # queries that stand for all when the scores are never held whole,
 WHOLE_PAIRS = 1 << 23
 
 
-def examples(scored: Scored, each: int = 4) -> dict[str, list[dict[str, Any]]]:
+class Hit(TypedDict):
+    """A row of the gallery that a query found."""
+
+    row: int
+    score: float
+    annotated: bool
+    holds: bool
+
+
+class Example(TypedDict):
+    """A query; rank (1 = top) is that of its best annotated pair."""
+
+    query: int
+    right: bool
+    rank: int
+    hits: list[Hit]
+
+
+def examples(scored: Scored, each: int = 4) -> dict[str, list[Example]]:
     """`i2t` and `t2i`: up to `each` queries whose top hit is right and as many whose top hit is wrong, evenly spread over the split.
 
-    A hit is right when the pair is annotated or, where the source knows, when it truly holds. Rows are JSON-able:
-    query, right, rank (1 = top) of the annotated pair, hits [{row, score, annotated, holds}].
+    A hit is right when the pair is annotated or, where the source knows, when it truly holds.
     """
     return {way: _one_way(*_rows(scored, way), each) for way in ("t2i", "i2t")}
 
@@ -56,7 +73,7 @@ def _rows(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return asked, scores, annotated, (scored.relevance.T if turned else scored.relevance)[rows]
 
 
-def _one_way(queries: Tensor, scores: Tensor, annotated: Tensor, truth: Tensor, each: int) -> list[dict[str, Any]]:
+def _one_way(queries: Tensor, scores: Tensor, annotated: Tensor, truth: Tensor, each: int) -> list[Example]:
     top = scores.argmax(1)
     right = truth[torch.arange(len(scores)), top]
     chosen = [*_spread(right.nonzero()[:, 0], each), *_spread((~right).nonzero()[:, 0], each)]
@@ -68,8 +85,8 @@ def _spread(rows: Tensor, each: int) -> list[int]:
     return rows[places].tolist()
 
 
-def _row(query: int, scores: Tensor, annotated: Tensor, truth: Tensor) -> dict[str, Any]:
+def _row(query: int, scores: Tensor, annotated: Tensor, truth: Tensor) -> Example:
     best = scores[annotated].max()
     hits = scores.topk(min(HITS, len(scores))).indices.tolist()
-    shown = [{"row": h, "score": float(scores[h]), "annotated": bool(annotated[h]), "holds": bool(truth[h])} for h in hits]
+    shown: list[Hit] = [{"row": h, "score": float(scores[h]), "annotated": bool(annotated[h]), "holds": bool(truth[h])} for h in hits]
     return {"query": query, "right": shown[0]["holds"], "rank": int((scores[~annotated] >= best).sum()) + 1, "hits": shown}

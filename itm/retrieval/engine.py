@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 import itm
 from itm.data import files
+from itm.device import resolve_device
 from itm.evaluation.dataset import Names, encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
+from itm.precision import computing
 from itm.retrieval.index import load_index
+from itm.types import Matcher
 
 
 @dataclass(frozen=True)
@@ -44,28 +46,29 @@ class Hits:
 def search(
     text: str | None = None,
     *,
-    model: str,
+    model: str | Matcher,
     shards: str,
     image: str | None = None,
     k: int = 5,
     index: str | None = None,
-    allow: Sequence[str] = (),
+    device: str = "auto",
 ) -> Hits:
-    """The k best images for `text`, or the k best captions for the file `image`. `allow`: as in `itm.load_matcher`.
+    """The k best images for `text`, or the k best captions for the file `image`.
 
-    Raises ValueError for an unknown model or split, an unreadable image, or k < 1.
+    model: a URI as in `itm.load_matcher`, or a matcher that was loaded. Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
-    matcher = itm.load_matcher(model, allow)
-    split = load_index(matcher, shards, index or files.join(shards, "index"))
+    where = resolve_device(device)
+    matcher = itm.load_matcher(model) if isinstance(model, str) else model
+    split = load_index(matcher, shards, index or files.join(shards, "index"), where)
     if text is not None:
-        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text]))[:, 0]
+        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text], device=where), device=where)[:, 0]
     else:
         assert image is not None
-        with scoring_mode(matcher):
-            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]))
-        scores = score_matrix(matcher, asked, split.captions)[0]
+        with scoring_mode(matcher, where), computing("fp32", where):
+            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]), device=where)
+        scores = score_matrix(matcher, asked, split.captions, device=where)[0]
     best = scores.topk(min(k, len(scores)))
     names = split.names
     hits = [

@@ -21,13 +21,13 @@ FORMAT = 1
 FIELDS = ("vector", "parts", "mask")  # what `score` reads; `uni` serves other questions
 
 
-def load_index(matcher: Any, shards: str, index: str) -> EncodedSplit:
+def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu") -> EncodedSplit:
     """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file."""
     uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
     if files.exists(uri):
         return _read_index(uri, shards)
     files.check_writable(index)
-    split = encode_split(matcher, shards)
+    split = encode_split(matcher, shards, device=device)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
     _write_index(uri, split)

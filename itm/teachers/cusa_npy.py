@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class CusaNpyTeacher(Teacher):
             "kind": "cusa_npy",
             "model": "+".join(file.name for file in paths),
             "revision": None,
-            "weights_sha256": "+".join(map(_sha256, paths)),
+            "weights_sha256": "+".join(map(_file_sha256, paths)),
             "layer": "stored",
             "width": self.width,
             "dtype": "as stored",
@@ -75,7 +75,7 @@ def _found(names: list[str], known: frozenset[str], what: str) -> bytes:
     raise ValueError(f"{what}: the stored vectors have no key {' or '.join(map(repr, names))}; give the file of this split")
 
 
-def _vector(file: Path, key: Any, value: Any) -> np.ndarray:
+def _vector(file: Path, key: object, value: object) -> np.ndarray:
     array = value if isinstance(value, np.ndarray) else np.empty(0)
     if array.ndim not in (1, 2) or array.size != array.shape[-1] or array.size < 2 or array.dtype.kind != "f":
         raise ValueError(
@@ -84,12 +84,12 @@ def _vector(file: Path, key: Any, value: Any) -> np.ndarray:
     return array.reshape(-1)
 
 
-def _sha256(file: Path) -> str:
+def _file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_dict(file: Path) -> dict[Any, Any]:
+def read_dict(file: Path) -> dict[object, object]:
     """The one dict in an .npy of object type. Raises ValueError naming the file and what it holds instead."""
     try:
         with file.open("rb") as stream:
@@ -112,7 +112,7 @@ def read_dict(file: Path) -> dict[Any, Any]:
 class _Type:
     """A pickled dtype: the name is kept, whatever else it says is checked when the array is made."""
 
-    def __init__(self, name: str, *_: Any) -> None:
+    def __init__(self, name: str, *_: object) -> None:
         self.name, self.order = name, "<"
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -122,9 +122,9 @@ class _Type:
 class _Array:
     """A pickled array before its bytes are looked at."""
 
-    objects: list[Any]
+    objects: list[object]
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -139,24 +139,24 @@ class _Array:
 class _Call:
     """A function of the allow-list; a pickle can call it and do nothing else to it."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self.function = function
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         return self.function(*args)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("a function has no state")
 
 
-def _array(data: bytes, kind: _Type, shape: tuple[int, ...], order: Any) -> np.ndarray:
+def _array(data: bytes, kind: _Type, shape: tuple[int, ...], order: Literal["F", "C"]) -> np.ndarray:
     if not isinstance(kind, _Type) or kind.name not in ("f2", "f4", "f8"):
         raise ValueError(f"an array of {getattr(kind, 'name', kind)!r}, not of floats")
     return np.frombuffer(data, ("<" if kind.order not in ("<", ">") else kind.order) + kind.name).reshape(shape, order=order)
 
 
 class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if module in ARRAY_MODULES and name == "_reconstruct":
             return _Call(_Array)
         if module in ARRAY_MODULES and name == "_frombuffer":

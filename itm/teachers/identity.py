@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from itm.config import Part
-from itm.data.records import Caption
+from itm.data.records import Caption, Json
 from itm.data.shards import Sample
+from itm.device import resolve_device
 from itm.kinds import build_part, find_part
+from itm.precision import computing
 from itm.teachers import TEACHERS
 
 Modality = Literal["image", "text"]
@@ -33,11 +35,11 @@ class Teacher:
     """
 
     modality: Modality
-    identity: dict[str, Any]
+    identity: Json
     width: int
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")
 
     def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
         raise NotImplementedError
@@ -46,10 +48,11 @@ class Teacher:
         """(N, D) float32. Raises ValueError for a row that cannot be scored."""
         return self.embed([self.prepare(row) for row in rows])
 
-    def to(self, device: str) -> Teacher:
+    def to(self, device: str | torch.device) -> Teacher:
+        """Raises ValueError for a device that is not there (`resolve_device`). A teacher without a model stays where it is."""
         if self.module is not None:
-            self.module.to(device)
-            self.device = device
+            self.device = resolve_device(device)
+            self.module.to(self.device)
         return self
 
 
@@ -70,7 +73,7 @@ def build_teacher(part: Part, modality: Modality) -> Teacher:
     return teacher
 
 
-def choice_of(part: Part, modality: str, dtype: str) -> dict[str, Any]:
+def choice_of(part: Part, modality: str, dtype: str) -> Json:
     """A recipe's choice of teacher, as a soft-label store is looked up by."""
     return {"modality": modality, "dtype": dtype, "kind": part.kind, "options": part.options}
 
@@ -79,13 +82,18 @@ def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: in
     """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
     vectors = np.zeros((len(payloads), teacher.width), np.float32)
+    with computing("fp32", teacher.device):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
+        _embed_rows(teacher, payloads, order, batch_size, vectors)
+    return vectors
+
+
+def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], batch_size: int, vectors: np.ndarray) -> None:
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = teacher.embed([payloads[row] for row in rows])
         if batch.shape != (len(rows), teacher.width):
             raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
         vectors[rows] = batch
-    return vectors
 
 
 def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool) -> nn.Module:
@@ -111,7 +119,7 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
     return model.eval().requires_grad_(False)
 
 
-def weights_sha256(module: nn.Module) -> str:
+def tensors_sha256(module: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -120,17 +128,17 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def model_identity(path: str, module: nn.Module, revision: str | None) -> dict[str, Any]:
+def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
     """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
     config: Any = module.config
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
     return {
         "model": Path(path).resolve().name if Path(path).exists() else path,
         "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": weights_sha256(module),
+        "weights_sha256": tensors_sha256(module),
         "config_sha256": json_sha256(settings),
     }
 
 
-def json_sha256(value: Mapping[str, Any]) -> str:
+def json_sha256(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from itm.data.preprocess import decode
+from itm.data.records import Json
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
 
@@ -117,7 +118,7 @@ class HFVisionTeacher(Teacher):
         if hidden.dim() == 4:  # a convolutional map (N,C,h,w)
             hidden, prefix = hidden.flatten(2).transpose(1, 2), 0
         else:
-            prefix = hidden.shape[1] - _patches(self.module.config, self.pixels.shape)  # type: ignore[union-attr]
+            prefix = hidden.shape[1] - _patches(getattr(self.module, "config", None), self.pixels.shape)
         if self.pooling == "cls":
             if prefix < 1:
                 raise ValueError("this vision model has no class token; choose pooling mean, pooler or patches")
@@ -135,7 +136,7 @@ def _image_size(config: Any) -> int:
     return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
-def _processor_settings(path: str, revision: str | None) -> dict[str, Any]:
+def _processor_settings(path: str, revision: str | None) -> Mapping[str, Any]:
     from transformers.utils import cached_file
 
     found = cached_file(path, "preprocessor_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -145,7 +146,7 @@ def _processor_settings(path: str, revision: str | None) -> dict[str, Any]:
         return json.load(file)
 
 
-def _preparation(settings: dict[str, Any], image_size: int) -> tuple[PixelPreparer, Sequence[float], Sequence[float]]:
+def _preparation(settings: Mapping[str, Any], image_size: int) -> tuple[PixelPreparer, Sequence[float], Sequence[float]]:
     """Pixel preparation, mean and deviation that an image processor's settings ask for."""
     if not settings:
         return PixelPreparer(image_size, None, (image_size, image_size)), CLIP_MEAN, CLIP_STD
@@ -216,7 +217,7 @@ class StatisticsTeacher(VectorTeacher):
         }
 
 
-def scene_world_of(meta: dict[str, Any], world: str, where: str) -> None:
+def scene_world_of(meta: Json, world: str, where: str) -> None:
     """Raises ValueError unless `meta` is of a scene of `world`."""
     if meta.get("world") != world:
         raise ValueError(f"{where} is of the world {meta.get('world')!r}, the teacher knows the truth of {world!r}: set its option `world`")

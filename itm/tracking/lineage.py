@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from itm.data import files
 from itm.kinds import origins
@@ -40,7 +39,7 @@ class DatasetRef:
     context: str = "training"
 
 
-def packages_used(choices: Mapping[str, Any]) -> dict[str, str]:
+def packages_used(choices: Mapping[str, object]) -> dict[str, str]:
     """The tag `packages`: import path, version and source hash of each part of a user's own package that a recipe names and that is loaded.
 
     {} where there is none.
@@ -81,6 +80,6 @@ def shorten(text: str, longest: int) -> str:
     return text[: longest - len(tail)] + tail
 
 
-def texts(values: Mapping[str, Any]) -> dict[str, str]:
+def texts(values: Mapping[str, object]) -> dict[str, str]:
     """Tags: plain names, texts that fit, nothing for a missing value."""
     return {plain_name(name): shorten(str(value), LONGEST_TAG) for name, value in values.items() if value not in (None, "")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from itm.config import Recipe
 from itm.kinds import Kinds, build_part, find_part
@@ -18,7 +17,7 @@ class Logger:
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def tags(self, values: Mapping[str, Any]) -> None: ...
+    def tags(self, values: Mapping[str, object]) -> None: ...
 
     def artifact(self, path: str) -> None:
         """A local file, or a folder, that is kept with the run."""

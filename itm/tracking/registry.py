@@ -81,8 +81,8 @@ class Tracker:
         cls,
         experiment: str,
         run_name: str,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, object] | None = None,
         datasets: Sequence[DatasetRef] = (),
         system_metrics: bool = False,
     ) -> Tracker:
@@ -116,7 +116,7 @@ class Tracker:
         for logger in self._loggers:
             logger.metrics(values, step)
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, object]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
         for logger in self._loggers:
             logger.tags(values)
@@ -201,7 +201,7 @@ def register_matcher(
     name: str,
     run_id: str,
     metrics: Mapping[str, float] | None = None,
-    tags: Mapping[str, Any] | None = None,
+    tags: Mapping[str, object] | None = None,
     *,
     code: Path,
 ) -> str:
@@ -222,10 +222,10 @@ def register_matcher(
     if unseen := {path for _, path in import_paths(config)} - set(origins(config)):
         raise ValueError(f"{folder} names {', '.join(sorted(unseen))}, not loaded here: itm.load_matcher(folder, allow=[...]) comes first")
     door = client()
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    marks = texts({"weights_sha256": weights, "git_commit": git_commit(), **packages_used(config), **(tags or {}), **(metrics or {})})
+    file_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **packages_used(config), **(tags or {}), **(metrics or {})})
     for version in _versions(door, name):
-        if version.run_id == run_id and version.tags.get("weights_sha256") == weights:
+        if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
                 door.set_model_version_tag(name, str(version.version), tag, text)
             return str(version.version)

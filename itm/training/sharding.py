@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from itm.config import Train
 from itm.distributed import all_reduce_sum, rank, world_size
 from itm.matchers.encoders.build import joint_layers, layers_of, towers_of
-from itm.training.optim import build_optimizer
+from itm.training.optim import build_optimizer, own_kernels
 from itm.training.step import Step
 from itm.types import Batch
 
@@ -77,7 +77,7 @@ class ShardedStep(Step):
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {n: {name: _share(v, parameters[n]) for name, v in state.items()} for n, state in saved["state"].items()}
-        self.optimizer.load_state_dict(saved | {"state": state})
+        self.optimizer.load_state_dict(own_kernels(saved | {"state": state}, self.optimizer))
 
     def _finish_gradients(self) -> None:
         """FSDP has averaged what it shards over the ranks; the scalars are left."""

@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from itm.config import Train
+from itm.data.moving import Mover
 from itm.distributed import rank
+from itm.precision import lowered, products, repeatable, resolve_precision
 from itm.training.cached import encoding_in_chunks
-from itm.training.optim import set_rate
+from itm.training.optim import own_kernels, set_rate
 from itm.types import Batch
 
 
@@ -31,8 +33,15 @@ class Step:
         self.method, self.optimizer, self.train, self.rate, self.average, self.seed = method, optimizer, train, rate, average, seed
         self.plain: nn.Module = getattr(method, "module", method)
         self.device = next(method.parameters()).device
+        self.precision = resolve_precision(train.precision, self.device)
+        self.mover = Mover(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
+        with products(self.precision), repeatable(self.train.deterministic):
+            return self._step(batches, number)
+
+    def _step(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
         # Dropout and sampling draw from a stream of their own each step: a resumed run needs no saved generator.
         torch.manual_seed(_stream(self.seed, number, rank()))
         self.method.train()
@@ -41,12 +50,15 @@ class Step:
         seen: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             with self._synchronised(micro == len(batches) - 1):
-                losses = self._losses(batch.to(self.device), number)
-                torch.stack(list(losses.values())).sum().div(len(batches)).backward()
+                losses = self._losses(self.mover(batch), number)
+                self.scaler.scale(torch.stack(list(losses.values())).sum().div(len(batches))).backward()
             for name, value in losses.items():
                 seen[name] = seen.get(name, 0) + value.detach() / len(batches)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         self._finish_gradients()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)  # a step whose gradients overflow is left out, and the scale lowered
+        self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.plain)
         return seen | {"loss": torch.stack(list(seen.values())).sum()}
@@ -75,19 +87,22 @@ class Step:
         read(self.modules[kind])
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimiser's state dict with whole tensors, for rank 0 alone."""
-        return self.optimizer.state_dict()
+        """The optimiser's state dict with whole tensors, for rank 0 alone; with fp16 also the scale of the losses."""
+        scale = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return self.optimizer.state_dict() | scale
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(saved)
+        saved = dict(saved)
+        if scale := saved.pop("scaler", None):
+            self.scaler.load_state_dict(scale)
+        self.optimizer.load_state_dict(own_kernels(saved, self.optimizer))
 
     def _finish_gradients(self) -> None:
         if self.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
 
     def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        low = torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
-        with low, encoding_in_chunks(getattr(self.plain, "matcher", None), self.train.cache_chunk):
+        with lowered(self.precision, self.device), encoding_in_chunks(getattr(self.plain, "matcher", None), self.train.cache_chunk):
             losses: dict[str, Tensor] = self.method(batch, step=number)
         return {name: value.float() for name, value in losses.items()}
 

@@ -11,9 +11,10 @@ from typing import Any
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
@@ -36,7 +37,7 @@ def evaluate(
     tie: str = "pessimistic",
     how: How = IN_MEMORY,
     save_scores: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
     Several matchers are an ensemble, whose score is the mean of theirs.
@@ -47,8 +48,8 @@ def evaluate(
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
-    matchers = [itm.load_matcher(uri, recipe.allowed) for uri in members]
-    screener = itm.load_matcher(how.screen_matcher, recipe.allowed) if how.screen and how.screen_matcher else None
+    matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
+    screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri)
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
@@ -87,7 +88,7 @@ def evaluate(
     return result
 
 
-def _write(output: str, result: dict[str, Any], encoded: EncodedSplit) -> None:
+def _write(output: str, result: Json, encoded: EncodedSplit) -> None:
     """The result, and beside it what was rejected."""
     if encoded.problems:
         files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
@@ -111,7 +112,7 @@ def score_type(matchers: Sequence[Any], precision: str) -> str:
 
 def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
     """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
-    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" for p in encoded.problems)
+    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems)
     if out + rejected != manifest.samples:
         raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
     return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
@@ -121,7 +122,7 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
     """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
     size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
     if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
-        pieces = [encode_shard(matcher, uri, sha256, size, device=own_device()) for uri, sha256 in shards]
+        pieces = [encode_shard(matcher, uri, sha256, size, device=resolve_device()) for uri, sha256 in shards]
     else:
         pieces = _encode_by_tasks(matcher, shards, size)
     return checked(pieces, split_uri, recipe.data.max_reject_rate)

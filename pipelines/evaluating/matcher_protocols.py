@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from typing import Any
 
 import itm
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.shards import read_manifest
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.evaluation.protocols import MatcherProtocol, Question
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import output_of, stored, track
 
 
-def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> dict[str, Any]:
+def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> Json:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
     uris, by_pairs = list(args.matcher or []), protocol.reads == "pairs"
     if len(uris) > 1:
@@ -32,7 +32,7 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     else:
         uri = uris[0] if uris else files.join(recipe.folder, "matcher")
         output = output_of(recipe, uris, args.split or recipe.data.test_split, name)
-    matcher = itm.load_matcher(uri, args.allow if recipe is None else recipe.allowed)
+    matcher = itm.load_matcher(uri, allow=args.allow if recipe is None else recipe.allowed)
     identity = {"format": FORMAT, "matcher_hash": weights_hash(matcher), "protocol_name": name, "matcher": uri}
     asked, about = _question(args, recipe, name, by_pairs)
     identity |= about
@@ -48,17 +48,17 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     return result
 
 
-def _question(args: argparse.Namespace, recipe: Recipe | None, name: str, by_pairs: bool) -> tuple[Question, dict[str, Any]]:
+def _question(args: argparse.Namespace, recipe: Recipe | None, name: str, by_pairs: bool) -> tuple[Question, Json]:
     """What the protocol reads, and what of it the result depends on."""
     size = recipe.evaluation.batch_size if recipe else Question.batch_size
     rejected = recipe.data.max_reject_rate if recipe else Question.max_reject_rate
     if by_pairs:
         columns = args.pair_columns.split(",") if args.pair_columns else None
         hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
-        asked = Question(pairs=args.pairs, columns=columns, batch_size=size, max_reject_rate=rejected, device=own_device())
+        asked = Question(pairs=args.pairs, columns=columns, batch_size=size, max_reject_rate=rejected, device=resolve_device())
         return asked, {"split": name, "split_hash": hashes, "pairs": args.pairs, "columns": columns}
     assert recipe is not None
     split = args.split or recipe.data.test_split
     uri = files.absolute(files.join(recipe.data.root, split))
-    asked = Question(split_uri=uri, batch_size=size, max_reject_rate=rejected, device=own_device())
+    asked = Question(split_uri=uri, batch_size=size, max_reject_rate=rejected, device=resolve_device())
     return asked, {"split": split, "split_hash": read_manifest(uri).fingerprint()}

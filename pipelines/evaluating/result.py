@@ -6,18 +6,17 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import check_format
+from itm.data.formats import Json, check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
-from itm.report.gallery import examples, histogram
+from itm.report.gallery import Example, examples, histogram
 from pipelines.evaluating import FORMAT
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Json) -> str:
     """The metrics both ways, with chance, readable in a terminal."""
     metrics, chance = result["metrics"], result["chance"]
     ways = [way for way in ("i2t", "t2i", "i2i", "t2t") if any(n.startswith(f"{way}_") for n in metrics)]
@@ -37,7 +36,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
-def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]:
+def content(outcome: Outcome, scored: Scored, score_type: str) -> Json:
     names = scored.names
     shown = {way: [_named(row, names, way) for row in rows] for way, rows in examples(scored).items()}
     return {
@@ -51,18 +50,18 @@ def content(outcome: Outcome, scored: Scored, score_type: str) -> dict[str, Any]
     }
 
 
-def _named(row: dict[str, Any], names: Names, way: str) -> dict[str, Any]:
+def _named(row: Example, names: Names, way: str) -> Json:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
     hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
     return {**row, **asked(names, row["query"]), "hits": hits}
 
 
-def _image(names: Names, row: int) -> dict[str, Any]:
+def _image(names: Names, row: int) -> Json:
     return {"image": names.image_keys[row], "shard": names.image_shards[row] if names.image_shards else None}
 
 
-def _caption(names: Names, row: int) -> dict[str, Any]:
+def _caption(names: Names, row: int) -> Json:
     return {"caption": names.caption_ids[row], "text": names.texts[row] if names.texts else names.caption_ids[row]}
 
 
@@ -80,16 +79,16 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
     return files.join(recipe.folder, "-".join(words) + ".json")
 
 
-def stored(output: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+def stored(output: str, identity: Json) -> Json | None:
     """The result at `output` if it is of this identity. Raises NewerFormat, so that nothing of a later version is replaced."""
     if not files.exists(output):
         return None
-    result: dict[str, Any] = json.loads(files.read_bytes(output))
+    result: Json = json.loads(files.read_bytes(output))
     check_format(output, result, FORMAT)
     return result if all(result.get(key) == value for key, value in identity.items()) else None
 
 
-def track(recipe: Recipe, result: dict[str, Any], output: str) -> None:
+def track(recipe: Recipe, result: Json, output: str) -> None:
     """Metrics and file into the MLflow run of the training, where there is one."""
     receipt = files.join(recipe.folder, "run.json")
     if not files.exists(receipt):

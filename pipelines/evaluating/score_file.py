@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import numpy as np
 import torch
 
 from itm.data import files
+from itm.data.formats import Json
 from itm.evaluation.dataset import Names, names_of
 from itm.evaluation.protocols import Scored, run_protocol
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import content
 
 
-def evaluate_scores(
-    scores: str, truth: str | None, protocol: str = "auto", tie: str = "pessimistic", output: str | None = None
-) -> dict[str, Any]:
+def evaluate_scores(scores: str, truth: str | None, protocol: str = "auto", tie: str = "pessimistic", output: str | None = None) -> Json:
     """Evaluate a .npy score matrix (images, captions) of any origin; the truth file holds the ids of its rows and columns."""
     if not truth:
         raise ValueError("--scores needs --truth IDS.json with image_ids, caption_ids and caption_image_ids")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, get_args
 
 from itm.evaluation import PRECISIONS
 from itm.matchers.late import Prune
+
+if TYPE_CHECKING:
+    from itm.data.formats import Json
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class How:
     def of(cls, args: argparse.Namespace) -> How:
         return cls(**{name: getattr(args, name) for name in cls.__dataclass_fields__ if name != "block"})
 
-    def identity(self, screener: str | None = None) -> dict[str, Any]:
+    def identity(self, screener: str | None = None) -> Json:
         """What tells this result from that of the exact scores of record. screener: hash of the weights of `screen_matcher`."""
         pruned = {} if self.prune == "off" else {"prune": self.prune}
         fused = {"compile": True} if self.compile else {}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from itm.distributed import own_device
+from itm.data.formats import Json
+from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit
 from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import score_matrix
@@ -36,7 +37,7 @@ def score_split(
     encoded: Sequence[EncodedSplit],
     how: How,
     root: str,
-    identity: dict[str, Any],
+    identity: Json,
     screen: EncodedSplit | None = None,
 ) -> Scores:
     """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
@@ -44,18 +45,18 @@ def score_split(
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
     if how.compile:
-        check_compiler(torch.device(own_device()))
+        check_compiler(resolve_device())
     _set_pruning(members, how.prune)
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
-    options: dict[str, Any] = {"precision": how.precision, "block": how.block}
+    options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
         with compiled(how.compile):
             return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
         with compiled(how.compile):
-            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=own_device(), **options)
+            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
     spread, put, options["device"] = by_tasks()
     options["compile"] = how.compile
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
@@ -67,14 +68,14 @@ def score_split(
     return TiledScores(store, spread)
 
 
-def notes(members: Sequence[Any], scores: Scores) -> dict[str, Any]:
+def notes(members: Sequence[Any], scores: Scores) -> Json:
     """What the result says besides its numbers: shares and times of members that prune, candidates and loss of a screen."""
     reports = [member.pruning.report() for member in members if getattr(member, "pruning", None) is not None]
     screened = {"screen": scores.report} if isinstance(scores, ScreenedScores) else {}
     return ({"pruning": reports} if reports else {}) | screened
 
 
-def described(result: dict[str, Any]) -> str:
+def described(result: Json) -> str:
     """The notes of a result, readable in a terminal; empty where there are none."""
     lines = []
     for row in result.get("pruning", []):
@@ -92,7 +93,7 @@ def described(result: dict[str, Any]) -> str:
 
 def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
-    options = {"precision": how.precision, "device": own_device()}
+    options = {"precision": how.precision, "device": resolve_device()}
     if how.screen == "auto":
         k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:

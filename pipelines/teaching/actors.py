@@ -6,17 +6,17 @@ import json
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from itm.config import Part
 from itm.data import sidecar
-from itm.data.records import Problem
+from itm.data.formats import Json
+from itm.data.records import Caption, Problem
 from itm.data.shards import Sample, read_samples
-from itm.distributed import own_device
+from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
 from itm.teachers.stores import stored_identity
 
@@ -45,22 +45,22 @@ class Prepare:
     """
 
     modality: Modality
-    prepare: Callable[[Any], bytes]
+    prepare: Callable[[Sample | Caption], bytes]
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
 
-    def _shard(self, shard: str, header: str) -> dict[str, Any]:
+    def _shard(self, shard: str, header: str) -> Json:
         try:
             return self._rows(shard, header)
         except (OSError, ValueError) as error:
             return {"error": f"{shard}: {error}", "header": header}
 
-    def _rows(self, shard: str, header: str) -> dict[str, Any]:
+    def _rows(self, shard: str, header: str) -> Json:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
-                unreadable += [[sample.key, sample.reason]] if sample.what != "caption" else []
+                unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []
                 continue
             for row in [sample] if self.modality == "image" else sample.captions:
                 payload, problem = self._row(row)
@@ -71,7 +71,7 @@ class Prepare:
         known = json.dumps(json.loads(header) | {"unreadable": unreadable})
         return {"header": known, "keys": keys, "captions": captions, "problems": problems, "payloads": payloads}
 
-    def _row(self, row: Any) -> tuple[bytes, str | None]:
+    def _row(self, row: Sample | Caption) -> tuple[bytes, str | None]:
         try:
             return self.prepare(row), None
         except ValueError as error:
@@ -82,13 +82,13 @@ class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
     def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
-        self.teacher = build_teacher(part, modality).to(own_device())
+        self.teacher = build_teacher(part, modality).to(resolve_device())
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(shards.slice(k, 1)) for k in range(len(shards))], _WRITTEN)
 
-    def _shard(self, shard: pa.Table) -> dict[str, Any]:
+    def _shard(self, shard: pa.Table) -> Json:
         if shard["error"][0].is_valid:
             return {"error": shard["error"][0].as_py()}
         began = time.time()
@@ -98,7 +98,7 @@ class Score:
             return {"error": str(error)}
 
     def _write(self, shard: pa.Table) -> int:
-        header = sidecar.Header(**json.loads(shard["header"][0].as_py()))
+        header = replace(sidecar.Header(**json.loads(shard["header"][0].as_py())), device=self.teacher.device.type)
         if sidecar.teacher_id(stored_identity(self.teacher, header.dtype)) != sidecar.teacher_id(header.identity):
             raise ValueError(f"this node has other weights of {header.identity['model']!r} than the driver; give every node the same")
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))

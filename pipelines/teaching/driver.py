@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 from itm.config import Part, Recipe
 from itm.data import files, sidecar
+from itm.data.formats import Json
 from itm.data.manifest import check_present
-from itm.data.records import Problem, check_rows
-from itm.data.shards import Manifest, ShardInfo, read_manifest
+from itm.data.records import Caption, Problem, check_rows
+from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import stored_identity, stores_root
@@ -58,10 +58,10 @@ class Job:
         return cls(recipe, split, modality, part, folder, root, manifest)
 
     @property
-    def choice(self) -> dict[str, Any]:
+    def choice(self) -> Json:
         return choice_of(self.part, self.modality, self.recipe.teachers.dtype)
 
-    def header(self, shard: ShardInfo, identity: dict[str, Any]) -> sidecar.Header:
+    def header(self, shard: ShardInfo, identity: Json) -> sidecar.Header:
         return sidecar.Header(identity, self.modality, self.recipe.teachers.dtype, shard.name, shard.sha256)
 
 
@@ -87,7 +87,7 @@ def _make_store(job: Job) -> str:
     return _finish(job, uri, identity, counts | busy(written))
 
 
-def _is_done(store: str, shard: ShardInfo, identity: dict[str, Any]) -> bool:
+def _is_done(store: str, shard: ShardInfo, identity: Json) -> bool:
     header = sidecar.read_header(sidecar.sidecar_uri(store, shard.name))
     if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.FORMAT:
         return False
@@ -110,7 +110,7 @@ def _progress(written: Iterator[Written], total: int, title: str) -> Iterator[Wr
     return iter(tqdm(written, title, total, unit="shard", mininterval=1, disable=not total))
 
 
-def _finish(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> str:
+def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str:
     """Check the whole store, list what was rejected, log the run, and write store.json last."""
     files.remove_abandoned(uri)
     sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
@@ -150,7 +150,7 @@ def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
         yield Problem(key, rows.header.shard, "read", reason)
 
 
-def _track(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float]) -> None:
+def _track(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> None:
     """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
     from itm.tracking.lineage import DatasetRef, packages_used
     from itm.tracking.registry import Tracker
@@ -165,7 +165,7 @@ def _track(job: Job, uri: str, identity: dict[str, Any], counts: dict[str, float
         tracker.metrics(counts)
 
 
-def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, base: sidecar.Store, seed: int) -> Iterator[Written]:
+def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, base: sidecar.Store, seed: int) -> Iterator[Written]:
     """Write the sidecars of a shuffled store from those of its base store."""
     shards = {shard.name: shard for shard in todo}
     for name, rows in shuffled_rows(base, job.manifest, seed, shards) if todo else ():
@@ -174,7 +174,7 @@ def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any]
         yield Written(done.rows)
 
 
-def _score(job: Job, uri: str, todo: list[ShardInfo], identity: dict[str, Any], *, prepare: Callable[[Any], bytes]) -> Iterator[Written]:
+def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Callable[[Sample | Caption], bytes]) -> Iterator[Written]:
     """Score the shards in any order; yields each as its sidecar is written.
 
     A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,

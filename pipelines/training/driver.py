@@ -7,14 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from itm.config import Recipe
 from itm.data import files
-from itm.data.formats import read_json
+from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
@@ -26,7 +25,7 @@ from pipelines.training.preparation import prepare
 from pipelines.training.worker import work
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> dict[str, Any]:
+def train(recipe: Recipe, overwrite: bool = False) -> Json:
     """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
@@ -69,7 +68,7 @@ def located(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def tracked(job: Job, about: dict[str, Any], started: dict[str, Any] | None) -> Iterator[Tracker]:
+def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
     """The MLflow run of this training: a new one, or that of the interrupted run it continues."""
     recipe = job.recipe
     if started and started["tracking_uri"] == tracking_uri():
@@ -90,7 +89,7 @@ def tracked(job: Job, about: dict[str, Any], started: dict[str, Any] | None) -> 
         yield tracker
 
 
-def execute(job: Job) -> dict[str, Any]:
+def execute(job: Job) -> Json:
     train = job.recipe.train
     with tqdm(total=job.course.steps, desc=f"train {job.recipe.name}", unit="step", mininterval=1) as bar:
 
@@ -116,11 +115,11 @@ def forget(folder: str) -> None:
         files.delete(uri)
 
 
-def _read(uri: str) -> dict[str, Any] | None:
+def _read(uri: str) -> Json | None:
     return read_json(uri, FORMAT) if files.exists(uri) else None
 
 
-def _check_same(folder: str, earlier: tuple[dict[str, Any] | None, ...], recipe: Recipe, manifest: Manifest) -> None:
+def _check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, manifest: Manifest) -> None:
     """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
     recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
     same: dict[str, list[str | None]] = {

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from itm.config import Recipe
 from itm.data import files
+from itm.data.formats import Json
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.stream import PrepareActor
 from pipelines.training.job import Job
 from pipelines.training.worker import work
 
 
-def run_group(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
+def run_group(job: Job, show: Callable[[int, float], None]) -> Json:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
@@ -53,7 +53,7 @@ def run_group(job: Job, show: Callable[[int, float], None]) -> dict[str, Any]:
             result = trainer.fit()
         except TrainingFailedError as error:
             raise cause_of(error) from None
-    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
+    summary: Json = result.return_value  # type: ignore[attr-defined]
     return summary
 
 
@@ -68,7 +68,7 @@ def check_room(recipe: Recipe, cpus: float) -> None:
         )
 
 
-def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
+def worker_entry(config: Json) -> Json:
     from ray.train.torch import get_device
 
     board = config["board"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from itm.data import files
+from itm.data.formats import Json
 from itm.distributed import all_reduce_sum, rank
 from itm.evaluation.dataset import encode_split
 from itm.evaluation.metrics import retrieval_metrics
@@ -83,7 +84,7 @@ def checkpoint(here: Rank, done: int) -> None:
         save_checkpoint(here.job.checkpoints, after, here.step)
 
 
-def finish(here: Rank) -> dict[str, Any]:
+def finish(here: Rank) -> Json:
     """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split.
 
     Returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected, rows_in, rows_out, rows_rejected.

@@ -74,8 +74,8 @@ def started_from(recipe: Recipe) -> Any:
     """The matcher that the run fine-tunes, as it was when the run began."""
     kept = files.join(recipe.folder, START)
     if not files.exists(files.join(kept, "config.json")):
-        save_matcher(itm.load_matcher(str(recipe.train.start), recipe.allowed), kept)
-    return itm.load_matcher(kept, recipe.allowed)
+        save_matcher(itm.load_matcher(str(recipe.train.start), allow=recipe.allowed), kept)
+    return itm.load_matcher(kept, allow=recipe.allowed)
 
 
 def captions_of(split: str, manifest: Manifest) -> Iterator[str]:

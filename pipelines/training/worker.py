@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
 from itm.data.arrow import Columns
 from itm.data.collate import to_batch
+from itm.data.formats import Json
 from itm.data.pairs import Pairs
 from itm.distributed import rank
 from itm.training.loop import Hooks, train_loop
@@ -23,7 +23,7 @@ from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
 
 
-def work(job: Job, device: torch.device, report: Report) -> dict[str, Any]:
+def work(job: Job, device: torch.device, report: Report) -> Json:
     """Train to the end of the run; returns the summary of `finish`, on rank 0."""
     here = Rank.restored(job, device)
     course = here.course

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from itm.evaluation import PRECISIONS as OFFERED
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.late.base import gram, raw_scores
 from itm.matchers.norms import full, guarded_norm
-from itm.precision import bf16_cost, warn_if_slow
+from itm.precision import PRECISIONS, bf16_cost, resolve_precision, warn_if_slow
 from tests.support.late_worlds import captions_of, images_of
 from tests.support.wide_matchers import KINDS, WIDE
 
@@ -71,3 +72,11 @@ def test_bf16_warns_on_a_cpu_where_it_is_slower_than_fp32(cost, warned, monkeypa
 
 def test_the_cost_of_bf16_is_a_ratio_of_measured_times():
     assert 0.05 < bf16_cost() < 500
+
+
+def test_the_names_that_a_command_line_offers_are_those_that_have_a_meaning():
+    assert OFFERED == PRECISIONS
+    for name in ("fp32", "auto"):
+        assert resolve_precision(name, torch.device("cpu")) == "fp32"
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; known: fp32, tf32, bf16, fp16, auto"):
+        resolve_precision("fp8", torch.device("cpu"))

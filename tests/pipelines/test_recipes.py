@@ -73,8 +73,8 @@ def test_a_printed_debug_twin_is_the_one_that_runs():
     assert yaml.safe_load(resolved("sgr-f30k", ["seed=5"], debug=True)) == debug_twin(shipped("sgr-f30k", "seed=5")).model_dump(mode="json")
 
 
-def test_the_table_of_the_readme_is_made_from_the_recipes():
-    assert markdown() in (RECIPES.parents[1] / "README.md").read_text()
+def test_the_table_of_the_documentation_is_made_from_the_recipes():
+    assert markdown() in (RECIPES.parents[1] / "docs" / "recipes.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ def test_the_answers_are_those_of_scoring_every_pair(shards: str, tmp_path: Path
 def test_the_index_is_made_once_and_again_for_other_weights(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
     whole = index_of.encode_split
-    monkeypatch.setattr(index_of, "encode_split", lambda *args: calls.append(args) or whole(*args))
+    monkeypatch.setattr(index_of, "encode_split", lambda *args, **named: calls.append(args) or whole(*args, **named))
     index = tmp_path / "index"
     for seed in (1, 1, 2, 1):
         folder = matcher_folder(tmp_path / "m", seed)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Caption, Problem, Record, Regions
+from itm.data.records import Json, Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
 from itm.kinds import build_part
 
@@ -26,7 +28,7 @@ class BuaTsv(Source):
     Raises ValueError for a row that is no row.
     """
 
-    def __init__(self, features: str | list[str], captions: dict[str, Any]) -> None:
+    def __init__(self, features: str | list[str], captions: Mapping[str, Any]) -> None:
         from itm.data.sources import SOURCES
 
         said = build_part(SOURCES, captions.get("kind", ""), captions.get("options", {}), "data.source.options.captions")
@@ -42,7 +44,7 @@ class BuaTsv(Source):
     def count(self, split: str) -> int:
         return self.said.count(split)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """The files are known by the ids and places of all rows and by the first row: hashing tens of GB would take minutes."""
         digest = hashlib.sha256(repr(sorted(self.rows.items())).encode())
         for place in list(self.rows.values())[:1]:
@@ -63,7 +65,7 @@ class BuaTsv(Source):
             regions = read_row(self._row(place))
         except ValueError as error:
             return Problem(key, "", "source", f"{self.files[place[0]]} at byte {place[1]}: {error}")
-        captions = [Caption(c.id or f"{key}#{n}", c.text, c.meta) for n, c in enumerate(listing.captions)]
+        captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(listing.captions)]
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": listing.path, **listing.meta})
 
     def _index(self, number: int, file: Path) -> None:

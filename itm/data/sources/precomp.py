@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Caption, Problem, Record, Regions
+from itm.data.records import Caption, Json, Problem, Record, Regions
 from itm.data.sources.source import Source, unique_keys
 
 
@@ -31,7 +30,7 @@ class Precomp(Source):
     def count(self, split: str) -> int:
         return len(self._splits[split][2])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """The features are known by shape and by their first and last image: hashing them whole would take minutes."""
         digests = {}
         for split, (features, captions, keys, _) in self._splits.items():

@@ -5,11 +5,12 @@ A logical form fixes the slots (colour A, shape A, colour B, shape B, relation);
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import numpy as np
 
-from itm.data.sources.scene_world import World, form_of, slots_of, world_named
+from itm.data.records import Json
+from itm.data.sources.scene_world import Form, World, form_of, slots_of, world_named
 
 _WORDS = {
     "red": ("red", "crimson"),
@@ -67,30 +68,34 @@ def holds(scenes: np.ndarray, captions: np.ndarray) -> np.ndarray:
     return as_said | (_agree(scenes, captions, (2, 3, 0, 1, 4)) & (captions[:, 4] < 0))
 
 
-def relevance(images: list[dict[str, Any]], captions: list[dict[str, Any]]) -> np.ndarray:
+def relevance(images: list[Json], captions: list[Json]) -> np.ndarray:
     """(I,T) bool, exact. images: sample metas with `scene`; captions: caption metas with `form`."""
-    return holds(np.stack([slots_of(m["scene"]) for m in images]), np.stack([slots_of(m["form"]) for m in captions]))
+    return holds(np.stack([_slots(m, "scene") for m in images]), np.stack([_slots(m, "form") for m in captions]))
 
 
-def scene_truth_image(meta: dict[str, Any]) -> np.ndarray:
+def scene_truth_image(meta: Json) -> np.ndarray:
     """Unit vector float32 of a sample meta: one one-hot block a slot, so the cosine of two images is their share of equal slots."""
-    radices, slots = world_named(meta["world"]).radices, slots_of(meta["scene"])
+    radices, slots = world_named(str(meta["world"])).radices, _slots(meta, "scene")
     vector = np.zeros(sum(radices), np.float32)
     vector[np.cumsum((0, *radices[:-1])) + slots] = len(slots) ** -0.5
     return vector
 
 
-def scene_truth_caption(meta: dict[str, Any]) -> np.ndarray:
+def scene_truth_caption(meta: Json) -> np.ndarray:
     """Unit vector float32 of a caption meta: indicator of the scenes of its world for which it holds.
 
     The cosine of two captions is |both| / sqrt(|one| |other|): 1 for the same meaning, and the Jaccard index for sets of equal
     size without overlap or with full overlap, as in the equivalence world.
     """
-    indicator = holds(world_named(meta["world"]).all_scenes(), slots_of(meta["form"])[None])[:, 0].astype(np.float32)
+    indicator = holds(world_named(str(meta["world"])).all_scenes(), _slots(meta, "form")[None])[:, 0].astype(np.float32)
     return indicator / np.linalg.norm(indicator)
 
 
-def caption_meta(world: World, kind: str, slots: np.ndarray) -> dict[str, Any]:
+def _slots(meta: Json, name: str) -> np.ndarray:
+    return slots_of(cast(Form, meta[name]))
+
+
+def caption_meta(world: World, kind: str, slots: np.ndarray) -> Json:
     return {"world": world.name, "kind": kind, "form": form_of(slots)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -12,6 +12,14 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 RELATIONS = ("left", "above")
 SLOTS = 5  # colour A, shape A, colour B, shape B, relation
 MIXED_KINDS = ("full", "full", "drop1", "drop2", "norel")
+
+
+class Form(TypedDict):
+    """A logical form with names: colour and shape of the objects A and B, and their relation; None = unspecified."""
+
+    a: list[str | None]
+    b: list[str | None]
+    relation: str | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ def world_named(name: str) -> World:
     return WORLDS[name]
 
 
-def form_of(slots: np.ndarray) -> dict[str, Any]:
+def form_of(slots: np.ndarray) -> Form:
     """Slots (5,) with -1 = unspecified -> a JSON-able logical form with names."""
     ca, sa, cb, sb, r = (int(s) for s in slots)
     name = lambda names, k: None if k < 0 else names[k]
@@ -70,7 +78,7 @@ def form_of(slots: np.ndarray) -> dict[str, Any]:
     }
 
 
-def slots_of(form: dict[str, Any]) -> np.ndarray:
+def slots_of(form: Form) -> np.ndarray:
     """The inverse of `form_of`: (5,) int64, -1 = unspecified."""
     position = lambda names, name: -1 if name is None else names.index(name)
     objects = [position(names, name) for thing in (form["a"], form["b"]) for names, name in zip((COLOURS, SHAPES), thing, strict=True)]

@@ -7,11 +7,10 @@ A scene is two coloured shapes and one relation. Worlds: `main` (6 x 6, five kin
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from itm.data.records import Caption, Record, Regions
+from itm.data.records import Caption, Json, Record, Regions
 from itm.data.sources import scene_render as draw
 from itm.data.sources.scene_language import caption_meta, caption_slots, relevance, say, scene_truth_caption, scene_truth_image
 from itm.data.sources.scene_world import World, form_of, world_named
@@ -27,6 +26,7 @@ class Scenes(Source):
     """`regions=True` adds six regions (358-d, standardised on 256 scenes of the same world) to every image."""
 
     splits = ["train", "val", "test"]
+    relevance = staticmethod(relevance)
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Scenes(Source):
     def count(self, split: str) -> int:
         return self.sizes[split]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         return {
             "source": "scenes",
             "version": _VERSION,

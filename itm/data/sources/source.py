@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from itm.data import files
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Json, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 
@@ -31,8 +33,13 @@ class Source(ABC):
         """One item; a Problem (stage "source") when its files are missing or unreadable."""
 
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """What the records depend on, JSON-able: another identity means other shards."""
+
+    @staticmethod
+    def relevance(images: list[Json], captions: list[Json]) -> np.ndarray | None:
+        """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
+        return None
 
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
@@ -49,7 +56,7 @@ class Listing:
 
     path: str
     captions: list[Caption] = field(default_factory=list)
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: Json = field(default_factory=dict)
 
 
 class ListedImages(Source):
@@ -68,7 +75,7 @@ class ListedImages(Source):
     def count(self, split: str) -> int:
         return len(self.listings[split])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
     def item(self, split: str, index: int) -> Record | Problem:
@@ -117,6 +124,23 @@ def unique_keys(paths: list[str]) -> list[str]:
     return keys
 
 
+def caption_of(said: object, where: str, caption_id: str = "") -> Caption:
+    """A caption from the value of an annotation file; what is no text becomes one that says so, and is quarantined. where: file and row."""
+    if isinstance(said, str):
+        return Caption(caption_id, said)
+    found = "null" if said is None else f"of type {type(said).__name__}, no text"
+    return Caption(caption_id, "", unread=f"{where}: the caption is {found}")
+
+
+def field_of(row: object, name: str, where: str) -> Any:
+    """A field that every row of an annotation file must have. Raises ValueError naming file, row and field, with the fields there are."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}, not an object with `{name}`")
+    if name not in row:
+        raise ValueError(f"{where} has no `{name}`; it has {', '.join(row) or 'no field at all'}")
+    return row[name]
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError naming the file when it is missing or no JSON."""
     try:
@@ -127,7 +151,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 
-def group_by_path(rows: Iterable[tuple[str, list[Caption], dict[str, Any]]]) -> list[Listing]:
+def group_by_path(rows: Iterable[tuple[str, list[Caption], Json]]) -> list[Listing]:
     """(path, captions, meta) rows -> one Listing per path in order of first sight, with the meta of its first row."""
     listings: dict[str, Listing] = {}
     for path, captions, meta in rows:

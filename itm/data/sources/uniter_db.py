@@ -18,9 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from itm.data import files
-from itm.data.records import Caption, Problem, Record, Regions
+from itm.data.records import Caption, Json, Problem, Record, Regions
 from itm.data.sources.source import Source, read_json, unique_keys
 
+Annotation = dict[str, Any]
+"""What a text database holds of a caption, as msgpack gives it: `input_ids`, `img_fname` and whatever the authors kept."""
 TEXT_FIELDS = ("raw", "sentence", "caption", "text")
 
 
@@ -46,7 +48,7 @@ class UniterDb(Source):
     def count(self, split: str) -> int:
         return len(self._names[split])
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Json:
         """Databases are known by their index files and sizes: hashing tens of GB would take minutes."""
         return {
             "source": "UniterDb",
@@ -67,7 +69,7 @@ class UniterDb(Source):
             return Problem(key, "", "source", f"{name}: {error}")
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": name})
 
-    def _text(self, annotation: dict[str, Any]) -> str:
+    def _text(self, annotation: Annotation) -> str:
         own = _own_text(annotation)
         if own or self.pieces is None:
             return own
@@ -129,9 +131,9 @@ class TextDatabase:
         self.lengths: dict[str, int] = read_json(folder / "id2len.json")
         self.image_of: dict[str, str] = read_json(folder / "txt2img.json")
         self.captions_of: dict[str, list[str]] = read_json(folder / "img2txts.json")
-        self.meta: dict[str, Any] = read_json(folder / "meta.json")
+        self.meta: dict[str, int] = read_json(folder / "meta.json")
 
-    def annotation(self, text_id: str) -> dict[str, Any]:
+    def annotation(self, text_id: str) -> Annotation:
         """`input_ids`, `img_fname` and whatever the annotation held. Raises ValueError when it is missing or unreadable."""
         with _environment(self.folder).begin() as reading:
             value = reading.get(text_id.encode())
@@ -186,7 +188,7 @@ def _unpack_arrays(value: bytes) -> dict[str, np.ndarray]:
         raise ValueError(f"unreadable msgpack: {error}") from None
 
 
-def _array(entry: Any) -> np.ndarray:
+def _array(entry: object) -> np.ndarray:
     if not isinstance(entry, dict):
         return np.asarray(entry)
     dtype = np.dtype(entry[b"type"].decode())
@@ -197,5 +199,5 @@ def _flat(conf: np.ndarray | None) -> np.ndarray | None:
     return None if conf is None else conf.reshape(-1).astype(np.float32)
 
 
-def _own_text(annotation: dict[str, Any]) -> str:
+def _own_text(annotation: Annotation) -> str:
     return next((str(annotation[field]) for field in TEXT_FIELDS if annotation.get(field)), "")

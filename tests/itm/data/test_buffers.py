@@ -53,3 +53,26 @@ def test_a_copy_in_another_process_is_empty() -> None:
     buffers.empty((1000,))
     copy = pickle.loads(pickle.dumps(buffers))
     assert (copy.arrays.maxlen, list(copy.arrays)) == (3, [])
+
+
+class Copy:
+    """Stands in for the event of a copy to a GPU."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_an_array_is_not_given_again_before_the_event_of_its_copy_is_done() -> None:
+    buffers, copy = Buffers(), Copy()
+    array = buffers.empty((5,))
+    address = array.ctypes.data
+    buffers.hold(array, copy)
+    del array
+    other = buffers.empty((5,))
+    assert other.ctypes.data != address, "nothing refers to the array, but it is still being read"
+    copy.done = True
+    assert buffers.empty((5,)).ctypes.data == address
+    third = buffers.empty((5,))
+    assert third.ctypes.data == address, "a new use begins without the old event"

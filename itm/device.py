@@ -1,0 +1,33 @@
+"""Where things are computed, and the error for a device that is not there. The one place that asks whether there is a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+HELP = "auto (a GPU where there is one), cpu, cuda, cuda:1, or any other device of torch (default: auto)"
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """`auto` is CUDA where there is CUDA, else the CPU; every other name is torch's own (`cpu`, `cuda`, `cuda:1`, `mps`, ...).
+
+    Raises ValueError for a name that torch does not know, and for CUDA, or a number of it, that is not there.
+    """
+    import torch  # here: a command line that shows its options does not wait for it
+
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {str(name)!r} is unknown: use auto, cpu, cuda or cuda:0 ({str(error).splitlines()[0]})") from None
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        built = "torch sees no NVIDIA GPU here" if torch.version.cuda else f"torch {torch.__version__} is built without CUDA"
+        raise ValueError(f"device {str(name)!r} was asked for, but {built}: use auto or cpu, or another machine")
+    if device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device {str(name)!r} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return device

@@ -1,0 +1,58 @@
+"""The five commands of the README, as they stand there, on a folder of pictures and a table."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from itm.data.records import Record
+from itm.data.sources.scenes import Scenes
+from tests.support import ROOT
+from tests.support.documents import fenced
+
+SIZES = {"train": 24, "val": 6, "test": 6}
+
+
+def photos(folder: Path) -> None:
+    """`photos/` and `captions.csv`."""
+    (folder / "photos").mkdir()
+    with (folder / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("image", "caption", "split"))
+        for split, count in SIZES.items():
+            for record in Scenes("tiny").records(split, 0, count):
+                assert isinstance(record, Record)
+                (folder / "photos" / f"{record.key}.png").write_bytes(record.image or b"")
+                table.writerows((f"{record.key}.png", caption.text, split) for caption in record.captions)
+
+
+# One process for all five, as each start of Python and of Ray costs seconds; Ray's workers start in the folder, as a user's do.
+FOLLOW = """
+import shlex, sys
+from pipelines.cli import main
+for line in sys.stdin.read().splitlines():
+    code = main(shlex.split(line)[1:])
+    if code:
+        sys.exit(f"{line} ended with {code}")
+"""
+
+
+@pytest.mark.e2e
+def test_five_commands_make_a_searchable_model_of_own_photos(tmp_path: Path) -> None:
+    photos(tmp_path)
+    readme = ROOT / "README.md"
+    (recipe,), (console,) = fenced(readme, "yaml"), fenced(readme, "console")
+    (tmp_path / "my.yaml").write_text(recipe.replace("epochs: 10", "epochs: 2"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    command = [sys.executable, "-c", FOLLOW]
+    done = subprocess.run(command, input=console, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train: 24 images, 120 captions in 1 shards, 0 rejected" in done.stdout
+    assert "images 6  captions 30" in done.stdout
+    assert "'a dog in the snow' in 6 images, 30 captions" in done.stdout
+    assert "my-photos" in (tmp_path / "runs" / "my-photos" / "report.html").read_text()

@@ -1,0 +1,203 @@
+"""Scoring, validation, teaching, search, verify and the registered model on a CUDA device: the answers of the CPU, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.support.pretend import pretend  # before torch
+import numpy as np
+import pytest
+import torch
+
+import itm
+from itm.config import Part
+from itm.data import sidecar
+from itm.data.records import Caption, Record
+from itm.data.shards import Manifest, write_manifest, write_shard
+from itm.device import resolve_device
+from itm.evaluation.scoring import score_matrix
+from itm.matchers.late.uarda_pruned import Pruning
+from itm.precision import computing, repeatable
+from itm.teachers.identity import build_teacher
+from pipelines import search
+from pipelines.teaching import driver as teach
+from pipelines.teaching.recompute import ACROSS_DEVICES, TOLERANCE, verify
+from tests.support.every_matcher import KINDS, captions_of, images_of, matcher_of
+from tests.support.registry_world import matcher_folder, picture
+from tests.support.small_teaching import pack, recipe, scenes, score_here
+from tests.support.small_training import recipe as training_recipe, splits
+
+CLOSE = {"bf16": (5e-2, 1e-2), "fp16": (1e-2, 1e-2)}
+
+
+@pytest.fixture
+def device():
+    with pretend.cuda():
+        yield
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_of_the_device_are_those_of_the_cpu(name: str, precision: str) -> None:
+    matcher, images, captions = matcher_of(name), images_of(5), captions_of([5, 3, 7, 4])
+    want = score_matrix(matcher, images, captions)
+    with pretend.cuda():
+        for prune in ("off", "on") if name == "uarda" else ("off",):
+            if prune == "on":
+                matcher.pruning = Pruning("on")
+            got = score_matrix(matcher, images, captions, device="cuda", precision=precision)
+            atol, rtol = CLOSE.get(precision, (1e-5, 1e-4))
+            torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["scan", "sgr", "dual"])
+def test_the_score_of_record_uses_no_tf32_and_tf32_does(name: str, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device rounds operands of convolutions, recurrent layers and products as TF32 does wherever it is allowed to."""
+    monkeypatch.setattr(pretend, "tf32", True)
+    matcher, images, captions = matcher_of(name), images_of(5), captions_of([5, 3, 7, 4])
+    rounded = score_matrix(matcher, images, captions, device="cuda", precision="tf32")
+    exact = score_matrix(matcher, images, captions, device="cuda")
+    want = score_matrix(matcher, images, captions, device="cpu")
+    assert float((exact - want).abs().max()) < 2e-6
+    assert float((rounded - want).abs().max()) > 5e-6
+
+
+def test_flags_of_precision_are_put_back(device: None) -> None:
+    def flags() -> Any:
+        matmul = torch.backends.cuda.matmul
+        return torch.backends.cudnn.allow_tf32, matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
+
+    before = flags()
+    for precision in ("fp32", "tf32", "bf16", "fp16"):
+        with computing(precision, torch.device("cuda")):
+            assert flags() == (precision == "tf32", precision == "tf32", False)
+        assert flags() == before
+    with repeatable(True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_training_on_the_device_logs_and_validates_as_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.train import train
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    splits(tmp_path)
+    given = {"steps": 4, "validate_every": 4, "checkpoint_every": 4, "lr": 1e-4}
+    here = train(training_recipe(tmp_path, name="cpu", **given))
+    with pretend.cuda():
+        there = train(training_recipe(tmp_path, name="gpu", use_gpu=True, **given))
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "losses.jsonl").read_text().splitlines()]
+        for name in ("cpu", "gpu")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert there["best"]["metrics"].keys() == here["best"]["metrics"].keys()
+    assert there["best"]["metrics"]["rsum"] == pytest.approx(here["best"]["metrics"]["rsum"], abs=15)
+    kept = itm.load_matcher(f"{tmp_path}/runs/gpu/matcher")
+    assert all(p.device.type == "cpu" for p in kept.parameters())
+
+
+def taught(root: Path, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A split with a store that a matcher taught on the device there is."""
+    monkeypatch.setattr(teach, "_score", score_here)
+    monkeypatch.setattr(teach, "_track", lambda *a: None)
+    wanted = recipe(root, {"kind": "matcher", "options": {"uri": str(folder)}})
+    wanted = wanted.model_copy(update={"teachers": wanted.teachers.model_copy(update={"dtype": dtype})})
+    return wanted, teach.teach(wanted)["image"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_teaching_on_the_device_gives_the_vectors_of_the_cpu_and_verifies_on_either(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = matcher_folder(tmp_path / "m")
+    stores = {}
+    for kind in ("cpu", "cuda"):
+        pack(tmp_path / kind, scenes(6))
+        if kind == "cpu":
+            wanted, uri = taught(tmp_path / kind, folder, dtype, monkeypatch)
+            stores[kind] = sidecar.open_store(uri).sidecar("00000.tar")
+            assert verify(wanted)[0].tolerance == TOLERANCE[dtype]
+            continue
+        with pretend.cuda():
+            wanted, uri = taught(tmp_path / kind, folder, dtype, monkeypatch)
+            stores[kind] = sidecar.open_store(uri).sidecar("00000.tar")
+            same, other = verify(wanted)[0], verify(wanted, device="cpu")[0]
+        assert same.ok and same.tolerance == TOLERANCE[dtype]
+        assert other.ok and other.tolerance == ACROSS_DEVICES[dtype]
+        assert verify(wanted)[0].tolerance == ACROSS_DEVICES[dtype], "no such device here any more: the CPU, with room for its digits"
+    assert [stores[kind].header.device for kind in ("cpu", "cuda")] == ["cpu", "cuda"]
+    assert b'"device"' not in stores["cpu"].table.schema.metadata[b"itm"], "what a CPU writes is as it was"
+    np.testing.assert_allclose(*(store.vectors.astype(np.float32) for store in stores.values()), atol=1e-3 if dtype == "fp16" else 1e-6)
+
+
+def test_a_batch_of_a_teacher_runs_on_the_device(tmp_path: Path, device: None) -> None:
+    part = Part(kind="matcher", options={"uri": str(matcher_folder(tmp_path / "m"))})
+    teacher = build_teacher(part, "text")
+    want = teacher.embed([b"a red circle", b"a blue square"])
+    got = teacher.to("auto").embed([b"a red circle", b"a blue square"])
+    assert teacher.device.type == "cuda"
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    records = [Record(f"k{n}", "test", [Caption(f"k{n}-0", f"a {c} circle")], picture(c), "png", None, {}) for n, c in enumerate(COLOURS)]
+    uri = tmp_path / "shards" / "test"
+    write_manifest(str(uri), Manifest(split="test", source="discs", shards=[write_shard(str(uri / "00000.tar"), records)]))
+    return str(uri)
+
+
+COLOURS = ["red", "blue", "green", "black"]
+
+
+@pytest.mark.parametrize(
+    "part", [None, Part(kind="scan", options={"image": {"kind": "conv", "image_size": 32, "hidden": 16}, "text": {"width": 128}})]
+)
+def test_search_on_the_device_finds_what_the_cpu_finds(part: Part | None, shards: str, tmp_path: Path) -> None:
+    model, photo = str(matcher_folder(tmp_path / "m", 2, part)), tmp_path / "q.png"
+    photo.write_bytes(picture("blue"))
+    questions = ({"text": "a red circle"}, {"image": str(photo)})
+    want = [search.search(**q, model=model, shards=shards, device="cpu", index=str(tmp_path / "here")) for q in questions]
+    with pretend.cuda():
+        got = [search.search(**q, model=model, shards=shards, index=str(tmp_path / "there")) for q in questions]
+    for a, b in zip(want, got, strict=True):
+        assert [hit.key for hit in a.hits] == [hit.key for hit in b.hits]
+        assert [hit.score for hit in a.hits] == pytest.approx([hit.score for hit in b.hits], abs=1e-5)
+
+
+def test_the_registered_model_runs_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pandas as pd
+
+    from itm.pyfunc import ItmModel
+
+    context, rows = SimpleNamespace(artifacts={"matcher": str(matcher_folder(tmp_path / "m"))}), pd.DataFrame({"text": ["a red circle"]})
+    model = ItmModel()
+    model.load_context(context)
+    want = model.predict(context, rows)
+    with pretend.cuda():
+        model.load_context(context)
+        assert next(model.matcher.parameters()).is_cuda
+        np.testing.assert_allclose(model.predict(context, rows), want, atol=1e-5)
+        both = pd.DataFrame({"text": ["a red circle"], "image": [picture("red")]})
+        assert model.predict(context, both, {"output": "scores"}).shape == (1, 1)
+        monkeypatch.setenv("ITM_DEVICE", "cpu")
+        model.load_context(context)
+        assert not next(model.matcher.parameters()).is_cuda
+
+
+def test_a_loaded_matcher_lies_where_it_was_asked_for(tmp_path: Path) -> None:
+    folder = matcher_folder(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"device 'cuda' was asked for, but torch .* is built without CUDA: use auto or cpu"):
+        itm.load_matcher(folder, device="cuda")
+    with pytest.raises(ValueError, match="device 'gpu' is unknown: use auto, cpu, cuda or cuda:0"):
+        itm.load_matcher(folder, device="gpu")
+    assert resolve_device("meta") == torch.device("meta"), "other devices are torch's own"
+    with pretend.cuda():
+        for name, type_ in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:0", "cuda"), ("cpu", "cpu")):
+            assert next(itm.load_matcher(folder, device=name).parameters()).device.type == type_
+        with pytest.raises(ValueError, match="device 'cuda:3' was asked for, but there are 1 GPUs"):
+            itm.load_matcher(folder, device="cuda:3")
