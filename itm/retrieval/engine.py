@@ -55,7 +55,8 @@ def search(
 ) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`.
 
-    model: a URI as in `itm.load_matcher`, or a matcher that was loaded. Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
+    model: a URI as in `itm.load_matcher`, or a matcher that was loaded.
+    Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")

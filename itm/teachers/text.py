@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from itm.data.records import Caption
 from itm.data.text import clean_caption
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, weights_sha256
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, tensors_sha256
 
 _CLEANING = "cusa-1"  # raise the number when clean_caption changes
 
@@ -173,7 +173,7 @@ class TextTeacher(Teacher):
             "kind": type(self).__name__,
             "model": type(self).__module__,
             "revision": f"source {hashlib.sha256(source).hexdigest()[:12]}",
-            "weights_sha256": None if self.module is None else weights_sha256(self.module),
+            "weights_sha256": None if self.module is None else tensors_sha256(self.module),
             "options": {name: value for name, value in own.items() if isinstance(value, str | int | float | bool | None)},
             "width": self.width,
             "dtype": "fp32",
