@@ -12,11 +12,11 @@ import importlib.metadata
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -56,18 +56,37 @@ def find_part(table: Kinds[T], kind: str, what: str) -> type[T]:
 def build_part(table: Kinds[T], kind: str, options: Mapping[str, object], what: str, **given: object) -> T:
     """Build `kind` from recipe `options` plus what the caller gives. Raises ValueError for an unknown or missing option."""
     part: Callable[..., T] = find_part(table, kind, what)
-    known = [p.name for p in inspect.signature(part).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    takes_any = len(known) < len(inspect.signature(part).parameters)
-    for option in options:
-        if option not in known and not takes_any:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{what} {kind!r} has no option {option!r}; {hint}")
+    known, takes_any = options_of(part)
+    if not takes_any:
+        refuse_unknown(options, known, f"{what} {kind!r}")
     try:
         inspect.signature(part).bind(**given, **options)
     except TypeError as error:
         raise ValueError(f"{what} {kind!r}: {error}") from None
     return part(**given, **options)
+
+
+def refuse_unknown(options: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raises ValueError naming the first option that is not known, and the near one."""
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{what} has no option {option!r}; {hint}")
+
+
+def options_of(part: Callable[..., object]) -> tuple[list[str], bool]:
+    """Names of what a part takes, the keys of an unpacked TypedDict (`**options: Unpack[...]`) included; whether it takes any other too."""
+    parameters = inspect.signature(part).parameters.values()
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    for rest in (p for p in parameters if p.kind is p.VAR_KEYWORD):
+        if "Unpack" not in str(rest.annotation):  # annotations that need not be looked up may name what was never imported
+            return names, True
+        hint = get_type_hints(part.__init__ if inspect.isclass(part) else part).get(rest.name)
+        if get_origin(hint) is not Unpack:
+            return names, True
+        names += get_type_hints(get_args(hint)[0])
+    return names, False
 
 
 def _imported(path: str, base: str, what: str) -> type:

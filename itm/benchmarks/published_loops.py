@@ -38,7 +38,7 @@ def sgraf_loop(matcher: Any, regions: Tensor, captions: list[Tensor]) -> Tensor:
         local = _unit(matcher.sim_tranloc_w((attended - repeated).pow(2)))
         glob = _unit(matcher.sim_tranglo_w((whole - whole_words).pow(2)))
         nodes = torch.cat([glob.unsqueeze(1), local], 1)
-        vector = _graph(matcher, nodes) if hasattr(matcher, "SGR_module") else _filtration(matcher.SAF_module, nodes)
+        vector = _graph(matcher, nodes) if matcher.kind == "sgr" else _filtration(matcher.SAF_module, nodes)
         columns.append(matcher.sim_eval_w(vector).squeeze(-1).sigmoid())
     return torch.stack(columns, 1)
 

@@ -31,9 +31,9 @@ from itm.evaluation.scoring import score_matrix
 from itm.matchers.late.base import parts_of
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
-from itm.matchers.late.tiles import compiled, product
+from itm.matchers.late.tiles import product
 from itm.matchers.late.uarda import UARDA
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 REGIONS, WIDTH, SIMILARITY, STEPS = 36, 1024, 256, 3
 THRESHOLD = 0.1
@@ -119,9 +119,10 @@ def competitors(kind: str, where: World) -> tuple[Any, Callable[[torch.dtype], T
 
 
 @torch.no_grad()
-def compare(kind: str, where: World, rounds: int, rates: dict[str, float]) -> list[Row]:
+def compare(kind: str, where: World, rounds: int, rates: dict[str, float], fuse: bool = False) -> list[Row]:
     """Rows of one kind: our float32 and bfloat16 against each published loop (SCAN in float64, as published, and float32)."""
     matcher, peer = competitors(kind, where)
+    matcher.fuse_tiles = fuse
     device = parts_of(where.images)[0].device.type
     peers = {"float32": torch.float32} | ({"float64": torch.float64} if kind.startswith("SCAN") else {})
     works: dict[str, Callable[[], Tensor]] = {
@@ -207,12 +208,12 @@ def coco_5k(rounds: int, device: str) -> dict[str, float]:
     sides = Encoded(vector=images), Encoded(vector=captions)
     matrix: list[Tensor] = []
 
-    class Dual:
+    class Dual(Matcher):
         def score(self, images: Encoded, captions: Encoded) -> Tensor:
             return images.vector @ captions.vector.T  # type: ignore[operator,union-attr]
 
     def scoring() -> Tensor:
-        matrix[:] = [score_matrix(Dual(), *sides, device=device)]  # type: ignore[arg-type]
+        matrix[:] = [score_matrix(Dual(), *sides, device=device)]
         return matrix[0]
 
     def metrics() -> Tensor:
@@ -281,8 +282,7 @@ def run(args: argparse.Namespace) -> int:
         tokens = float(parts_of(where.captions)[1].sum(1).float().mean())
         print(f"{args.images} images x {REGIONS} x {WIDTH}, {args.captions} captions of {tokens:.1f} tokens")
         for kind in args.kinds:
-            with compiled(args.compile):
-                rows += compare(kind, where, args.rounds, rates)
+            rows += compare(kind, where, args.rounds, rates, args.compile)
             print(table(rows[-(4 if kind.startswith("SCAN") else 2) :]), flush=True)
     metrics = coco_5k(args.rounds, args.device) if args.what != "scoring" else {}
     if metrics:

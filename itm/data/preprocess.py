@@ -204,11 +204,15 @@ def box_numbers(corners: np.ndarray, width: float, height: float) -> np.ndarray:
 
 
 class Inputs:
-    """The preparation that belongs to a matcher: how its images and its captions are made. Saved beside its weights."""
+    """The preparation that belongs to a matcher: how its images and its captions are made. Saved beside its weights.
+
+    `images` and `captions` come on the device `target`, which a matcher sets to its own.
+    """
 
     def __init__(self, image: ImageInput, tokenizer: Any) -> None:
         self.image = image
         self.tokenizer = tokenizer
+        self.target = torch.device("cpu")
 
     def image_columns(self, data: bytes, numbers: Draw | None = None, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """One image as named arrays: `pixels` (S,S,3) uint8, or `regions`, `boxes`, `mask`; augmented when `numbers` are given.
@@ -230,13 +234,13 @@ class Inputs:
             except ValueError as error:
                 raise ValueError(f"image {position}: {error}") from None
         columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        return as_images(columns, np.arange(len(raw)) if image_id is None else np.asarray(image_id))
+        return as_images(columns, np.arange(len(raw)) if image_id is None else np.asarray(image_id)).to(self.target)
 
     def captions(self, texts: Sequence[str], image_id: Sequence[int] | None = None) -> Captions:
         """Strings -> Captions; `image_id` defaults to 0..N-1."""
         tokens, mask = self.tokenizer(list(texts))
         ids = torch.arange(len(texts)) if image_id is None else torch.as_tensor(np.asarray(image_id), dtype=torch.int64)
-        return Captions(tokens, mask, ids)
+        return Captions(tokens, mask, ids).to(self.target)
 
     def save(self, folder: str | Path) -> None:
         """`inputs.json` and the tokenizer's files."""

@@ -21,7 +21,7 @@ from itm.device import resolve_device
 from itm.evaluation.scoring import encode_rows, scoring_mode
 from itm.kinds import find_part
 from itm.precision import computing
-from itm.types import Encoded
+from itm.types import Encoded, Images, Matcher, MatcherInputs
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def join_names(pieces: Sequence[Names]) -> Names:
 
 
 def encode_split(
-    matcher: Any,
+    matcher: Matcher,
     split_uri: str,
     batch_size: int = 256,
     limit: int | None = None,
@@ -134,7 +134,7 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
 
 
 def encode_shard(
-    matcher: Any, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Matcher, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
 ) -> EncodedSplit:
     """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
 
@@ -159,12 +159,12 @@ def encode_shard(
     return EncodedSplit(*both, _names(samples, shard_uri), problems)
 
 
-def _encode_captions(matcher: Any, samples: Sequence[Sample], batch_size: int, device: str | torch.device) -> list[Encoded]:
+def _encode_captions(matcher: Matcher, samples: Sequence[Sample], batch_size: int, device: str | torch.device) -> list[Encoded]:
     captions = [caption for sample in samples for caption in sample.captions]
     return [_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(captions), batch_size)]
 
 
-def _readable(inputs: Any, samples: Sequence[Sample], shard: str, problems: list[Problem]) -> tuple[list[int], list[Sample]]:
+def _readable(inputs: MatcherInputs, samples: Sequence[Sample], shard: str, problems: list[Problem]) -> tuple[list[int], list[Sample]]:
     """The samples with a caption that can be tokenised, with those captions alone, and their rows; the others are added to `problems`."""
     rows: list[int] = []
     left: list[Sample] = []
@@ -184,7 +184,7 @@ def _readable(inputs: Any, samples: Sequence[Sample], shard: str, problems: list
     return rows, left
 
 
-def encode_texts(matcher: Any, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
+def encode_texts(matcher: Matcher, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode strings, `batch_size` a call."""
     captions = [Caption("", text) for text in texts]
     where = resolve_device(device)
@@ -192,7 +192,7 @@ def encode_texts(matcher: Any, texts: Sequence[str], batch_size: int = 256, devi
         return Encoded.cat([_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(texts), batch_size)])
 
 
-def _encode_texts(matcher: Any, captions: Sequence[Caption], device: Any) -> Encoded:
+def _encode_texts(matcher: Matcher, captions: Sequence[Caption], device: str | torch.device) -> Encoded:
     return encode_rows(matcher, matcher.inputs.captions([c.text for c in captions]), len(captions), device)
 
 
@@ -214,17 +214,18 @@ def batches(items: Iterable[Sample | Problem], size: int, limit: int | None, pro
         yield batch
 
 
-def prepare(inputs: Any, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Any]]:
+def prepare(inputs: MatcherInputs, batch: list[Sample], shard: str, problems: list[Problem]) -> tuple[list[Sample], list[Images]]:
     """One `Images` for the batch; when one of its images is bad, one each, and a quarantine row for the bad ones."""
     regions = inputs.image.kind == "regions"
     raw = [sample.regions if regions else sample.image for sample in batch]
+    whole = [data for data in raw if data is not None]
     try:
-        if None not in raw:
-            return batch, [inputs.images(raw)]
+        if len(whole) == len(raw):
+            return batch, [inputs.images(whole)]
     except ValueError:
         pass
     good: list[Sample] = []
-    prepared: list[Any] = []
+    prepared: list[Images] = []
     for sample, data in zip(batch, raw, strict=True):
         try:
             if data is None:

@@ -9,7 +9,7 @@ of the matcher's tokenizer (start and end not counted) and of regions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from itm.evaluation.dataset import batches, prepare, shards_of
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.evaluation.scoring import scoring_mode
 from itm.losses.relation import isd, isda
-from itm.matchers.joint.pairs import Relations
-from itm.methods.iais_taps import find_tap
-from itm.types import Images
+from itm.types import Images, Matcher, Relations
 
 Entity = dict[str, list[int]]
 """`words` and `regions` of one annotated entity, positions from 0."""
@@ -36,7 +34,7 @@ class ISD(MatcherProtocol):
     score_type: ClassVar[str] = "relation blocks, fp32"
     annotated: ClassVar[bool] = False
 
-    def measure(self, matcher: Any, asked: Question) -> Outcome:
+    def measure(self, matcher: Matcher, asked: Question) -> Outcome:
         return isd_of_split(matcher, asked.split_uri, self.annotated, min(asked.batch_size, MOST_PAIRS), asked.device)
 
 
@@ -46,7 +44,7 @@ class ISDa(ISD):
     annotated: ClassVar[bool] = True
 
 
-def isd_of_split(matcher: Any, split_uri: str, annotated: bool, batch_size: int = 64, device: str | torch.device = "cpu") -> Outcome:
+def isd_of_split(matcher: Matcher, split_uri: str, annotated: bool, batch_size: int = 64, device: str | torch.device = "cpu") -> Outcome:
     """Means over every matched pair of a split: isd_{L,V}_{singular,distributed}, or isda_sum and isda_mean where `annotated`.
 
     Raises ValueError for a matcher without words and regions, and for ISDa where no caption names two entities.
@@ -72,9 +70,9 @@ def isd_of_split(matcher: Any, split_uri: str, annotated: bool, batch_size: int 
 
 
 def _matched_pairs(
-    matcher: Any, split_uri: str, batch_size: int, device: Any, problems: list[Problem]
+    matcher: Matcher, split_uri: str, batch_size: int, device: str | torch.device, problems: list[Problem]
 ) -> Iterator[tuple[list[Caption], Relations]]:
-    tap = find_tap(matcher)
+    matcher.check_relations()
     for uri, sha256 in shards_of(split_uri):
         for batch in batches(read_samples(uri, sha256), batch_size, None, problems):
             samples, prepared = prepare(matcher.inputs, batch, files.name_of(uri), problems)
@@ -85,7 +83,7 @@ def _matched_pairs(
             for start in range(0, len(pairs), batch_size):
                 rows, captions = zip(*pairs[start : start + batch_size], strict=True)
                 texts = matcher.inputs.captions([caption.text for caption in captions])
-                yield list(captions), tap(images[torch.tensor(rows)].to(device), texts.to(device))[2]
+                yield list(captions), matcher.relations(images[torch.tensor(rows)].to(device), texts.to(device))[2]
 
 
 def _isda(captions: list[Caption], relations: Relations) -> dict[str, Tensor]:

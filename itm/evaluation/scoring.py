@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.device import resolve_device
 from itm.precision import computing, warn_if_slow
@@ -21,6 +21,7 @@ from itm.types import Captions, Encoded, Images, Matcher
 TILE_BYTES = 256 << 20
 TILE_CAPTIONS = 256
 TILE_VECTORS = 1024
+Raw = TypeVar("Raw", Images, Captions)
 OWN_TILES = (1024, 4096)
 """Images x captions given at once to a matcher that cuts tiles itself: large, since it computes once a call what one side alone needs."""
 
@@ -45,7 +46,8 @@ def score_matrix(
     """
     where = resolve_device(device)
     members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
-    left, right = _per_member(images, len(members), "image"), _per_member(captions, len(members), "caption")
+    left: Sequence[Images | Encoded] = _per_member(images, len(members), "image")
+    right: Sequence[Captions | Encoded] = _per_member(captions, len(members), "caption")
     total: Tensor | None = None
     for member, own_images, own_captions in zip(members, left, right, strict=True):
         with _scoring(member, where, precision):
@@ -59,51 +61,47 @@ def score_matrix(
 
 def encode_rows(matcher: Matcher, rows: Images | Captions, batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode in batches, results on the CPU. The caller sets evaluation mode (see `scoring_mode`)."""
-    encode: Any = matcher.encode_images if isinstance(rows, Images) else matcher.encode_captions
-    return Encoded.cat([encode(rows[i : i + batch_size].to(device)).to("cpu") for i in range(0, len(rows), batch_size)])
+    pieces = (rows[i : i + batch_size].to(device) for i in range(0, len(rows), batch_size))
+    return Encoded.cat([(matcher.encode_images(p) if isinstance(p, Images) else matcher.encode_captions(p)).to("cpu") for p in pieces])
 
 
 @contextlib.contextmanager
-def scoring_mode(matcher: Any, device: str | torch.device = "cpu") -> Iterator[None]:
+def scoring_mode(matcher: Matcher, device: str | torch.device = "cpu") -> Iterator[None]:
     """No gradients, evaluation mode, on `device`; the matcher's training flag is put back afterwards."""
-    is_module = isinstance(matcher, nn.Module)
-    training = is_module and matcher.training
-    if is_module:
-        matcher.eval().to(device)
+    training = matcher.training
+    matcher.eval().to(device)
     try:
         with torch.no_grad():  # inference tensors would not outlive this block
             yield
     finally:
-        if is_module:
-            matcher.train(training)
+        matcher.train(training)
 
 
 @contextlib.contextmanager
-def _scoring(matcher: Any, device: torch.device, precision: str) -> Iterator[None]:
+def _scoring(matcher: Matcher, device: torch.device, precision: str) -> Iterator[None]:
     warn_if_slow(precision, device)
     with scoring_mode(matcher, device), computing(precision, device):
         yield
 
 
-def _per_member(rows: Any, members: int, what: str) -> list[Any]:
-    listed = list(rows) if isinstance(rows, Sequence) else None
-    if listed is not None and len(listed) != members:
-        raise ValueError(f"{members} matchers, but {len(listed)} {what} encodings")
-    if listed is None and isinstance(rows, Encoded) and members > 1:
+def _per_member(rows: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
+    if isinstance(rows, Sequence) and len(rows) != members:
+        raise ValueError(f"{members} matchers, but {len(rows)} {what} encodings")
+    if isinstance(rows, Encoded) and members > 1:
         raise ValueError(f"{members} matchers need one {what} encoding each; give a list, or the raw {what}s")
-    each = listed or [rows] * members
+    each: Sequence[Raw | Encoded] = rows if isinstance(rows, Sequence) else [rows] * members
     if any(len(r) == 0 for r in each):
         raise ValueError(f"no {what}s to score")
     return each
 
 
-def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: int, device: Any) -> Encoded:
+def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: int, device: str | torch.device) -> Encoded:
     return rows if isinstance(rows, Encoded) else encode_rows(matcher, rows, batch_size, device)
 
 
 def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device) -> Tensor:
     scores = torch.empty(len(images), len(captions))
-    own_tiles = hasattr(matcher, "cuts_tiles") and matcher.cuts_tiles(captions)
+    own_tiles = matcher.cuts_tiles(captions)
     order = None if own_tiles or captions.mask is None else by_length(captions)
     columns = OWN_TILES[1] if own_tiles else _columns(images, captions)
     for start in range(0, len(captions), columns):

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from itm.evaluation.metrics import BLOCK_SCORES, KS, Positives, Ranking, Streamed, rank_queries
 from itm.evaluation.scoring import score_matrix
-from itm.types import Encoded
+from itm.types import Encoded, Matcher, Options
 
 Z95 = 1.959963984540054
 Vectors = tuple[Tensor, Tensor]
@@ -44,7 +43,7 @@ class ScreenedScores(Streamed):
 
     def __init__(self, vectors: Vectors, pairs: tuple[Tensor, Tensor], values: Tensor) -> None:
         self.vectors, self.pairs, self.values = vectors, pairs, values
-        self.report: dict[str, Any] = {}
+        self.report: Options = {}
         self.shape = len(vectors[0]), len(vectors[1])
         self._starts = torch.searchsorted(pairs[0].contiguous(), torch.arange(self.shape[0] + 1))
 
@@ -69,12 +68,10 @@ class ScreenedScores(Streamed):
         for rows in _blocks(*self.shape):
             truth = (positives[0][rows], positives[1]) if isinstance(positives, tuple) else positives[rows]
             pieces.append(rank_queries(self[rows], truth, tie, None if absent is None else absent[rows]))
-        return Ranking(*(torch.cat([getattr(p, name) for p in pieces]) for name in Ranking.__dataclass_fields__))
+        return Ranking.cat(pieces)
 
 
-def screened_scores(
-    members: Sequence[Any], sides: Sides, k: int, vectors: Vectors, options: dict[str, Any] | None = None
-) -> ScreenedScores:
+def screened_scores(members: Sequence[Matcher], sides: Sides, k: int, vectors: Vectors, options: Options | None = None) -> ScreenedScores:
     """Scores of the k best captions of every image and the k best images of every caption, by the vectors.
 
     sides: (images, captions) of each member; options: some of `score_matrix`. k of the gallery or more is exact.
@@ -129,7 +126,7 @@ class Probe:
             found[at] = (lost / n, *((lost / n, lost / n) if self.whole else wilson(lost, n)))
         return found
 
-    def report(self, k: int) -> dict[str, Any]:
+    def report(self, k: int) -> Options:
         """JSON-able, in percent: n, and for each K recall (exact), lost, low, high."""
         exact = (self.needed > 0).double().mean(0).tolist()
         rows = {f"r{at}": [100 * x for x in (exact[place], *self.loss(k)[at])] for place, at in enumerate(KS)}
@@ -140,7 +137,7 @@ class Probe:
 
 
 def probe(
-    members: Sequence[Any], sides: Sides, vectors: Vectors, sample: tuple[Tensor, int, int], options: dict[str, Any] | None = None
+    members: Sequence[Matcher], sides: Sides, vectors: Vectors, sample: tuple[Tensor, int, int], options: Options | None = None
 ) -> list[Probe]:
     """Score random images and captions exactly against the whole gallery; one `Probe` each way.
 

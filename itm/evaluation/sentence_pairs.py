@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
 KNOWN_HEADERS = (("sentence1", "sentence2", "score"), ("sentence_A", "sentence_B", "relatedness_score"))
@@ -76,7 +76,7 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
     return pairs
 
 
-def sts(matcher: Any, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
+def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, device: str | torch.device = "cpu") -> Outcome:
     """100 x Spearman of the cosines of each file, `sts_<stem>`, and `sts_mean` of the values rounded to 2 decimals.
 
     Protocol: docs/methods/cusa.md#sentence-similarity.
@@ -103,7 +103,7 @@ class STS(MatcherProtocol):
     reads: ClassVar[Literal["split", "pairs"]] = "pairs"
     score_type: ClassVar[str] = "cosine of captions, fp32"
 
-    def measure(self, matcher: Any, asked: Question) -> Outcome:
+    def measure(self, matcher: Matcher, asked: Question) -> Outcome:
         found = [read_pairs(path, asked.columns, asked.max_reject_rate) for path in asked.pairs]
         bad = [[file.path, line, reason] for file in found for line, reason in file.bad]
         return replace(sts(matcher, found, asked.batch_size, asked.device), details={"rejected_rows": bad})

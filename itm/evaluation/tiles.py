@@ -27,8 +27,7 @@ from torch import Tensor
 from itm.data import files
 from itm.data.formats import check_format
 from itm.evaluation.scoring import by_length, score_matrix, trim
-from itm.matchers.late.tiles import compiled
-from itm.types import Encoded
+from itm.types import Encoded, Matcher, Options
 
 FORMAT = 1
 # Pairs a tile, so that a lost one costs seconds to minutes: one product a pair, attention a pair, a joint forward a pair.
@@ -48,9 +47,9 @@ class Grid:
     columns: int
 
     @classmethod
-    def of(cls, members: Sequence[Any], images: Encoded, captions: Encoded, rows: int | None = None) -> Grid:
+    def of(cls, members: Sequence[Matcher], images: Encoded, captions: Encoded, rows: int | None = None) -> Grid:
         """Square tiles of the size that the costliest member asks for, or of `rows` images."""
-        joint = any(hasattr(member, "pairs") for member in members)
+        joint = any(member.joint for member in members)
         pairs = FORWARD_PAIRS if joint else PRODUCT_PAIRS if images.parts is None or captions.parts is None else ATTENTION_PAIRS
         side = int(pairs**0.5)
         return cls(len(images), len(captions), min(rows or side, len(images)), min(side, len(captions)))
@@ -76,10 +75,10 @@ class TileStore:
     uri: str
     grid: Grid
     order: Tensor
-    identity: dict[str, Any]
+    identity: Options
 
     @classmethod
-    def create(cls, root: str, identity: dict[str, Any], grid: Grid, captions: Encoded) -> TileStore:
+    def create(cls, root: str, identity: Options, grid: Grid, captions: Encoded) -> TileStore:
         """The store of this identity and grid below `root`, new or as it was left.
 
         Raises ValueError when nothing can be written there, or when the folder holds scores of another identity.
@@ -97,13 +96,13 @@ class TileStore:
         return store
 
     @classmethod
-    def open(cls, uri: str, identity: dict[str, Any] | None = None) -> TileStore:
+    def open(cls, uri: str, identity: Options | None = None) -> TileStore:
         """A finished store. Raises ValueError when it is unfinished, or its identity is not the expected one; NewerFormat."""
         receipt = files.join(uri, "store.json")
         if not files.exists(receipt):
             raise ValueError(f"{uri} has no store.json: scoring was not finished; run the same command again to complete it")
         try:
-            held: dict[str, Any] = json.loads(files.read_bytes(receipt))
+            held: Options = json.loads(files.read_bytes(receipt))
             check_format(receipt, held, FORMAT)
             grid, found = Grid(**held["grid"]), dict(held["identity"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -133,17 +132,17 @@ class TileStore:
 
 def fill(
     store: TileStore,
-    members: Sequence[Any],
+    members: Sequence[Matcher],
     encoded: Sequence[tuple[Encoded, Encoded]],
     names: tuple[Sequence[str], Sequence[str]],
     spread: Spread = itertools.starmap,
     put: Callable[[Any], Any] = lambda value: value,
-    options: dict[str, Any] | None = None,
+    options: Options | None = None,
 ) -> None:
     """Compute the tiles that are missing, with a progress bar, and write the receipt.
 
     encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put: stores a value once for all jobs and
-    returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`, and `compile`.
+    returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`.
     Raises ValueError naming the first NaN.
     """
     from tqdm import tqdm
@@ -163,11 +162,10 @@ def fill(
 
 
 def score_tile(
-    uri: str, members: Sequence[Any], images: list[Encoded], captions: list[Encoded], options: dict[str, Any]
+    uri: str, members: Sequence[Matcher], images: list[Encoded], captions: list[Encoded], options: Options
 ) -> tuple[int, int, int] | None:
     """Score one tile into the file `uri`; or write nothing and return (how many, row, column of the first) when scores are NaN."""
-    with compiled(options.get("compile", False)):
-        scores = score_matrix(list(members), images, captions, **{name: value for name, value in options.items() if name != "compile"})
+    scores = score_matrix(list(members), images, captions, **options)
     bad = scores.isnan()
     if bad.any():
         row, column = bad.nonzero()[0].tolist()

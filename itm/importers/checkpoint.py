@@ -12,6 +12,7 @@ from itm.data.preprocess import ImageInput, Inputs
 from itm.data.text import HFTokenizer, WordVocabulary
 from itm.importers.load import load_official
 from itm.matchers.folder import save_matcher
+from itm.types import Matcher
 
 MAX_LENGTH = {"uniter": 60, "clip": 77}
 """Tokens a caption, start and end included. SCAN and SGRAF never cut a caption; 256 is beyond any."""
@@ -19,19 +20,19 @@ MAX_LENGTH = {"uniter": 60, "clip": 77}
 
 def import_checkpoint(
     checkpoint: str | Path, output: str | Path, *, vocab: str | Path | None = None, tokenizer: str | None = None, **needed: Any
-) -> nn.Module:
+) -> Matcher:
     """Read, check and write; returns the matcher with its `inputs`.
 
     Raises ValueError as `load_official`, and when the vocabulary is missing or of another size than the weights.
     """
     vocab = None if vocab is None else files.absolute(vocab)
     matcher = load_official(checkpoint, **needed)
-    kind = str(matcher.kind)
+    kind = matcher.kind
     words = _word_embeddings(matcher)
     reader = _tokenizer(kind, vocab, tokenizer)
     if reader.vocab_size > words or (kind not in MAX_LENGTH and reader.vocab_size != words):
         raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give its own file")
-    matcher.inputs = Inputs(_image_input(matcher, kind), reader)  # type: ignore[assignment]
+    matcher.inputs = Inputs(_image_input(matcher), reader)
     save_matcher(matcher, output)
     return matcher
 
@@ -51,7 +52,7 @@ def _word_embeddings(matcher: nn.Module) -> int:
     return max(module.num_embeddings for module in matcher.modules() if isinstance(module, nn.Embedding))
 
 
-def _image_input(matcher: Any, kind: str) -> ImageInput:
-    if kind == "clip":
-        return ImageInput(kind="pixels", size=matcher.backbone.config.vision_config.image_size, crop="center")
-    return ImageInput(kind="regions", max_regions=getattr(matcher, "regions", 100 if kind == "uniter" else 36))
+def _image_input(matcher: Matcher) -> ImageInput:
+    if matcher.image_size is not None:
+        return ImageInput(kind="pixels", size=matcher.image_size, crop="center")
+    return ImageInput(kind="regions", max_regions=matcher.regions)

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.importers.state import bare_tensors, fill, tensor_of
 from itm.matchers.clip import CLIP
+from itm.types import Matcher
 
 HEAD_WIDTH = 64
 RENAMED = (
@@ -40,7 +41,7 @@ NOT_THE_MATCHER = re.compile(
 """The temperature, index buffers, the causal mask that a TorchScript archive keeps, and CUSA's temperatures, which belong to its losses."""
 
 
-def load_clip(state: Mapping[str, object], **needed: Any) -> nn.Module:
+def load_clip(state: Mapping[str, object], **needed: Any) -> Matcher:
     """The matcher of a flat state dict, float32, in evaluation mode. `needed`: vocab_size to be compared with the file.
 
     Raises ValueError naming missing or unexpected keys, or for another vocabulary size.

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy._core.multiarray import scalar
-from torch import nn
 
 from itm.data import files
 from itm.device import resolve_device
 from itm.importers.scan import load_scan
 from itm.importers.state import state_of
 from itm.importers.torchscript import is_torchscript, read_torchscript
+from itm.types import Matcher
 
 PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
@@ -41,7 +41,7 @@ PLAIN_TYPES: list[Any] = [
 """Beside tensors and containers: option objects and numpy numbers, which the authors' scripts store as they are."""
 
 
-def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> nn.Module:
+def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> Matcher:
     """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
 
     device: auto, cpu, cuda, ... `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a

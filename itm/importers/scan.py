@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.importers.state import bare_tensors, fill, tensor_of
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
+from itm.types import Matcher
 
 FAMILY = "SCAN or SGRAF"
 SCORING = ("cross_attn", "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse")
@@ -25,7 +26,7 @@ def own_name(part: int, key: str) -> str:
     return ("image.", "text.", "")[part] + key
 
 
-def load_scan(checkpoint: dict[str, Any], **needed: Any) -> nn.Module:
+def load_scan(checkpoint: dict[str, Any], **needed: Any) -> Matcher:
     """SCAN, SGR or SAF with the weights of a checkpoint, in evaluation mode. `needed` overrules or supplies options of `opt`.
 
     Raises ValueError naming missing options, missing or unexpected keys, tensors of another shape, and a `vocab_size` that differs.
@@ -68,14 +69,14 @@ def _text(state: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scan(towers: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+def _scan(towers: dict[str, Any], options: dict[str, Any]) -> Matcher:
     absent = [name for name in SCORING if name not in options]
     if absent:
         raise ValueError(f"the SCAN checkpoint does not say {', '.join(absent)}: pass them, e.g. load_official(path, {absent[0]}=...)")
     return SCAN(**towers, **{name: options[name] for name in SCORING})
 
 
-def _sgraf(towers: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+def _sgraf(towers: dict[str, Any], state: dict[str, Tensor]) -> Matcher:
     sizes: dict[str, Any] = {
         "sim_dim": tensor_of(state, "sim_tranloc_w.weight", FAMILY).shape[0],
         "regions": tensor_of(state, "v_global_w.embedding_local.1.weight", FAMILY).shape[0],

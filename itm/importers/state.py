@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from itm.types import Matcher
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 LEADING = frozenset(("module", "model", "net", "network", "clip_model"))
@@ -56,7 +58,7 @@ def tensor_of(state: Mapping[str, Tensor], key: str, family: str) -> Tensor:
     return state[key]
 
 
-def fill(matcher: nn.Module, state: dict[str, Tensor]) -> None:
+def fill(matcher: Matcher, state: dict[str, Tensor]) -> None:
     """Load a state dict. Raises ValueError naming every key that is missing, unexpected or of another shape."""
     known = matcher.state_dict()
     for key in known.keys() - state.keys():

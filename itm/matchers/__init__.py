@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from itm.kinds import Kinds
 
 if TYPE_CHECKING:
-    from torch import nn
+    from itm.types import Matcher
 
-MATCHERS: Kinds[nn.Module] = Kinds(
-    "torch.nn:Module",
+MATCHERS: Kinds[Matcher] = Kinds(
+    "itm.types:Matcher",
     {
         "dual": "itm.matchers.dual:DualEncoder",
         "clip": "itm.matchers.clip:CLIP",

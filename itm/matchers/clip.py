@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from itm.matchers.dual import Heads, cosines, read_heads
 from itm.matchers.encoders.towers import CLIP_PIXELS, Normalise, as_config, check_tokens, check_vocabulary, load_clip, pool_tokens
-from itm.types import Captions, Encoded, Images
+from itm.types import Captions, Encoded, Images, Matcher, Options
 
 
-class CLIP(nn.Module):
+class CLIP(Matcher):
     """`path` (hub name or folder, e.g. openai/clip-vit-base-patch32) or `config` (of CLIPConfig, random weights). score = cosine.
 
     Without heads the vectors are CLIP's own. Parameters: 152 M (ViT-B/32 with four heads).
@@ -27,13 +27,13 @@ class CLIP(nn.Module):
         *,
         vocab_size: int,
         path: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: Options | None = None,
         heads: dict[str, bool] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         """Raises ValueError unless exactly one of `path` and `config` is given, or when the tokenizer is not the model's."""
         super().__init__()
-        self.backbone = load_clip(path, config)
+        self.backbone: Any = load_clip(path, config)
         del self.backbone.logit_scale
         check_vocabulary(vocab_size, self.backbone.config.text_config.vocab_size)
         if gradient_checkpointing:
@@ -41,13 +41,17 @@ class CLIP(nn.Module):
         heads = read_heads(heads)
         self.normalise = Normalise(*CLIP_PIXELS)
         self.vector_width = int(self.backbone.config.projection_dim)
+        self.image_size = int(self.backbone.config.vision_config.image_size)
         self.uni_width = self.vector_width if heads["uni"] else 0
         self.image_heads, self.text_heads = Heads(self.vector_width, **heads), Heads(self.vector_width, **heads)
         self.options = {"config": as_config(self.backbone), "heads": heads, "gradient_checkpointing": gradient_checkpointing}
 
+    def layers(self) -> list[nn.Module]:
+        return [self.backbone.vision_model, self.backbone.text_model]
+
     def encode_images(self, images: Images) -> Encoded:
         """Raises ValueError when the pixels are not the size that the model was trained for."""
-        size = self.backbone.config.vision_config.image_size
+        size = self.image_size
         pixels = self.normalise(images)
         if pixels.shape[-2:] != (size, size):
             raise ValueError(f"CLIP for {size} pixels a side got {tuple(pixels.shape[-2:])}: set data.image_size={size}")

@@ -7,16 +7,17 @@ text-text similarity. The heads belong to the matcher, so they are evaluated, sa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itm.matchers.encoders.build import build_image_encoder, build_text_encoder
+from itm.matchers.encoders.build import Encoder, build_image_encoder, build_text_encoder, options_of
 from itm.matchers.encoders.poolings import Pooling, build_pooling, read_poolings
 from itm.matchers.norms import masked_mean
-from itm.types import Captions, Encoded, Images
+from itm.matchers.relations import COSINE_SMOOTHING, cosine_relations
+from itm.types import Captions, Encoded, Images, Matcher, Options, Relations
 
 
 class Head(nn.Module):
@@ -53,21 +54,21 @@ def read_heads(heads: dict[str, bool] | None) -> dict[str, bool]:
     return given
 
 
-class DualEncoder(nn.Module):
+class DualEncoder(Matcher):
     """Encoders, one linear layer each to `width`, optional heads, L2 normalisation. score = cosine."""
 
     kind: ClassVar[str] = "dual"
-    image_kind: ClassVar[str] = "conv"
+    image_kind: ClassVar[str | None] = "conv"
 
     def __init__(
         self,
         *,
         vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        image: Options | None = None,
+        text: Options | None = None,
         width: int = 128,
         heads: dict[str, bool] | None = None,
-        pooling: dict[str, dict[str, Any]] | None = None,
+        pooling: dict[str, Options] | None = None,
     ) -> None:
         """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}; `pooling` names one a side, e.g.
         {"image": {"kind": "gpo"}}, in the place of the encoder's own vector. Raises ValueError as they do."""
@@ -83,22 +84,47 @@ class DualEncoder(nn.Module):
         self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
         self.vector_width, self.uni_width = width, width if heads["uni"] else 0
         self.options = {
-            "image": {"kind": image["kind"], **_options(self.image_encoder, image)},
-            "text": {"kind": text["kind"], **_options(self.text_encoder, text)},
+            "image": {"kind": image["kind"], **options_of(self.image_encoder, image)},
+            "text": {"kind": text["kind"], **options_of(self.text_encoder, text)},
             "width": width,
             "heads": heads,
             **({"pooling": poolings} if poolings else {}),
         }
 
+    def layers(self) -> list[nn.Module]:
+        return [self.image_encoder, self.text_encoder]
+
     def encode_images(self, images: Images) -> Encoded:
-        return self.image_heads(_projected(self.image_encoder(images), self.image_linear, self.image_pooling))
+        return self.image_heads(_vector(self.image_encoder(images), self.image_linear, self.image_pooling))
 
     def encode_captions(self, captions: Captions) -> Encoded:
-        return self.text_heads(_projected(self.text_encoder(captions), self.text_linear, self.text_pooling))
+        return self.text_heads(_vector(self.text_encoder(captions), self.text_linear, self.text_pooling))
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) cosines."""
         return cosines(images, captions)
+
+    def check_relations(self) -> None:
+        """Raises ValueError where the parts of an encoder are not as wide as what its linear layer takes."""
+        for side, encoder, linear in (
+            ("image", self.image_encoder, self.image_linear),
+            ("text", self.text_encoder, self.text_linear),
+        ):
+            if encoder.width != linear.in_features:
+                raise ValueError(
+                    f"IAIS relates words and image parts in one space, but the {side} parts of this dual encoder are {encoder.width} "
+                    f"wide and its projection takes {linear.in_features}: choose an encoder whose parts and vector have one width "
+                    "(hf_vision, pooled_gru)"
+                )
+
+    def relations(self, images: Images, captions: Captions) -> tuple[Encoded, Encoded, Relations]:
+        """The blocks are cosines of the projected parts, which an encoding no longer holds (`cosine_relations`)."""
+        self.check_relations()
+        left, right = self.image_encoder(images), self.text_encoder(captions)
+        parts = _projected(left, self.image_linear), _projected(right, self.text_linear)
+        vectors = _vector(left, self.image_linear, self.image_pooling), _vector(right, self.text_linear, self.text_pooling)
+        encoded = self.image_heads(vectors[0]), self.text_heads(vectors[1])
+        return *encoded, cosine_relations(*parts, COSINE_SMOOTHING)
 
 
 def cosines(images: Encoded, captions: Encoded) -> Tensor:
@@ -118,7 +144,7 @@ def _pooled(encoded: Encoded) -> Tensor:
     return masked_mean(encoded.parts, encoded.mask)
 
 
-def _projected(encoded: Encoded, linear: nn.Linear, pooling: Pooling | None) -> Tensor:
+def _vector(encoded: Encoded, linear: nn.Linear, pooling: Pooling | None) -> Tensor:
     """(N,width). A pooling that is asked for reads the projected parts, as VSE-infinity has it."""
     if pooling is None:
         return linear(_pooled(encoded))
@@ -127,13 +153,15 @@ def _projected(encoded: Encoded, linear: nn.Linear, pooling: Pooling | None) -> 
     return pooling(linear(encoded.parts), mask)
 
 
-def _pooled_width(encoder: Any, pooling: Pooling | None) -> int:
+def _pooled_width(encoder: Encoder, pooling: Pooling | None) -> int:
     if pooling is not None and not encoder.width:
         raise ValueError(f"pooling needs parts, and the encoder {type(encoder).__name__} gives one vector only: leave pooling out")
     return int(encoder.width if pooling is not None else encoder.vector_width or encoder.width)
 
 
-def _options(encoder: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """An encoder that was loaded from a path knows the configuration that rebuilds it without the path."""
-    known: dict[str, Any] = getattr(encoder, "options", given)
-    return {key: value for key, value in known.items() if key != "kind"}
+def _projected(encoded: Encoded, linear: nn.Module) -> Encoded:
+    """The parts of an encoder in the common space."""
+    parts = encoded.parts
+    assert parts is not None
+    mask = encoded.mask if encoded.mask is not None else parts.new_ones(parts.shape[:2], dtype=torch.bool)
+    return Encoded(parts=linear(parts), mask=mask)

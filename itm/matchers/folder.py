@@ -10,10 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_model, save_model
-from torch import nn
 
 from itm.config import Part
 from itm.data import files
@@ -22,23 +20,22 @@ from itm.data.preprocess import Inputs
 from itm.kinds import MissingPackage, build_part, check_allowed, find_part, origins
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS
+from itm.types import Matcher, Options
 
 FORMAT = 1
 
 
-def build_matcher(part: Part, inputs: Inputs) -> nn.Module:
+def build_matcher(part: Part, inputs: Inputs) -> Matcher:
     """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
     options = _with_image_size(part, inputs.image.size)
-    matcher: nn.Module = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
-    if ":" in part.kind:
-        matcher.kind = part.kind  # type: ignore[assignment]
-    matcher.inputs = inputs  # type: ignore[assignment]
+    matcher = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    matcher.inputs = inputs
     return matcher
 
 
-def _with_image_size(part: Part, size: int) -> dict[str, Any]:
+def _with_image_size(part: Part, size: int) -> Options:
     """The options of the model, with the size of the data's images for an image encoder that is built for one size and is told none."""
-    usual = getattr(find_part(MATCHERS, part.kind, "model"), "image_kind", None)
+    usual = find_part(MATCHERS, part.kind, "model").image_kind
     given = part.options.get("image") or {}
     kind = given.get("kind", usual) if isinstance(given, dict) else None
     if kind is None or (kind not in IMAGE_ENCODERS and ":" not in kind) or "image_size" in given:
@@ -48,7 +45,7 @@ def _with_image_size(part: Part, size: int) -> dict[str, Any]:
     return {**part.options, "image": {"kind": kind, **given, "image_size": size}}
 
 
-def take_weights(matcher: nn.Module, uri: str, allow: Iterable[str] = ()) -> None:
+def take_weights(matcher: Matcher, uri: str, allow: Iterable[str] = ()) -> None:
     """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
     other = load_matcher_folder(uri, allow)
     if other.kind != matcher.kind:
@@ -61,7 +58,7 @@ def take_weights(matcher: nn.Module, uri: str, allow: Iterable[str] = ()) -> Non
         raise ValueError(f"{uri} does not fit model.options, take them from its config.json: {error}") from None
 
 
-def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
+def save_matcher(matcher: Matcher, folder: str | Path) -> None:
     """Write a matcher folder, local or remote. The folder appears whole or not at all (remote: config.json comes last)."""
     target = files.absolute(folder)
     local = not files.is_remote(target)
@@ -71,7 +68,7 @@ def save_matcher(matcher: nn.Module, folder: str | Path) -> None:
         written = scratch / "matcher"
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
-        matcher.inputs.save(written)  # type: ignore[union-attr,operator]
+        matcher.inputs.save(written)
         config: dict[str, object] = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
         if packages := origins(config):
             config["packages"] = packages
@@ -112,7 +109,7 @@ def _upload(written: Path, target: str) -> None:
         files.write_atomic(files.join(target, *path.relative_to(written).parts), path.read_bytes())
 
 
-def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> nn.Module:
+def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> Matcher:
     """The matcher of a folder or URI, in evaluation mode, with its `inputs`.
 
     Raises ValueError naming what is missing, NewerFormat, and, before anything is imported, for a part of a package that is not in `allow`.

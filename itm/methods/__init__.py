@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from itm.kinds import Kinds
 
 if TYPE_CHECKING:
-    from torch import nn
+    from itm.types import Method
 
-METHODS: Kinds[nn.Module] = Kinds(
-    "torch.nn:Module",
+METHODS: Kinds[Method] = Kinds(
+    "itm.types:Method",
     {
         "matching": "itm.methods.matching:Matching",
         "cusa": "itm.methods.cusa:CUSA",

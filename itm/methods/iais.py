@@ -7,20 +7,20 @@ one caption and many images, with the relations among words as the anchor (L). W
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.config import Strict
 from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
 from itm.losses.triplet import triplet_loss
-from itm.matchers.joint.pairs import Relations
-from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
-from itm.methods.iais_taps import find_tap
-from itm.methods.matching import auxiliary_losses, read_options
-from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
+from itm.matchers.chunked import seen_by_checkpoint, slices
+from itm.methods.iais_mining import first_of_each, hardest_in_batch, mining_mode
+from itm.methods.terms import matcher_terms, read_options
+from itm.types import Batch, Captions, Encoded, Images, Matcher, Method, Options, Relations, positives_from_ids
 
 SCHEDULES = ("exp", "linear", "log", "constant")
 
@@ -40,7 +40,7 @@ class Ranking(Strict):
     random_steps: int = Field(0, ge=0)
 
 
-class IAIS(nn.Module):
+class IAIS(Method):
     """`alignment` = singular | distributed | soft, weighted by `weight` x tau(step) over `steps` steps (`schedule`).
 
     weight 8 reproduces the released code, which divides the ranking loss, but not this one, by its 8 accumulated micro-steps; 0 switches
@@ -50,22 +50,20 @@ class IAIS(nn.Module):
     Raises ValueError for an unknown choice, or a matcher without words and regions to relate.
     """
 
-    needs_teacher: ClassVar[tuple[str, ...]] = ()
-
     def __init__(
         self,
-        matcher: nn.Module,
+        matcher: Matcher,
         *,
         alignment: str = "singular",
         weight: float = 8.0,
         schedule: str = "exp",
         steps: int = 5000,
         counterpart: str = "softmax",
-        ranking: dict[str, Any] | None = None,
+        ranking: Options | None = None,
     ) -> None:
         super().__init__()
-        self.tap = find_tap(matcher)
-        self.matcher: Any = matcher
+        matcher.check_relations()
+        self.matcher = matcher
         self.alignment, self.weight, self.schedule, self.steps, self.counterpart = alignment, weight, schedule, steps, counterpart
         self.ranking = read_options(Ranking, ranking or {}, "method.options.ranking")
         for name, value, known in (
@@ -76,31 +74,20 @@ class IAIS(nn.Module):
             if value not in known:
                 raise ValueError(f"method.options.{name}: unknown {value!r}; known: {', '.join(known)}")
 
-    def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """B pairs, negatives from the other pairs of the batch (an extension: the authors draw pools from the whole split).
 
         step = optimiser steps already taken. Returns weighted terms: rank_image, rank_text (or triplet), iais_image (V), iais_text (L).
-        Raises ValueError when the batch holds one image only.
+        Raises ValueError when the batch holds one image only. chunk: not of a joint matcher, which keeps what a score needs.
         """
-        if not hasattr(self.matcher, "pairs"):
-            return self._extension(batch, step)
+        if not self.matcher.joint:
+            return self._extension(batch, step, chunk)
         columns = self._mine(batch, step)
         images, captions = self.matcher.encode_images(batch.images), self.matcher.encode_captions(batch.captions)
         return {
             **self._half("V", images, captions, columns["V"], step),
             **self._half("L", images, captions, columns["L"], step),
         }
-
-    def pool_step(self, images: Images, captions: Captions, step: int = 0) -> dict[str, Tensor]:
-        """One half step as the authors take it, on one positive (row 0) and its pool: 1 caption x (1+pool) images (text-anchored) or
-        1 image x (1+pool) captions (image-anchored). Returns the two weighted terms of that half.
-        """
-        rows = hardest_of_pool(self.matcher, images, captions, self.ranking.hard_negatives)
-        anchor = "L" if len(captions) == 1 else "V"
-        images, captions = (images[rows], captions) if anchor == "L" else (images, captions[rows])
-        columns = torch.arange(len(rows), device=rows.device)[None]
-        encoded = self.matcher.encode_images(images), self.matcher.encode_captions(captions)
-        return self._half(anchor, *encoded, (columns, torch.ones_like(columns[:, 1:], dtype=torch.bool)), step)
 
     def alignment_weight(self, step: int) -> float:
         """weight x tau(step)."""
@@ -144,7 +131,7 @@ class IAIS(nn.Module):
         side = "image" if anchor == "V" else "text"
         terms = {f"rank_{side}": ranked}
         if pairs.relations is not None:
-            terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(pairs.relations, anchor)
+            terms[f"iais_{side}"] = self._aligned(pairs.relations, anchor, step)
         return terms
 
     def _ranking_loss(self, scores: Tensor, real: Tensor) -> Tensor:
@@ -155,26 +142,34 @@ class IAIS(nn.Module):
         hinge = (self.ranking.margin + probability[:, 1:] - probability[:, :1]).clamp_min(0)
         return (hinge * real).sum() / real.sum()
 
-    def _alignment(self, relations: Relations, anchor: str) -> Tensor:
-        return relation_alignment_loss(
-            relations.blocks,
-            relations.word_mask,
-            relations.region_mask,
-            anchor=anchor,
-            kind=self.alignment,
-            counterpart=self.counterpart,
-            logits=relations.logits,
-        )
+    def _aligned(self, relations: Relations, anchor: str, step: int) -> Tensor:
+        blocks, masks = relations.blocks, (relations.word_mask, relations.region_mask)
+        kind, counterpart, logits = self.alignment, self.counterpart, relations.logits
+        loss = relation_alignment_loss(blocks, *masks, anchor=anchor, kind=kind, counterpart=counterpart, logits=logits)
+        return self.alignment_weight(step) * loss
 
-    def _extension(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        images, captions, relations = self.tap(batch.images, batch.captions)
+    def _extension(self, batch: Batch, step: int, chunk: int | None) -> dict[str, Tensor]:
+        images, captions, relations = related(self.matcher.relations, batch, chunk)
         positives = positives_from_ids(batch.images.image_id, batch.captions.image_id)
-        terms = {"triplet": triplet_loss(self.matcher.score(images, captions), positives, margin=self.ranking.margin)}
-        terms |= auxiliary_losses(self.matcher, positives)
+        scores = self.matcher.score(images, captions)
+        terms = {"triplet": triplet_loss(scores, positives, margin=self.ranking.margin)}
+        terms |= matcher_terms(self.matcher, scores, positives, batch)
         if self.weight:
             for anchor, side in (("V", "image"), ("L", "text")):
-                terms[f"iais_{side}"] = self.alignment_weight(step) * self._alignment(relations, anchor)
+                terms[f"iais_{side}"] = self._aligned(relations, anchor, step)
         return terms
+
+
+Related = tuple[Encoded, Encoded, Relations]
+
+
+def related(relate: Callable[[Images, Captions], Related], batch: Batch, chunk: int | None) -> Related:
+    """`relate` of the pairs of a batch, `chunk` of them at a time without keeping activations; None: as it is."""
+    if chunk is None:
+        return relate(batch.images, batch.captions)
+    made = [seen_by_checkpoint(relate, batch.images[own], batch.captions[own]) for own in slices(len(batch.images), chunk)]
+    images, captions, pieces = zip(*made, strict=True)
+    return Encoded.cat(images), Encoded.cat(captions), Relations.cat(pieces)
 
 
 def annealing(schedule: str, step: int, steps: int) -> float:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from itm.types import Captions, Images
 
 
 @contextmanager
@@ -22,19 +19,6 @@ def mining_mode(matcher: nn.Module) -> Iterator[None]:
             yield
     finally:
         matcher.train(training)
-
-
-def hardest_of_pool(matcher: Any, images: Images, captions: Captions, keep: int) -> Tensor:
-    """Rows of a pool to train on, (1+keep,) int64: row 0 (the positive), then the negatives with the highest raw scores.
-
-    One side has one row, the other is the pool with the positive first. Raises ValueError for any other shape.
-    """
-    if len(images) != 1 and len(captions) != 1:
-        raise ValueError(f"a pool is one caption with many images or one image with many captions, not {len(images)} x {len(captions)}")
-    with mining_mode(matcher):
-        scores = matcher.score(matcher.encode_images(images), matcher.encode_captions(captions)).flatten()
-    negatives = scores[1:].topk(min(keep, len(scores) - 1)).indices + 1
-    return torch.cat([negatives.new_zeros(1), negatives])
 
 
 def hardest_in_batch(scores: Tensor, candidates: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256
 from itm.teachers.image import image_bytes
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 
 class MatcherTeacher(Teacher):
@@ -32,10 +32,11 @@ class MatcherTeacher(Teacher):
         if tap not in ("auto", "vector", "uni"):
             raise ValueError(f"tap {tap!r}; known: auto, vector, uni")
         self.modality, self.tap = modality, tap
-        self.module = matcher = itm.load_matcher(uri, allow=allow)
+        matcher: Matcher = itm.load_matcher(uri, allow=allow)
+        self.module = matcher
         self.inputs = matcher.inputs
         self.prepare = _text_payload if modality == "text" else _IMAGE[self.inputs.image.kind]
-        options: dict[str, Any] = {"kind": getattr(matcher, "kind", type(matcher).__name__), **getattr(matcher, "options", {})}
+        options = {"kind": matcher.kind, **matcher.options}
         with torch.inference_mode():  # both modalities share their space, and a caption can be made up for any matcher
             self.width = self._vector(matcher.encode_captions(self.inputs.captions(["a photo"]))).shape[1]
         self.identity = {
@@ -54,8 +55,8 @@ class MatcherTeacher(Teacher):
     @torch.inference_mode()
     def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
         """payloads: image bytes, region npz bytes or UTF-8 captions -> (N, D) float32."""
-        assert self.module is not None
-        matcher: Any = self.module
+        matcher = self.module
+        assert isinstance(matcher, Matcher)
         if self.modality == "image":
             encoded = matcher.encode_images(self.inputs.images(payloads).to(self.device))
         else:

@@ -6,23 +6,27 @@ The loss stays as it is, since its shapes are ragged. Dropout draws other units 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from itm.matchers.encoders.build import joint_layers, layers_of, towers_of
+from itm.matchers.encoders.build import layers_of
+from itm.types import Matcher
 
 BACKEND = "inductor"
 
 
-def compile_encoders(matcher: nn.Module) -> None:
-    """To be called after `recompute_activations`. Copies of the matcher are not compiled."""
+def compile_encoders(matcher: Matcher, run_again: Collection[nn.Module] = ()) -> None:
+    """run_again: what `recompute_activations` gave. Copies of the matcher are not compiled. Raises ValueError for a matcher that declares
+    no layers."""
+    if not matcher.layers():
+        raise ValueError(f"train.compile: matcher {matcher.kind!r} declares no layers() to compile; unset it")
     # Rows that happen to be as many as words would get a graph for just that case, and a recomputation might find another one than its
     # first pass did.
     torch.fx.experimental._config.use_duck_shape = False
-    for module in _compilable(matcher):
+    for module in _compilable(matcher, run_again):
         module.compile(dynamic=True, backend=BACKEND)
 
 
@@ -43,12 +47,10 @@ def as_written(compiled: bool) -> contextlib.AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
-def _compilable(matcher: nn.Module) -> Iterator[nn.Module]:
+def _compilable(matcher: Matcher, run_again: Collection[nn.Module]) -> Iterator[nn.Module]:
     """Not recurrent towers, whose packed sequences torch.compile does not trace, nor the recomputation of batch norms."""
-    for layer in joint_layers(matcher):
-        yield from (layer.attention, layer.intermediate, layer.output)
-    for tower in towers_of(matcher):
-        if layers := layers_of(tower):
-            yield from layers
-        elif not any(isinstance(m, nn.RNNBase) or (isinstance(m, _BatchNorm) and "forward" in vars(tower)) for m in tower.modules()):
-            yield tower
+    for layer in matcher.layers():
+        if inner := layers_of(layer):
+            yield from inner
+        elif not any(isinstance(m, nn.RNNBase) or (isinstance(m, _BatchNorm) and layer in run_again) for m in layer.modules()):
+            yield layer

@@ -11,6 +11,7 @@ from torch.optim import Adam, Adamax, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from itm.config import Train
+from itm.types import Reports
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
 
@@ -88,5 +89,5 @@ def scalars(method: nn.Module) -> Iterator[tuple[str, float]]:
         if parameter.dim() == 0:
             yield name, parameter.item()
     for name, module in method.named_modules():
-        if hasattr(module, "report"):
+        if isinstance(module, Reports):
             yield from ((f"{name}.{key}", value) for key, value in module.report().items())

@@ -13,36 +13,33 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from itm.matchers.encoders.build import joint_layers, towers_of
-from itm.training.cached import seen_by_checkpoint
+from itm.matchers.chunked import seen_by_checkpoint
+from itm.matchers.encoders.build import keep_less
+from itm.types import Matcher
 
 
-def recompute_activations(matcher: nn.Module) -> None:
-    """Switch it on, in place: every layer of a Hugging Face tower and of a joint encoder, any other tower as a whole, and the chunks in
-    which SGR, SAF and UNITER score. A tower without trainable weights keeps nothing and stays as it is.
+def recompute_activations(matcher: Matcher) -> set[nn.Module]:
+    """Switch it on, in place: for the layers of a matcher, layer by layer inside a Hugging Face tower, and for the chunks in which SGR,
+    SAF and UNITER score. What has no trainable weights keeps nothing and stays as it is.
+
+    Returns the modules that are now run again as a whole. Raises ValueError for a matcher that declares no layers.
     """
-    if hasattr(matcher, "recompute"):
-        matcher.recompute = True  # type: ignore[assignment]
-    for layer in joint_layers(matcher):
-        _recompute(layer.attention, "forward")
-        _recompute(layer, "feed_forward_chunk")
-    for tower in towers_of(matcher):
-        model: Any = getattr(tower, "model", tower)
-        if not any(p.requires_grad for p in model.parameters()):
-            continue
-        if getattr(model, "supports_gradient_checkpointing", False):
-            model.config.use_cache = False  # of generated text: no encoder has one, but some warn
-            # The name of older releases warns in newer ones.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        else:
-            _recompute(tower, "forward")
+    layers = matcher.layers()
+    if not layers:
+        raise ValueError(f"train.checkpoint_activations: matcher {matcher.kind!r} declares no layers() to run again; unset it")
+    matcher.recompute = True
+    again = set()
+    for layer in layers:
+        if any(p.requires_grad for p in layer.parameters()) and not keep_less(layer):
+            _recompute(layer)
+            again.add(layer)
+    return again
 
 
-def _recompute(module: nn.Module, name: str) -> None:
+def _recompute(module: nn.Module) -> None:
     """On the instance: a copy of the module calls its own method, since deepcopy follows bound methods."""
-    run, norms = getattr(module, name), [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    setattr(module, name, partial(_again_at_rest, norms, run) if norms else partial(_again, run))
+    run, norms = module.forward, [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    module.forward = partial(_again_at_rest, norms, run) if norms else partial(_again, run)
 
 
 def _again(run: Callable[..., Any], *given: Any) -> Any:

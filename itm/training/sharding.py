@@ -24,21 +24,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from itm.config import Train
 from itm.distributed import all_reduce_sum, rank, world_size
-from itm.matchers.encoders.build import joint_layers, layers_of, towers_of
+from itm.matchers.encoders.build import layers_of
 from itm.training.optim import build_optimizer, own_kernels
 from itm.training.step import Step
-from itm.types import Batch
+from itm.types import Batch, Method
 
 
 class ShardedStep(Step):
     """A `Step` with the numbers of DDP. Rank 0 holds one whole copy of the method in main memory, into which it gathers."""
 
-    def __init__(self, method: nn.Module, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> None:
+    def __init__(self, method: Method, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> None:
         """method: whole, the same on all ranks, and not on the device yet, which need not hold all of it."""
         self.copy = copy.deepcopy(method) if rank() == 0 else None
         average = AveragedModel(method, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True) if train.ema else None
         _shard(method, device)
         if average is not None:
+            assert isinstance(average.module, Method)
             _shard(average.module, device)
         super().__init__(method, build_optimizer(method, train), train, rate, average, seed)
 
@@ -95,15 +96,11 @@ class ShardedStep(Step):
                 clip_grads_with_norm_(group, self.train.clip_norm, total)
 
 
-def _shard(method: nn.Module, device: torch.device) -> None:
+def _shard(method: Method, device: torch.device) -> None:
     """Layers, then towers, then what is left; in place."""
     mesh = init_device_mesh(device.type, (world_size(),))
     scalars = {p for p in method.parameters() if p.dim() == 0}
-    matcher: Any = method.matcher
-    # The last joint layer stays with the rest: IAIS reads its attention weights from outside the layer.
-    groups: list[Any] = [g for layer in joint_layers(matcher)[:-1] for g in (layer.attention, [layer.intermediate, layer.output])]
-    for tower in towers_of(matcher):
-        groups += [*layers_of(tower), tower]
+    groups = [group for layer in method.matcher.layers() for group in (*layers_of(layer), layer)]
     for group in (*groups, method):
         fully_shard(group, mesh=mesh, ignored_params=scalars)
     method.to(device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -16,7 +17,6 @@ from itm.config import Train
 from itm.data.moving import Mover
 from itm.distributed import rank
 from itm.precision import lowered, products, repeatable, resolve_precision
-from itm.training.cached import encoding_in_chunks
 from itm.training.optim import own_kernels, set_rate
 from itm.types import Batch
 
@@ -31,7 +31,7 @@ class Step:
         self, method: nn.Module, optimizer: Optimizer, train: Train, rate: Callable[[int], float], average: AveragedModel | None, seed: int
     ) -> None:
         self.method, self.optimizer, self.train, self.rate, self.average, self.seed = method, optimizer, train, rate, average, seed
-        self.plain: nn.Module = getattr(method, "module", method)
+        self.plain: nn.Module = method.module if isinstance(method, DistributedDataParallel) else method
         self.device = next(method.parameters()).device
         self.precision = resolve_precision(train.precision, self.device)
         self.mover = Mover(self.device)
@@ -102,13 +102,13 @@ class Step:
             nn.utils.clip_grad_norm_(self.plain.parameters(), self.train.clip_norm)
 
     def _losses(self, batch: Batch, number: int) -> dict[str, Tensor]:
-        with lowered(self.precision, self.device), encoding_in_chunks(getattr(self.plain, "matcher", None), self.train.cache_chunk):
-            losses: dict[str, Tensor] = self.method(batch, step=number)
+        with lowered(self.precision, self.device):
+            losses: dict[str, Tensor] = self.method(batch, step=number, chunk=self.train.cache_chunk)
         return {name: value.float() for name, value in losses.items()}
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP, gradients are averaged over ranks in the last micro-step only."""
-        return contextlib.nullcontext() if last or not hasattr(self.method, "no_sync") else self.method.no_sync()  # type: ignore[operator]
+        return contextlib.nullcontext() if last or not isinstance(self.method, DistributedDataParallel) else self.method.no_sync()
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

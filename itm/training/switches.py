@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from itm.config import Train
@@ -15,16 +13,15 @@ from itm.training.compiled import check_compiler, compile_encoders
 from itm.training.optim import build_optimizer, moving_average
 from itm.training.recompute import recompute_activations
 from itm.training.step import Step
+from itm.types import Method
 
 
-def build_step(method: nn.Module, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> Step:
+def build_step(method: Method, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> Step:
     """method: fresh, on the CPU, the same on all ranks. Raises ValueError for what this machine cannot do."""
-    matcher: Any = method.matcher
     sharded = train.shard_weights and world_size() > 1
     if train.compile:
         check_compiler(device)
-    if train.checkpoint_activations:
-        recompute_activations(matcher)
+    run_again = recompute_activations(method.matcher) if train.checkpoint_activations else set()
     if sharded:
         from itm.training.sharding import ShardedStep  # its imports take half a second
 
@@ -36,5 +33,5 @@ def build_step(method: nn.Module, train: Train, rate: Callable[[int], float], se
         average = moving_average(method, train.ema) if train.ema else None
         step = Step(wrapped, build_optimizer(method, train), train, rate, average, seed)
     if train.compile:
-        compile_encoders(matcher)
+        compile_encoders(method.matcher, run_again)
     return step

@@ -22,9 +22,9 @@ from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
-from itm.matchers.late.tiles import compiled
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.training.compiled import check_compiler
+from itm.types import Matcher
 from pipelines.on_ray.options import How
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
@@ -33,7 +33,7 @@ IN_PROCESS_PAIRS = 50_000_000
 
 
 def score_split(
-    members: Sequence[Any],
+    members: Sequence[Matcher],
     encoded: Sequence[EncodedSplit],
     how: How,
     root: str,
@@ -47,30 +47,29 @@ def score_split(
     if how.compile:
         check_compiler(resolve_device())
     _set_pruning(members, how.prune)
+    for member in members:
+        member.fuse_tiles = how.compile
     sides = [(split.images, split.captions) for split in encoded]
     pairs = len(sides[0][0]) * len(sides[0][1])
     costly = any(images.parts is not None for images, _ in sides)
     options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
-        with compiled(how.compile):
-            return _screened(members, sides, how, screen or encoded[0])
+        return _screened(members, sides, how, screen or encoded[0])
     if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
-        with compiled(how.compile):
-            return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
+        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
     spread, put, options["device"] = by_tasks()
-    options["compile"] = how.compile
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
-    identity = {**identity, **options, "prune": how.prune, "torch": torch.__version__}
+    identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
     store = TileStore.create(root, identity, Grid.of(members, images, captions, how.block), captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
 
 
-def notes(members: Sequence[Any], scores: Scores) -> Json:
+def notes(members: Sequence[Matcher], scores: Scores) -> Json:
     """What the result says besides its numbers: shares and times of members that prune, candidates and loss of a screen."""
-    reports = [member.pruning.report() for member in members if getattr(member, "pruning", None) is not None]
+    reports = [member.pruning.report() for member in members if member.pruning is not None]
     screened = {"screen": scores.report} if isinstance(scores, ScreenedScores) else {}
     return ({"pruning": reports} if reports else {}) | screened
 
@@ -91,7 +90,7 @@ def described(result: Json) -> str:
     return "\n".join(lines)
 
 
-def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
+def _screened(members: Sequence[Matcher], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
     options = {"precision": how.precision, "device": resolve_device()}
     if how.screen == "auto":
@@ -106,8 +105,8 @@ def _screened(members: Sequence[Any], sides: Sides, how: How, screen: EncodedSpl
     return scores
 
 
-def _set_pruning(members: Sequence[Any], prune: Prune) -> None:
-    able = [member for member in members if hasattr(member, "pruning")]
+def _set_pruning(members: Sequence[Matcher], prune: Prune) -> None:
+    able = [member for member in members if member.prunes]
     if prune != "off" and not able:
         kinds = ", ".join(type(member).__name__ for member in members)
         raise ValueError(f"--prune {prune} needs a UARDA matcher, which has a threshold to prune by; this is {kinds}: leave --prune out")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from itm.config import Recipe
 from itm.data import files
@@ -15,6 +14,7 @@ from itm.data.sidecar import Store
 from itm.kinds import build_part
 from itm.matchers.folder import build_matcher, take_weights
 from itm.methods import METHODS
+from itm.types import Method
 from pipelines.training.course import Course
 
 START = "start"  # the matcher that a run fine-tunes, copied into its folder: an alias may move while it trains
@@ -44,7 +44,7 @@ class Job:
         return files.join(self.recipe.data.root, name)
 
 
-def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
+def build_method(recipe: Recipe, inputs: Inputs) -> Method:
     """The method around a matcher, fresh (the same weights for the same seed) or with the weights of `train.start`.
 
     Raises ValueError for what cannot run together.
@@ -53,5 +53,4 @@ def build_method(recipe: Recipe, inputs: Inputs) -> nn.Module:
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
         take_weights(matcher, files.join(recipe.folder, START), recipe.allowed)
-    method: nn.Module = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
-    return method
+    return build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import nn
 
 import itm
 from itm.config import Recipe
@@ -25,6 +23,7 @@ from itm.teachers.stores import store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
+from itm.types import Matcher
 from pipelines.training.course import Course
 from pipelines.training.job import START, Job, build_method
 
@@ -53,24 +52,24 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     if train.compile and not train.use_gpu:
         check_compiler(torch.device("cpu"))
     if first:
-        try_out(method.matcher, inputs, first)  # type: ignore[arg-type]
+        try_out(method.matcher, inputs, first)
     if first and train.cache_chunk is not None:
-        check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))  # type: ignore[arg-type]
-    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}  # type: ignore[union-attr]
+        check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))
+    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}
     return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="")
 
 
-def try_out(matcher: nn.Module, inputs: Inputs, first: tuple[bytes, str]) -> None:
+def try_out(matcher: Matcher, inputs: Inputs, first: tuple[bytes, str]) -> None:
     """Encode one pair, without a trace in the matcher. Raises ValueError where its sizes do not fit the data: before a worker starts."""
     training = matcher.training
     with torch.no_grad():
         matcher.eval()
-        matcher.encode_images(inputs.images([first[0]]))  # type: ignore[operator]
-        matcher.encode_captions(inputs.captions([first[1]]))  # type: ignore[operator]
+        matcher.encode_images(inputs.images([first[0]]))
+        matcher.encode_captions(inputs.captions([first[1]]))
     matcher.train(training)
 
 
-def started_from(recipe: Recipe) -> Any:
+def started_from(recipe: Recipe) -> Matcher:
     """The matcher that the run fine-tunes, as it was when the run began."""
     kept = files.join(recipe.folder, START)
     if not files.exists(files.join(kept, "config.json")):

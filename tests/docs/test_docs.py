@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,15 +16,15 @@ from pydantic import BaseModel
 from itm.config import Part, Recipe
 from itm.data.sources import SOURCES
 from itm.evaluation.protocols import PROTOCOLS
-from itm.kinds import find_part
+from itm.kinds import find_part, options_of
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS, TEXT_ENCODERS
 from itm.matchers.late.uarda import SeparationOptions
 from itm.matchers.late.uarda_threshold import ThresholdOptions
 from itm.methods import METHODS
-from itm.methods.cusa import CSAOptions, TemperatureOptions, USAOptions
+from itm.methods.cusa_temperatures import CSAOptions, TemperatureOptions, USAOptions
 from itm.methods.iais import Ranking
-from itm.methods.matching import ContrastiveOptions, TripletOptions
+from itm.methods.terms import TERMS
 from itm.teachers import TEACHERS
 from itm.teachers.shuffled import Shuffle
 from pipelines.cli import STAGES
@@ -41,8 +40,7 @@ TABLES = {
     "kinds.md": {**MATCHERS, **IMAGE_ENCODERS, **TEXT_ENCODERS, **METHODS},
 }
 OPTION_MODELS: list[tuple[str, str, type[BaseModel]]] = [
-    ("kinds.md", "contrastive", ContrastiveOptions),
-    ("kinds.md", "triplet", TripletOptions),
+    *(("kinds.md", name, find_part(TERMS, name, "term").choices) for name in TERMS),
     ("kinds.md", "csa", CSAOptions),
     ("kinds.md", "csa", TemperatureOptions),
     ("kinds.md", "usa", USAOptions),
@@ -53,16 +51,11 @@ OPTION_MODELS: list[tuple[str, str, type[BaseModel]]] = [
 ]
 
 
-def options_of(part: Any) -> set[str]:
-    """The keyword arguments that a recipe may give to a class."""
-    return {p.name for p in inspect.signature(part).parameters.values() if p.kind is not p.VAR_KEYWORD} - GIVEN
-
-
 @pytest.mark.parametrize(("page", "kind"), [(page, kind) for page, table in TABLES.items() for kind in table])
 def test_every_kind_has_a_section_that_names_its_options(page: str, kind: str) -> None:
     text = section(page, kind)
     part = find_part(TABLES[page], kind, "kind")
-    missing = {option for option in options_of(part) if f"`{option}`" not in text}
+    missing = {option for option in set(options_of(part)[0]) - GIVEN if f"`{option}`" not in text}
     assert not missing, f"docs/{page}, section {kind}: say what {', '.join(sorted(missing))} does"
 
 

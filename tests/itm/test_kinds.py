@@ -20,6 +20,7 @@ from itm.matchers.encoders.build import IMAGE_ENCODERS, TEXT_ENCODERS
 from itm.matchers.encoders.poolings import POOLINGS
 from itm.matchers.folder import build_matcher, load_matcher_folder, save_matcher, take_weights
 from itm.methods import METHODS
+from itm.methods.terms import TERMS
 from itm.teachers import TEACHERS
 from itm.tracking.loggers import LOGGERS
 from tests.support.registry_world import TEXTS, picture, tiny_matcher
@@ -34,6 +35,7 @@ TABLES = {
     "teacher": TEACHERS,
     "source": SOURCES,
     "protocol": PROTOCOLS,
+    "loss term": TERMS,
     "logger": LOGGERS,
 }
 OPTIONS = {

@@ -24,7 +24,7 @@ class Dot(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.tau = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         assert batch.images.pixels is not None
         image = self.image(batch.images.pixels.flatten(1) / 255.0)
         text = self.drop(self.text(batch.captions.tokens).mean(1))

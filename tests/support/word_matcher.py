@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from itm.types import Captions, Encoded, Images
+from itm.types import Captions, Encoded, Images, Matcher
 
 
-class Words(nn.Module):
+class Words(Matcher):
     """A real late-interaction matcher in ten lines: the mean over words of the best region."""
 
     def __init__(self, seed: int = 0):

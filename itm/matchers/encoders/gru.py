@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.towers import check_tokens
 from itm.matchers.norms import l2, masked_mean
 from itm.types import Captions, Encoded
 
 
-class WordGRU(nn.Module):
+class WordGRU(Encoder):
     """parts (N,L,width): embedding, dropout, packed GRU, mean of the two directions of the last layer, l2.
 
     Equations: docs/methods/scan.md#text-encoder.
@@ -18,7 +19,7 @@ class WordGRU(nn.Module):
     vector (N,width) = mean over the valid words, start and end included. normalize=False is `no_txtnorm`; SCAN has no dropout, SGRAF 0.4.
     """
 
-    scan_family = True
+    unit_parts = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from itm.matchers.encoders.build import Encoder
 from itm.matchers.norms import l2, masked_mean, xavier
 from itm.types import Encoded, Images
 
@@ -25,13 +26,13 @@ class GainLinear(nn.Module):
         return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
 
 
-class RegionProjection(nn.Module):
+class RegionProjection(Encoder):
     """parts (N,R,width) = l2(Lin(regions)), vector (N,width) = their mean over real regions. Reads `Images.regions` and `Images.mask`.
 
     normalize=False leaves out the l2 norm (`no_imgnorm`); weight_norm=True is SCAN's `precomp_enc_type=weight_norm`.
     """
 
-    scan_family = True
+    unit_parts = True
 
     def __init__(self, *, in_width: int = 2048, width: int = 1024, normalize: bool = True, weight_norm: bool = False) -> None:
         super().__init__()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from itm.matchers.encoders.build import Encoder
 from itm.matchers.norms import masked_mean
 from itm.types import Captions, Encoded, Images
 
@@ -37,7 +38,7 @@ class Normalise(nn.Module):
         return (images.pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
 
 
-class ConvTower(nn.Module):
+class ConvTower(Encoder):
     """Three convolutions and a linear layer: 4x4/4-48, 3x3/2-96, 3x3/2-128 (BatchNorm, ReLU), flatten, linear `hidden`, ReLU.
 
     parts = the last grid (N, K, 128); vector = (N, hidden).
@@ -70,7 +71,7 @@ def _conv(inside: int, outside: int, kernel: int, stride: int, padding: int) -> 
     return nn.Sequential(nn.Conv2d(inside, outside, kernel, stride, padding, bias=False), nn.BatchNorm2d(outside), nn.ReLU())
 
 
-class PooledGRU(nn.Module):
+class PooledGRU(Encoder):
     """Word embedding, bidirectional GRU. parts = both directions concatenated (N, L, 2*hidden); vector = their maximum over words."""
 
     def __init__(self, *, vocab_size: int, word_dim: int = 64, hidden: int = 128) -> None:
@@ -90,7 +91,7 @@ class PooledGRU(nn.Module):
         return Encoded(vector=vector, parts=parts, mask=captions.mask)
 
 
-class HFVision(nn.Module):
+class HFVision(Encoder):
     """Any Hugging Face vision backbone, by `path` (hub name or folder) or by `config` ({"model_type": ...}, random weights).
 
     parts = patch tokens without class or register tokens, or the cells of a convolutional grid; vector = the model's pooled output,
@@ -147,7 +148,7 @@ class HFVision(nn.Module):
         return max(0, hidden.shape[1] - patches)
 
 
-class HFText(nn.Module):
+class HFText(Encoder):
     """Any Hugging Face text model, by `path` or by `config`. parts = the last hidden states.
 
     vector: `mean` of the real tokens, `first` (class token), or `last` (CLIP: the end token).

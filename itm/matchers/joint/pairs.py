@@ -6,35 +6,10 @@ regions directly behind the text (the compact layout) changes no score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from itm.types import Encoded
-
-
-@dataclass(frozen=True)
-class Relations:
-    """Attention blocks of G pairs, each normalised over itself, head mean, zero on padding.
-
-    blocks = LL (G,n,n), VV (G,m,m), LV (G,n,m), VL (G,m,n); word_mask (G,n), region_mask (G,m) bool;
-    logits = the scaled raw products (G,h,n,n) among words and (G,h,m,m) among regions.
-    """
-
-    blocks: tuple[Tensor, Tensor, Tensor, Tensor]
-    word_mask: Tensor
-    region_mask: Tensor
-    logits: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """scores (N,) of row-aligned pairs, and the relation blocks of the rows asked for (None when none were)."""
-
-    scores: Tensor
-    relations: Relations | None = None
+from itm.types import Encoded, Relations
 
 
 def inner_words(mask: Tensor) -> Tensor:
@@ -63,17 +38,21 @@ def compact(joint: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return joint.gather(1, order[..., None].expand(-1, -1, joint.shape[-1])), mask.gather(1, order)
 
 
-def relation_blocks(attention: Any, hidden: Tensor, masks: tuple[Tensor, Tensor], text_width: int) -> Relations:
-    """The blocks of a BERT self-attention (with `query`, `key`, `num_attention_heads`) from its input `hidden` (G,L+R,H).
-
-    S_xy = mean over heads of softmax over y of q_x k_y / sqrt(d): softmax inside the block first, then heads; no dropout; float32
-    (float64 stays). masks = text mask (G,L) with start and end, region mask (G,R); text_width = L.
-    """
-    word_mask, region_mask = inner_words(masks[0])[:, 1:-1], masks[1]
+def scaled_products(hidden: Tensor, query: nn.Module, key: nn.Module, heads: int) -> Tensor:
+    """(G,heads,L,L) q k' / sqrt(d) of an attention layer from its input (G,L,H); at least float32 whatever the autocast, no dropout."""
     with torch.autocast(hidden.device.type, enabled=False):
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        query, key = (_heads(layer(hidden), attention.num_attention_heads) for layer in (attention.query, attention.key))
-        logits = query @ key.mT / query.shape[-1] ** 0.5
+        queries, keys = (_heads(layer(hidden), heads) for layer in (query, key))
+        return queries @ keys.mT / queries.shape[-1] ** 0.5
+
+
+def relation_blocks(logits: Tensor, masks: tuple[Tensor, Tensor], text_width: int) -> Relations:
+    """The blocks of the `scaled_products` (G,h,L+R,L+R) of joint sequences whose first `text_width` = L places are text.
+
+    S_xy = mean over heads of softmax over y of q_x k_y / sqrt(d): softmax inside the block first, then heads.
+    masks = text mask (G,L) with start and end, region mask (G,R).
+    """
+    word_mask, region_mask = inner_words(masks[0])[:, 1:-1], masks[1]
     words, regions = slice(1, max(text_width - 1, 1)), slice(text_width, None)
     return Relations(
         blocks=(

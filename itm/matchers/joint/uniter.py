@@ -9,92 +9,107 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer, BertPooler
+from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings, BertIntermediate, BertOutput, BertPooler
 
-from itm.matchers.encoders.build import build_image_encoder
-from itm.matchers.joint.pairs import Pairs, compact, joint_sequence, parts_of, relation_blocks
-from itm.types import Captions, Encoded, Images
+from itm.kinds import refuse_unknown
+from itm.matchers.encoders.build import Encoder, build_image_encoder, options_of
+from itm.matchers.joint.pairs import compact, joint_sequence, parts_of, relation_blocks, scaled_products
+from itm.types import Captions, Encoded, Images, Matcher, Options, Pairs
 
 
-class UNITER(nn.Module):
-    """Single-stream matcher. `encode_*` give the embedded inputs; `score` runs the joint encoder once per pair.
-
-    `image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
+class UNITEROptions(TypedDict, total=False):
+    """`image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
     tokens of one joint forward in `score`, hence its memory; `recompute` runs those chunks again in the backward pass instead of keeping
     them. `intermediate` defaults to 4 x hidden; `init_std` 0.02 is BERT's, too small to train a narrow model (hidden < 256) from scratch:
-    there take about hidden^-0.5. Raises ValueError for a hidden size that the heads do not divide.
+    there take about hidden^-0.5.
     """
 
-    kind: ClassVar[str] = "uniter"
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int | None
+    positions: int
+    dropout: float
+    region_dim: int
+    image: Options | None
+    score_tokens: int
+    recompute: bool
+    init_std: float
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        hidden: int = 768,
-        layers: int = 12,
-        heads: int = 12,
-        intermediate: int | None = None,
-        positions: int = 512,
-        dropout: float = 0.1,
-        region_dim: int = 2048,
-        image: dict[str, Any] | None = None,
-        score_tokens: int = 32768,
-        recompute: bool = False,
-        init_std: float = 0.02,
-    ) -> None:
+
+DEFAULTS: UNITEROptions = {
+    "hidden": 768,
+    "layers": 12,
+    "heads": 12,
+    "intermediate": None,
+    "positions": 512,
+    "dropout": 0.1,
+    "region_dim": 2048,
+    "image": None,
+    "score_tokens": 32768,
+    "recompute": False,
+    "init_std": 0.02,
+}
+
+
+class UNITER(Matcher):
+    """Single-stream matcher. `encode_*` give the embedded inputs; `score` runs the joint encoder once per pair. See `UNITEROptions`."""
+
+    kind: ClassVar[str] = "uniter"
+    joint: ClassVar[bool] = True
+    regions: int = 100
+
+    def __init__(self, *, vocab_size: int, **options: Unpack[UNITEROptions]) -> None:
+        """Raises ValueError for an unknown option, a hidden size that the heads do not divide, an image encoder without patch tokens."""
         super().__init__()
-        if hidden % heads:
-            raise ValueError(f"model.options: hidden={hidden} is not a multiple of heads={heads}")
-        self.image_encoder = None if image is None else _patch_encoder(image)
-        if image is not None and self.image_encoder is not None:
-            region_dim = self.image_encoder.width
-            image = {"kind": image["kind"], **getattr(self.image_encoder, "options", {})}
-        self.options = {
-            "hidden": hidden,
-            "layers": layers,
-            "heads": heads,
-            "intermediate": intermediate,
-            "positions": positions,
-            "dropout": dropout,
-            "region_dim": region_dim,
-            "image": image,
-            "score_tokens": score_tokens,
-            "recompute": recompute,
-            "init_std": init_std,
-        }
-        self.region_dim, self.positions, self.score_tokens, self.recompute = region_dim, positions, score_tokens, recompute
+        refuse_unknown(options, UNITEROptions.__annotations__, "UNITER")
+        o: UNITEROptions = {**DEFAULTS, **options}
+        hidden, image = o["hidden"], o["image"]
+        if hidden % o["heads"]:
+            raise ValueError(f"model.options: hidden={hidden} is not a multiple of heads={o['heads']}")
+        self.image_encoder = None
+        if image is not None:
+            self.image_encoder = _patch_encoder(image)
+            o["region_dim"] = self.image_encoder.width
+            o["image"] = {"kind": image["kind"], **options_of(self.image_encoder, {})}
+        self.options = {**o}
+        self.region_dim, self.positions = o["region_dim"], o["positions"]
+        self.score_tokens, self.recompute = o["score_tokens"], o["recompute"]
         self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads
         config = BertConfig(
             vocab_size=vocab_size,
             hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=intermediate or 4 * hidden,
-            max_position_embeddings=positions,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+            num_hidden_layers=o["layers"],
+            num_attention_heads=o["heads"],
+            intermediate_size=o["intermediate"] or 4 * hidden,
+            max_position_embeddings=self.positions,
+            hidden_dropout_prob=o["dropout"],
+            attention_probs_dropout_prob=o["dropout"],
         )
         config._attn_implementation = "sdpa"
         self.dropped: list[str] = []  # keys of an imported checkpoint that belong to pre-training only
-        self.uniter = _Body(config, region_dim)
+        self.uniter = _Body(config, self.region_dim)
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)
         for module in (self.uniter, self.itm_output, self.rank_output):
-            module.apply(functools.partial(_initialise, std=init_std))
+            module.apply(functools.partial(_initialise, std=o["init_std"]))
         # Neither takes part in retrieval: without this, DDP would wait for gradients that never come.
         self.itm_output.requires_grad_(False)
         self.uniter.img_embeddings.mask_embedding.requires_grad_(False)
 
+    def layers(self) -> list[nn.Module]:
+        own = [] if self.image_encoder is None else [self.image_encoder]
+        return [*own, *self.uniter.encoder.layer]
+
     def encode_images(self, images: Images) -> Encoded:
         """parts (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1), mask (N,R), cut to the largest region count."""
-        regions, boxes, mask = self._regions(images) if self.image_encoder is None else self._patches(images)
+        regions, boxes, mask = region_inputs(images) if self.image_encoder is None else patch_inputs(self.image_encoder(images))
         if regions.shape[-1] != self.region_dim:
             raise ValueError(f"regions are {regions.shape[-1]} wide, this UNITER takes {self.region_dim}: set model.options.region_dim")
         width = int(mask.sum(1).max())
@@ -134,15 +149,14 @@ class UNITER(nn.Module):
         joint, mask = joint_sequence(images, captions)
         if relations_of is None:
             return Pairs(self._rank(*compact(joint, mask)))
-        last: Any = self.uniter.encoder.layer[-1]
-        before = self.uniter.encode(joint, mask, len(self.uniter.encoder.layer) - 1)
-        scores = self.rank_output(self.uniter.pooler(_run_layer(last, before, mask))).squeeze(-1)
+        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of)
         masks = parts_of(captions)[1][relations_of], parts_of(images)[1][relations_of]
-        return Pairs(scores, relation_blocks(last.attention.self, before[relations_of], masks, masks[0].shape[1]))
+        return Pairs(self._head(hidden), relation_blocks(products, masks, masks[0].shape[1]))
 
-    def hidden_states(self, images: Encoded, captions: Encoded) -> Tensor:
-        """(N,L+R,H) of the last layer for row-aligned pairs; rows of padding are unspecified."""
-        return self.uniter.encode(*joint_sequence(images, captions))
+    def attention(self, images: Encoded, captions: Encoded) -> Tensor | None:
+        """(N,L,R) weights of the last layer among the words and regions of a pair, start and end of the caption 0."""
+        found = self.pairs(images, captions, torch.arange(len(images), device=parts_of(images)[1].device)).relations
+        return None if found is None else nn.functional.pad(found.blocks[2], (0, 0, 1, 1))
 
     def _score_rows(self, images: Encoded, captions: Encoded) -> Tensor:
         joint, mask = compact(*joint_sequence(images, captions))
@@ -151,29 +165,50 @@ class UNITER(nn.Module):
         return self._rank(joint, mask)
 
     def _rank(self, joint: Tensor, mask: Tensor) -> Tensor:
-        return self.rank_output(self.uniter.pooler(self.uniter.encode(joint, mask))).squeeze(-1)
+        return self._head(self.uniter.encode(joint, mask))
 
-    def _regions(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        if images.regions is None or images.boxes is None:
-            raise ValueError("UNITER takes regions with boxes: set data.image=regions, or model.options.image to an image encoder")
-        if images.boxes.shape[-1] != 7:
-            raise ValueError(f"a UNITER box has 7 numbers (x1 y1 x2 y2 w h w*h, each relative to the image), not {images.boxes.shape[-1]}")
-        mask = images.mask if images.mask is not None else images.regions.new_ones(images.regions.shape[:2], dtype=torch.bool)
-        return images.regions, images.boxes, mask
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.rank_output(self.uniter.pooler(hidden)).squeeze(-1)
 
-    def _patches(self, images: Images) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.image_encoder is not None
-        encoded = self.image_encoder(images)
-        assert encoded.parts is not None
-        parts = encoded.parts
-        mask = encoded.mask if encoded.mask is not None else parts.new_ones(parts.shape[:2], dtype=torch.bool)
-        return parts, patch_boxes(parts.shape[1]).to(parts).expand(len(parts), -1, -1), mask
+
+def region_inputs(images: Images) -> tuple[Tensor, Tensor, Tensor]:
+    """(regions (N,R,D), boxes (N,R,7), mask (N,R)). Raises ValueError for images without, or with boxes of another form."""
+    if images.regions is None or images.boxes is None:
+        raise ValueError("UNITER takes regions with boxes: set data.image=regions, or model.options.image to an image encoder")
+    if images.boxes.shape[-1] != 7:
+        raise ValueError(f"a UNITER box has 7 numbers (x1 y1 x2 y2 w h w*h, each relative to the image), not {images.boxes.shape[-1]}")
+    mask = images.mask if images.mask is not None else images.regions.new_ones(images.regions.shape[:2], dtype=torch.bool)
+    return images.regions, images.boxes, mask
+
+
+def patch_inputs(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from patch tokens, each with the box of its patch."""
+    assert encoded.parts is not None
+    parts = encoded.parts
+    mask = encoded.mask if encoded.mask is not None else parts.new_ones(parts.shape[:2], dtype=torch.bool)
+    return parts, patch_boxes(parts.shape[1]).to(parts).expand(len(parts), -1, -1), mask
+
+
+class JointLayer(nn.Module):
+    """One BERT layer over the joint sequence, with the names of the authors' state dict."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention, self.heads = BertAttention(config), config.num_attention_heads
+        self.intermediate, self.output = BertIntermediate(config), BertOutput(config)
+
+    def forward(self, hidden: Tensor, mask: Tensor, products_of: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """hidden (N,L,H), mask (N,L) bool: which keys are seen -> (N,L,H), and `scaled_products` of the rows `products_of`."""
+        own = self.attention.self
+        products = None if products_of is None else scaled_products(hidden[products_of], own.query, own.key, self.heads)
+        seen = self.attention(hidden, mask[:, None, None, :])[0]
+        return self.output(self.intermediate(seen), seen), products
 
 
 class _Layers(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(JointLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class _Body(nn.Module):
@@ -186,11 +221,18 @@ class _Body(nn.Module):
         self.encoder = _Layers(config)
         self.pooler = BertPooler(config)
 
-    def encode(self, joint: Tensor, mask: Tensor, layers: int | None = None) -> Tensor:
-        """(N,L,H) through the first `layers` layers (all by default); mask (N,L) bool says which keys are seen."""
-        for layer in self.encoder.layer[:layers]:
-            joint = _run_layer(layer, joint, mask)
+    def encode(self, joint: Tensor, mask: Tensor) -> Tensor:
+        """(N,L,H) through all layers; mask (N,L) bool says which keys are seen."""
+        for layer in self.encoder.layer:
+            joint, _ = layer(joint, mask)
         return joint
+
+    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the `scaled_products` of the last layer for some rows."""
+        *before, last = self.encoder.layer
+        for layer in before:
+            joint, _ = layer(joint, mask)
+        return last(joint, mask, rows)
 
 
 class ImageEmbeddings(nn.Module):
@@ -229,11 +271,7 @@ def patch_boxes(count: int) -> Tensor:
     return torch.cat([torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]]).expand(summary, -1), grid])
 
 
-def _run_layer(layer: Any, hidden: Tensor, mask: Tensor) -> Tensor:
-    return layer.feed_forward_chunk(layer.attention(hidden, mask[:, None, None, :])[0])
-
-
-def _patch_encoder(image: dict[str, Any]) -> Any:
+def _patch_encoder(image: Options) -> Encoder:
     """Raises ValueError for an encoder without patch tokens."""
     if image.get("kind") == "regions":
         raise ValueError("regions with boxes are UNITER's own input: leave model.options.image out")

@@ -5,14 +5,15 @@ Symbols: I images, T captions, R regions, L words, D width; Q queries and C cont
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from itm.matchers.encoders.build import build_image_encoder, build_text_encoder
+from itm.matchers.encoders.build import Encoder, build_image_encoder, build_text_encoder, options_of
 from itm.matchers.norms import full, guarded_root, l2, masked_mean, xavier
-from itm.types import Captions, Encoded, Images
+from itm.matchers.relations import COSINE_SMOOTHING, cosine_relations
+from itm.types import Captions, Encoded, Images, Matcher, Options, Relations
 
 
 def gram(context: Tensor) -> Tensor:
@@ -60,7 +61,14 @@ class UnitProjection(nn.Module):
         return l2(self.linear(parts))
 
 
-class LateInteraction(nn.Module):
+class Towers(TypedDict, total=False):
+    """Options that every late-interaction matcher takes: an encoder of either side, by kind and options."""
+
+    image: Options | None
+    text: Options | None
+
+
+class LateInteraction(Matcher):
     """Towers of a matcher that scores parts against parts: any image encoder, any text encoder, brought to the text side's width.
 
     `image` and `text` name an encoder and its options: {"kind": "regions", "in_width": 2048} (default), {"kind": "hf_vision", ...};
@@ -68,17 +76,17 @@ class LateInteraction(nn.Module):
     Encoded: parts (N,K,D), padding exactly zero; mask (N,K); vector (N,D) = mean of the parts.
     """
 
-    image_kind: ClassVar[str] = "regions"
+    image_kind: ClassVar[str | None] = "regions"
     gru_dropout: float = 0.0
 
-    def __init__(self, *, vocab_size: int, image: dict[str, Any] | None, text: dict[str, Any] | None) -> None:
+    def __init__(self, *, vocab_size: int, image: Options | None, text: Options | None) -> None:
         """Raises ValueError for an unknown encoder or option, or an encoder without parts."""
         super().__init__()
         text = {"kind": "gru", **(text or {})}
         if text["kind"] == "gru":
             text = {"dropout": self.gru_dropout, **text}
-        words: Any = build_text_encoder(vocab_size=vocab_size, **text)
-        self.text, self.width = words, int(words.width)
+        self.text = build_text_encoder(vocab_size=vocab_size, **text)
+        self.width = int(self.text.width)
         image = {"kind": self.image_kind, **(image or {})}
         if image["kind"] == "regions":
             image = {"width": self.width, **image}
@@ -86,7 +94,13 @@ class LateInteraction(nn.Module):
         self.vector_width = self.width
         self.image_parts = _to_unit(self.image, self.width, image["kind"])
         self.text_parts = _to_unit(self.text, self.width, text["kind"])
-        self.towers = {"image": _rebuilt(self.image, image), "text": _rebuilt(self.text, text)}
+        self.towers: Options = {
+            "image": {"kind": image["kind"], **options_of(self.image, image)},
+            "text": {"kind": text["kind"], **options_of(self.text, text)},
+        }
+
+    def layers(self) -> list[nn.Module]:
+        return [self.text, self.image]
 
     def encode_images(self, images: Images) -> Encoded:
         return _finish(self.image(images), self.image_parts, "image", "region")
@@ -94,18 +108,33 @@ class LateInteraction(nn.Module):
     def encode_captions(self, captions: Captions) -> Encoded:
         return _finish(self.text(captions), self.text_parts, "caption", "word")
 
+    def check_relations(self) -> None:
+        pass
 
-def _to_unit(encoder: Any, width: int, kind: str) -> nn.Module:
+    def relations(self, images: Images, captions: Captions) -> tuple[Encoded, Encoded, Relations]:
+        """The blocks are cosines of the parts (`cosine_relations`)."""
+        left, right = self.encode_images(images), self.encode_captions(captions)
+        return left, right, cosine_relations(left, right, self.relation_smoothing)
+
+    def attention(self, images: Encoded, captions: Encoded) -> Tensor | None:
+        """(N,L,R) of row-aligned pairs; where regions ask, the same weights turned, so that those of a region sum to 1."""
+        return torch.cat([self.weights(images[k : k + 1], captions[k : k + 1]) for k in range(len(images))])
+
+    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
+        """(1,L,R) of one pair."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its words and regions attend to each other")
+
+    @property
+    def relation_smoothing(self) -> float:
+        """What multiplies the cosines of parts before their softmax, in `relations`."""
+        return COSINE_SMOOTHING
+
+
+def _to_unit(encoder: Encoder, width: int, kind: str) -> nn.Module:
     """Encoders of the SCAN family normalise as their own options say; the parts of all others become unit vectors here."""
     if not encoder.width:
         raise ValueError(f"encoder {kind!r} gives no parts (regions, patches or words); late interaction needs them")
-    return nn.Identity() if getattr(encoder, "scan_family", False) and encoder.width == width else UnitProjection(encoder.width, width)
-
-
-def _rebuilt(encoder: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Kind and options that rebuild the encoder without a network: it knows its configuration if it came from a path."""
-    options = getattr(encoder, "options", given)
-    return {"kind": given["kind"], **{k: v for k, v in options.items() if k != "kind"}}
+    return nn.Identity() if encoder.unit_parts and encoder.width == width else UnitProjection(encoder.width, width)
 
 
 def _finish(encoded: Encoded, to_unit: nn.Module, what: str, part: str) -> Encoded:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores, zero_padding
-from itm.matchers.late.tiles import attended_squares, can_tile, fusible, tiled_relevance
+from itm.kinds import refuse_unknown
+from itm.matchers.late.base import LateInteraction, Towers, attended_norm, gram, parts_of, raw_scores, zero_padding
+from itm.matchers.late.tiles import attended_squares, can_tile, form_of, tiled_relevance
 from itm.matchers.norms import EPS, guarded_norm, l1, l2
 from itm.types import Encoded
 
@@ -25,7 +26,6 @@ Aggregation = Literal["LogSumExp", "Mean", "Max", "Sum"]
 MOST_SMOOTHING = 64  # exp(64)^2 x regions is still a float32
 
 
-@fusible
 def attend(raw: Tensor, grams: Tensor, context_mask: Tensor | None, clipped: bool, smooth: float) -> Tensor:
     """(3,Nc,Q,Nq): w'raw, w'Gw and sum w for weights w that the softmax would divide by their sum; in (-1,1) x smooth, exp is safe.
 
@@ -40,32 +40,42 @@ def attend(raw: Tensor, grams: Tensor, context_mask: Tensor | None, clipped: boo
     return torch.stack([weights.mul_(raw).sum(1), squares, total])
 
 
+class SCANOptions(Towers, total=False):
+    """Beside the towers: names and meanings of the authors."""
+
+    cross_attn: Direction
+    raw_feature_norm: RawNorm
+    agg_func: Aggregation
+    lambda_softmax: float
+    lambda_lse: float
+
+
+DEFAULTS: SCANOptions = {
+    "cross_attn": "t2i",
+    "raw_feature_norm": "clipped_l2norm",
+    "agg_func": "LogSumExp",
+    "lambda_softmax": 9.0,
+    "lambda_lse": 6.0,
+}
+CHOICES = {"cross_attn": Direction, "raw_feature_norm": RawNorm, "agg_func": Aggregation}
+
+
 class SCAN(LateInteraction):
-    """The options beside `image` and `text` (see LateInteraction) have the authors' names and meanings."""
+    """See `SCANOptions`, and LateInteraction for `image` and `text`."""
 
     kind: ClassVar[str] = "scan"
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
-        cross_attn: Direction = "t2i",
-        raw_feature_norm: RawNorm = "clipped_l2norm",
-        agg_func: Aggregation = "LogSumExp",
-        lambda_softmax: float = 9.0,
-        lambda_lse: float = 6.0,
-    ) -> None:
-        """Raises ValueError for an unknown choice."""
-        super().__init__(vocab_size=vocab_size, image=image, text=text)
-        chosen = {"cross_attn": cross_attn, "raw_feature_norm": raw_feature_norm, "agg_func": agg_func}
-        for (name, choice), known in zip(chosen.items(), (Direction, RawNorm, Aggregation), strict=True):
-            if choice not in get_args(known):
-                raise ValueError(f"SCAN has no {name}={choice!r}; known: {', '.join(get_args(known))}")
-        self.cross_attn, self.raw_feature_norm, self.agg_func = cross_attn, raw_feature_norm, agg_func
-        self.lambda_softmax, self.lambda_lse = lambda_softmax, lambda_lse
-        self.options = {**self.towers, **chosen, "lambda_softmax": lambda_softmax, "lambda_lse": lambda_lse}
+    def __init__(self, *, vocab_size: int, **options: Unpack[SCANOptions]) -> None:
+        """Raises ValueError for an unknown option or choice."""
+        refuse_unknown(options, SCANOptions.__annotations__, "SCAN")
+        o: SCANOptions = {**DEFAULTS, **options}
+        super().__init__(vocab_size=vocab_size, image=o.get("image"), text=o.get("text"))
+        self.options = {**self.towers, **o, **self.towers}
+        for name, known in CHOICES.items():
+            if self.options[name] not in get_args(known):
+                raise ValueError(f"SCAN has no {name}={self.options[name]!r}; known: {', '.join(get_args(known))}")
+        self.cross_attn, self.raw_feature_norm, self.agg_func = o["cross_attn"], o["raw_feature_norm"], o["agg_func"]
+        self.lambda_softmax, self.lambda_lse = o["lambda_softmax"], o["lambda_lse"]
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T). t2i: words attend to regions, aggregated over words; i2t: regions attend to words, aggregated over regions.
@@ -88,7 +98,9 @@ class SCAN(LateInteraction):
         t2i, parts = self.cross_attn == "t2i", parts_of(images)[0]
         scores = parts.new_empty(len(images), len(captions))
         norms = guarded_norm(parts_of(captions if t2i else images)[0]).squeeze(-1)
-        weigh = functools.partial(attend, clipped=self.raw_feature_norm.startswith("clipped"), smooth=self.lambda_softmax)
+        weigh = functools.partial(
+            form_of(attend, self.fuse_tiles), clipped=self.raw_feature_norm.startswith("clipped"), smooth=self.lambda_softmax
+        )
         for rows, chosen, (dots, squares, total), mask in tiled_relevance(images, captions, self.cross_attn, weigh):
             length = norms[chosen, : mask.shape[1]] if t2i else norms[rows]
             relevance = dots / torch.maximum(length * squares.sqrt(), EPS * total)
@@ -98,14 +110,26 @@ class SCAN(LateInteraction):
 
     def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
         """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (docs/methods/scan.md#attention)."""
+        raw, weights = self._attend(query, context)
+        norms = guarded_norm(zero_padding(*parts_of(query))).squeeze(-1) * attended_norm(weights, gram(parts_of(context)[0]))
+        return (weights * raw).sum(-1) / norms.clamp(min=EPS)
+
+    def _attend(self, query: Encoded, context: Encoded) -> tuple[Tensor, Tensor]:
+        """Raw scores and attention weights, each (Nc,Nq,Q,C)."""
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
-        queries = zero_padding(queries, query_mask)
-        raw = raw_scores(queries, items)
+        raw = raw_scores(zero_padding(queries, query_mask), items)
         attention = normalise_raw(raw, self.raw_feature_norm, query_mask)
         logits = (self.lambda_softmax * attention).masked_fill(~context_mask[:, None, None, :], -torch.inf)
-        weights = logits.softmax(-1)
-        norms = guarded_norm(queries).squeeze(-1) * attended_norm(weights, gram(items))
-        return (weights * raw).sum(-1) / norms.clamp(min=EPS)
+        return raw, logits.softmax(-1)
+
+    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
+        if self.cross_attn == "t2i":
+            return self._attend(caption, image)[1][0]
+        return self._attend(image, caption)[1][0].mT
+
+    @property
+    def relation_smoothing(self) -> float:
+        return float(self.lambda_softmax)
 
 
 def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:

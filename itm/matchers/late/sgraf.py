@@ -8,7 +8,7 @@ padded. SGRAF is the mean of the scores of one SGR and one SAF:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores
-from itm.matchers.late.sgraf_tiles import tiled_scores
-from itm.matchers.late.tiles import can_tile
+from itm.matchers.late.sgraf_tiles import linear, tiled_scores
+from itm.matchers.late.tiles import can_tile, product
 from itm.matchers.norms import full, l1, l2, masked_mean, xavier
-from itm.types import Encoded, Images
+from itm.types import Encoded, Images, Options
 
 LAMBDA = 9.0
 """Temperature of the text-to-image attention, fixed in the authors' code."""
@@ -118,7 +118,18 @@ class GraphReasoning(nn.Module):
 
         Item 6 of docs/methods/sgraf.md#exact-transformations.
         """
-        return F.linear(asking, self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight)
+        return F.linear(asking, *self._joined())
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        return self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight
+
+    def unmasked(self, nodes: Tensor, last: bool) -> Tensor:
+        """The same without gradient, for nodes (P,K,S) that are all real, in their type."""
+        asking = nodes[:, :1] if last else nodes
+        weight, bias = self._joined()
+        queries = product(asking.flatten(0, 1), weight.to(nodes.dtype), bias.to(nodes.dtype)).view_as(asking)
+        mixed = (queries @ nodes.mT).softmax(-1) @ nodes
+        return linear(mixed.flatten(0, 1), self.sim_graph_w).relu_().view_as(asking)
 
 
 class AttentionFiltration(nn.Module):
@@ -151,6 +162,15 @@ class AttentionFiltration(nn.Module):
         gates = ((logits - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
         return l2((l1(gates * mask).unsqueeze(-2) @ nodes).squeeze(-2)), statistics
 
+    def unmasked(self, nodes: Tensor) -> Tensor:
+        """nodes (P,K,S), all real, in evaluation without gradient -> (P,S) at least float32."""
+        norm = self.bn
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        logits = (nodes @ self.attn_sim_w.weight[0].to(nodes.dtype) + self.attn_sim_w.bias).to(norm.weight.dtype)
+        gates = ((logits - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
+        return l2((l1(gates).to(nodes.dtype).unsqueeze(1) @ nodes).squeeze(1).to(norm.weight.dtype))
+
     @torch.no_grad()
     def track(self, statistics: Tensor) -> None:
         """One momentum update a caption, in order, in closed form: run <- (1-m)^M run + sum_j m (1-m)^(M-1-j) stat_j.
@@ -179,14 +199,13 @@ class SimilarityMatcher(LateInteraction):
 
     gru_dropout = 0.4
     chunk_elements: int = 1 << 24
-    recompute: bool = False
 
     def __init__(
         self,
         *,
         vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        image: Options | None = None,
+        text: Options | None = None,
         sim_dim: int = 256,
         regions: int = 36,
         dropout: float = 0.4,
@@ -202,6 +221,9 @@ class SimilarityMatcher(LateInteraction):
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """nodes (I,T,K,S) with the global node first, mask (T,K) -> score vectors (I,T,S) and batch statistics a caption (T,2)."""
         raise NotImplementedError
+
+    def reason_unmasked(self, nodes: Tensor) -> Tensor:
+        raise NotImplementedError  # see `itm.matchers.late.sgraf_tiles.Scorer`
 
     def track(self, statistics: Tensor) -> None:
         """Running statistics of a training block; rows are captions, longest first."""
@@ -280,11 +302,19 @@ class SimilarityMatcher(LateInteraction):
         Equations: docs/methods/sgraf.md#text-to-image-attention.
         """
         images, captions, length, width = len(parts), *words.shape
-        attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
-        weights = (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        weights = attend(parts, mask, words)
         weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
         attended = weights.flatten(1, 2) @ parts
         return attended.view(images, captions, length, width) - words
+
+    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
+        return attend(*parts_of(image), parts_of(caption)[0])[0]
+
+
+def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+    """(I,T,L,R) attention of each word to the regions (docs/methods/sgraf.md#text-to-image-attention)."""
+    attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
+    return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
 
 
 class SGR(SimilarityMatcher):
@@ -296,8 +326,8 @@ class SGR(SimilarityMatcher):
         self,
         *,
         vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        image: Options | None = None,
+        text: Options | None = None,
         sim_dim: int = 256,
         regions: int = 36,
         dropout: float = 0.4,
@@ -314,6 +344,12 @@ class SGR(SimilarityMatcher):
             z = step(z, real, last=k == len(self.SGR_module) - 1)
         return z[:, 0].view(images, captions, -1), nodes.new_zeros(captions, 2)
 
+    def reason_unmasked(self, nodes: Tensor) -> Tensor:
+        for k, step in enumerate(self.SGR_module):
+            assert isinstance(step, GraphReasoning)
+            nodes = step.unmasked(nodes, last=k == len(self.SGR_module) - 1)
+        return nodes[:, 0]
+
 
 class SAF(SimilarityMatcher):
     """Similarity attention filtration: the nodes weighted by gates."""
@@ -324,8 +360,8 @@ class SAF(SimilarityMatcher):
         self,
         *,
         vocab_size: int,
-        image: dict[str, Any] | None = None,
-        text: dict[str, Any] | None = None,
+        image: Options | None = None,
+        text: Options | None = None,
         sim_dim: int = 256,
         regions: int = 36,
         dropout: float = 0.4,
@@ -335,6 +371,9 @@ class SAF(SimilarityMatcher):
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return self.SAF_module(nodes, mask)
+
+    def reason_unmasked(self, nodes: Tensor) -> Tensor:
+        return self.SAF_module.unmasked(nodes)
 
     def track(self, statistics: Tensor) -> None:
         self.SAF_module.track(statistics)

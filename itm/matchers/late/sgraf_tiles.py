@@ -5,15 +5,15 @@ The same numbers as the plain form up to rounding (docs/methods/sgraf.md#exact-t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from itm.matchers.late.base import gram, parts_of
-from itm.matchers.late.tiles import attended_squares, equal_lengths, fusible, product, product_dtype
-from itm.matchers.norms import EPS, l1, l2
+from itm.matchers.late.tiles import attended_squares, equal_lengths, form_of, product, product_dtype
+from itm.matchers.norms import EPS
 from itm.types import Encoded
 
 LAMBDA = 9.0
@@ -22,7 +22,6 @@ WORDS = {"cpu": 1024, "cuda": 1 << 14}
 NODES = {"cpu": 1 << 12, "cuda": 1 << 18}
 
 
-@fusible
 def unit_weights(raw: Tensor, grams: Tensor, region_mask: Tensor | None) -> Tensor:
     """(I,R,L,T) raw scores -> weights such that weights @ regions are unit vectors (docs/methods/sgraf.md#text-to-image-attention)."""
     weights = F.leaky_relu(raw, 0.1)
@@ -33,7 +32,26 @@ def unit_weights(raw: Tensor, grams: Tensor, region_mask: Tensor | None) -> Tens
     return weights.div_(attended_squares(weights, grams).sqrt_().add_(EPS).unsqueeze(1))
 
 
-def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
+class Scorer(Protocol):
+    """What is used of SGR and SAF."""
+
+    fuse_tiles: bool
+    sim_tranloc_w: nn.Linear
+    sim_tranglo_w: nn.Linear
+    sim_eval_w: nn.Linear
+
+    @property
+    def v_global_w(self) -> nn.Module: ...
+
+    @property
+    def t_global_w(self) -> nn.Module: ...
+
+    def reason_unmasked(self, nodes: Tensor) -> Tensor:
+        """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> score vectors (P,S)."""
+        ...
+
+
+def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded) -> Tensor:
     """(I,T) of a matcher in evaluation mode."""
     (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
     device, kind = regions.device.type, product_dtype(regions)
@@ -56,22 +74,19 @@ def tiled_scores(matcher: Any, images: Encoded, captions: Encoded) -> Tensor:
 class _Block:
     """The weights in the type of the products, and what is known of the images."""
 
-    def __init__(self, matcher: Any, kind: torch.dtype, regions: Tensor, region_mask: Tensor) -> None:
+    def __init__(self, matcher: Scorer, kind: torch.dtype, regions: Tensor, region_mask: Tensor) -> None:
         self.matcher, self.kind = matcher, kind
         self.regions, self.grams = regions.to(kind), gram(regions)
         self.mask = None if bool(region_mask.all()) else region_mask
 
-    def _linear(self, x: Tensor, layer: Any) -> Tensor:
-        return product(x, layer.weight.to(self.kind), layer.bias.to(self.kind))
-
     def glob(self, x: Tensor) -> Tensor:
-        return self._linear(x, self.matcher.sim_tranglo_w)
+        return linear(x, self.matcher.sim_tranglo_w)
 
     def attention(self, texts: Tensor, rows: Tensor, length: int) -> Tensor:
         """texts (L*T,D), word by word -> weights (I,L*T,R) such that weights @ regions are unit vectors."""
         ours = self.regions[rows]
         raw = product(ours.flatten(0, 1), texts.to(self.kind)).to(self.grams.dtype).view(*ours.shape[:2], length, -1)
-        weights = unit_weights(raw, self.grams[rows], None if self.mask is None else self.mask[rows])
+        weights = form_of(unit_weights, self.matcher.fuse_tiles)(raw, self.grams[rows], None if self.mask is None else self.mask[rows])
         return weights.flatten(2).mT.to(self.kind)
 
     def local(self, texts: Tensor, weights: Tensor, rows: Tensor, together: int) -> Tensor:
@@ -81,30 +96,18 @@ class _Block:
             difference = texts.new_empty(len(images), *texts.shape)
             for place, row in enumerate(images.tolist()):
                 torch.mm(ours[place], self.regions[row], out=difference[place]).sub_(texts).square_()
-            found.append(self._linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
+            found.append(linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
         return torch.cat(found).view(len(rows), len(texts), -1)
 
     def reason(self, nodes: Tensor) -> Tensor:
         """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
-        vectors = self._graph(nodes) if hasattr(self.matcher, "SGR_module") else self._filtration(nodes)
-        last = self.matcher.sim_eval_w
+        vectors, last = self.matcher.reason_unmasked(nodes), self.matcher.sim_eval_w
         return F.linear(vectors.to(last.weight.dtype), last.weight, last.bias).squeeze(-1).sigmoid()
 
-    def _graph(self, nodes: Tensor) -> Tensor:
-        steps = self.matcher.SGR_module
-        for k, step in enumerate(steps):
-            asking = nodes[:, :1] if k == len(steps) - 1 else nodes
-            weight, bias = step.graph_key_w.weight.T @ step.graph_query_w.weight, step.graph_query_w.bias @ step.graph_key_w.weight
-            queries = product(asking.flatten(0, 1), weight.to(self.kind), bias.to(self.kind)).view_as(asking)
-            mixed = (queries @ nodes.mT).softmax(-1) @ nodes
-            nodes = self._linear(mixed.flatten(0, 1), step.sim_graph_w).relu_().view_as(asking)
-        return nodes[:, 0]
 
-    def _filtration(self, nodes: Tensor) -> Tensor:
-        module, norm = self.matcher.SAF_module, self.matcher.SAF_module.bn
-        logits = (nodes @ module.attn_sim_w.weight[0].to(self.kind) + module.attn_sim_w.bias).to(norm.weight.dtype)
-        gates = ((logits - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
-        return l2((l1(gates).to(self.kind).unsqueeze(1) @ nodes).squeeze(1).to(norm.weight.dtype))
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """(M,K) -> layer(x) in the type of x, without gradient."""
+    return product(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def _nodes(glob: Tensor, local: Tensor, length: int, captions: int) -> Tensor:

@@ -6,11 +6,10 @@ nothing needs a mask there; scores lie as (context rows, context items, query it
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -25,29 +24,18 @@ IMAGES = {"cpu": 80, "cuda": 512}
 ALIGNED = 16  # columns that the kernels of a CPU take at once; others cost up to a tenth more
 
 Relate = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-_compiling = False
+P = ParamSpec("P")
 
 
-@contextlib.contextmanager
-def compiled(on: bool) -> Iterator[None]:
-    """Inside, functions marked `fusible` run as torch.compile makes them: one pass over a tile where eager code makes ten."""
-    global _compiling
-    before, _compiling = _compiling, on
-    try:
-        yield
-    finally:
-        _compiling = before
+def form_of(function: Callable[P, Tensor], fused: bool) -> Callable[P, Tensor]:
+    """A function of tensors and numbers without side effects as it is written, or as torch.compile makes it: one pass over a tile where
+    eager code makes ten."""
+    return _fused(function) if fused else function
 
 
-def fusible(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of tensors and numbers without side effects, compiled at its first call inside `compiled(True)`."""
-    fused = functools.cache(lambda: torch.compile(function, dynamic=True))
-
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Tensor:
-        return (fused() if _compiling else function)(*args, **options)
-
-    return call
+@functools.cache
+def _fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    return torch.compile(function, dynamic=True)
 
 
 def can_tile(captions: Encoded) -> bool:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itm.matchers.late.tiles import attended_squares, fusible
+from itm.matchers.late.tiles import attended_squares
 from itm.matchers.norms import l2
 
 MOST_GROWTH = 40  # (exp(40) x regions)^2 is still a float32
 
 
-@fusible
 def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
     """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.matchers.late.tiles`: raw (Nc,C,Q,Nq). smooth (1 - t) is below MOST_GROWTH."""
     if context_mask is not None:

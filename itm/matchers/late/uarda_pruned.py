@@ -9,7 +9,6 @@ gain (docs/methods/uarda.md#pruned-share).
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from itm.matchers.late import Prune
 from itm.matchers.late.base import gram, parts_of, raw_scores
 from itm.matchers.late.uarda_attention import Attention
-from itm.types import Encoded
+from itm.types import Encoded, Options
 
 # Pruned share from which packing the survivors costs less than computing all. Measured on a CPU at 36 x 1024 regions, 8 to 14 words:
 # at par at 0 (words ask) and 0.4 (regions ask); 23 % of all time saved at 0.9, where the similarities are 0.9 of what is left.
@@ -63,7 +62,7 @@ class Pruning:
         self._spent("pooling")
         return scores
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Options:
         """engine {direction: packed | all}, p (pruned share of all fragments), share_of_time {part: share of CPU time}."""
         total = sum(self.seconds.values()) or 1.0
         shares = {part: round(seconds / total, 4) for part, seconds in self.seconds.items()}

@@ -7,8 +7,6 @@ Formulas: docs/methods/uarda.md#closed-form and docs/methods/uarda.md#update-rul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -115,6 +113,17 @@ class RelevanceThreshold(nn.Module):
         for name in ("steps", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
+    def in_force(self, evaluated_at: Literal["t", "t_safe"] | float | None) -> Tensor | float:
+        """The threshold to score with: t in training (None), else the one that was chosen for evaluation."""
+        if evaluated_at is None or evaluated_at == "t":
+            return self.t.clone()
+        return self.t_safe if evaluated_at == "t_safe" else float(evaluated_at)
+
+    @torch.no_grad()
+    def saw(self, matched: Tensor, mismatched: Tensor) -> None:
+        """Note which share of either the threshold in force prunes."""
+        self.pruned.copy_(torch.stack([(x <= self.t).double().mean() for x in (matched, mismatched)]))
+
     @torch.no_grad()
     def update(self, matched: Tensor, mismatched: Tensor, everywhere: bool = False) -> None:
         """One training step (docs/methods/uarda.md#update-rule, steps 3 to 5). matched, mismatched (n,): row maxima of this rank.
@@ -154,59 +163,3 @@ def _moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n, total, squares = sums
     mean = total / n.clamp(min=1)
     return n, mean, ((squares - n * mean**2) / (n - 1).clamp(min=1)).clamp(min=1e-8).sqrt()
-
-
-@dataclass
-class NaafState:
-    """Threshold and statistics while NAAF's code walks through a batch (docs/methods/uarda.md#naaf-walk)."""
-
-    t: float
-    t_safe: float
-    statistics: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-
-
-def naaf_walk(maxima: Tensor, mask: Tensor, score: Callable[[int, float], Tensor], state: NaafState, alpha: float) -> list[float]:
-    """NAAF's sequential update over the captions of a batch; changes `state`, returns the threshold in force for each caption.
-
-    maxima (I,T,L) row maxima, mask (T,L), score(caption, t) -> (I,) scores. Keeps the errors of the original: see `naaf_threshold`.
-    """
-    matched: list[Tensor] = []
-    mismatched: list[Tensor] = []
-    used, words = [], 0
-    for caption in range(maxima.shape[1]):
-        used.append(state.t)
-        scores = score(caption, state.t)
-        if int(scores.argmax()) == caption:
-            rows = maxima[:, caption, mask[caption]]
-            matched.append(rows[caption])
-            mismatched.append(rows[int(scores.argmin())])
-            words += rows.shape[1]
-        if words > 200:
-            mp, sp, mn, sn = state.statistics = _pooled(matched, mismatched)
-            best, discriminant = naaf_threshold(mp, sp, mn, sn, alpha)
-            if discriminant > 0:
-                state.t = 0.7 * _in_unit(best) + 0.3 * state.t
-                state.t_safe = 0.7 * _in_unit(mp - 3 * sp) + 0.3 * state.t_safe
-        elif words < 200:
-            state.t = state.t_safe = 0.0
-    return used
-
-
-def naaf_threshold(mp: float, sp: float, mn: float, sn: float, alpha: float) -> tuple[float, float]:
-    """(root, discriminant) as NAAF's code computes them: wrong for near-equal variances, blind to bounds. NaN: no root.
-
-    See docs/methods/uarda.md#naaf-walk.
-    """
-    a, b = sp**2 - sn**2, 2 * (mp * sn**2 - mn * sp**2)
-    c = (sp * mn) ** 2 - (sn * mp) ** 2 + 2 * (sp * sn) ** 2 * math.log(sn / (alpha * sp) + 1e-8)
-    e = b**2 - 4 * a * c
-    return ((-b + math.sqrt(e)) / (2 * a + 1e-10) if e > 0 else math.nan), e
-
-
-def _pooled(matched: list[Tensor], mismatched: list[Tensor]) -> tuple[float, float, float, float]:
-    positive, negative = torch.cat(matched), torch.cat(mismatched)
-    return positive.mean().item(), positive.std().item(), negative.mean().item(), negative.std().item()
-
-
-def _in_unit(x: float) -> float:
-    return x if 0 <= x <= 1 else 0.0

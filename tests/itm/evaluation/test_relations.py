@@ -13,7 +13,6 @@ from itm.data.text import WordVocabulary
 from itm.evaluation.relations import isd_of_split
 from itm.losses.relation import isd, isda
 from itm.matchers.folder import build_matcher, save_matcher
-from itm.methods.iais_taps import find_tap
 from pipelines.cli import stage_main
 from tests.support.every_matcher import REGIONS, matcher_of
 from tests.support.small_split import write_split
@@ -45,7 +44,7 @@ def world(folder: Path, kind: str, entities=None):
 
 def relations_of(matcher, row: Record, caption: Caption):
     with torch.no_grad():
-        return find_tap(matcher)(matcher.inputs.images([row.regions.to_npz()]), matcher.inputs.captions([caption.text]))[2]
+        return matcher.relations(matcher.inputs.images([row.regions.to_npz()]), matcher.inputs.captions([caption.text]))[2]
 
 
 @pytest.mark.parametrize("kind", ["uniter", "scan", "saf"])

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 import itm
@@ -106,11 +105,11 @@ def test_a_protocol_without_what_it_needs_is_refused_in_one_line(capsys, asked, 
 
 
 def test_a_matcher_without_caption_vectors_is_refused(tmp_path):
-    class Pairwise(torch.nn.Module):
-        inputs = itm.load_matcher(f"{small_run(tmp_path).folder}/matcher").inputs
-
+    class Pairwise(itm.types.Matcher):
         def encode_captions(self, captions):
             return itm.types.Encoded(parts=captions.tokens[..., None].float(), mask=captions.mask)
 
+    matcher = Pairwise()
+    matcher.inputs = itm.load_matcher(f"{small_run(tmp_path).folder}/matcher").inputs
     with pytest.raises(ValueError, match="this matcher has none"):
-        sts(Pairwise(), [read_pairs(write(tmp_path, GLUE))])
+        sts(matcher, [read_pairs(write(tmp_path, GLUE))])

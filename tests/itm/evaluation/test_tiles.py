@@ -17,7 +17,7 @@ from itm.evaluation.metrics import TIES, rank_queries, retrieval_metrics
 from itm.evaluation.scoring import score_matrix
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, TileStore, fill
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 from pipelines.evaluating import driver as evaluate
 from pipelines.on_ray.options import How
 from tests.support import oracles
@@ -25,10 +25,11 @@ from tests.support.small_split import small_run
 from tests.support.word_matcher import Words, world
 
 
-class Given:
+class Given(Matcher):
     """A matcher whose scores are a given matrix: an image is its row number, a caption its column number."""
 
     def __init__(self, scores):
+        super().__init__()
         self.scores = torch.as_tensor(scores)
 
     def score(self, images, captions):
@@ -172,8 +173,8 @@ def test_a_store_that_cannot_be_written_is_refused_before_any_score(tmp_path):
 
 def test_tiles_are_smaller_the_more_a_pair_costs():
     vectors, parts = Encoded(vector=torch.zeros(9000, 1)), Encoded(parts=torch.zeros(9000, 1, 1))
-    joint = type("Joint", (), {"pairs": None})()
-    sizes = [Grid.of([m], e, e) for m, e in ((object(), vectors), (object(), parts), (joint, parts))]
+    joint = type("Joint", (Matcher,), {"joint": True})()
+    sizes = [Grid.of([m], e, e) for m, e in ((Matcher(), vectors), (Matcher(), parts), (joint, parts))]
     assert [(g.rows, g.columns) for g in sizes] == [(4096, 4096), (512, 512), (128, 128)]
 
 

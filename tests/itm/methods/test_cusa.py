@@ -11,7 +11,7 @@ from itm.matchers.dual import DualEncoder
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
 from itm.methods.cusa import CUSA
-from itm.types import Batch, Captions, Images, SoftLabels
+from itm.types import Batch, Captions, Images, Matcher, SoftLabels
 
 
 def batch(rows=6, teacher=True):
@@ -125,7 +125,7 @@ def test_what_cannot_run_is_refused_before_training(options, message):
 
 
 def test_usa_on_a_matcher_without_a_known_width_asks_for_it():
-    class Bare(nn.Module):
+    class Bare(Matcher):
         kind = "bare"
 
     with pytest.raises(ValueError, match=r"'bare'.*usa\.width"):

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from itm.matchers.dual import cosines
 from itm.methods.cusa import CUSA
 from itm.methods.matching import Matching
-from itm.types import Batch, Captions, Encoded, Images, SoftLabels
+from itm.types import Batch, Captions, Encoded, Images, Matcher, SoftLabels
 
 ROWS, WORLD = 3, 2
 IDS = torch.tensor([0, 1, 2, 1, 4, 0])
 
 
-class Linears(nn.Module):
+class Linears(Matcher):
     """Two linear towers; late interaction when asked (parts, ragged over ranks)."""
 
     vector_width = 4

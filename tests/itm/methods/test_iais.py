@@ -13,10 +13,11 @@ from itm.matchers.clip import CLIP
 from itm.matchers.dual import DualEncoder
 from itm.matchers.joint.uniter import UNITER
 from itm.matchers.late.scan import SCAN
+from itm.matchers.relations import cosine_relations
 from itm.methods.iais import IAIS, annealing
-from itm.methods.iais_mining import first_of_each, hardest_in_batch, hardest_of_pool, mining_mode
-from itm.methods.iais_taps import cosine_relations
+from itm.methods.iais_mining import first_of_each, hardest_in_batch, mining_mode
 from itm.types import Batch, Captions, Encoded, Images
+from tests.support.iais_pools import hardest_of_pool, pool_step
 
 ID = torch.tensor([0, 1, 1, 2, 3])
 
@@ -124,7 +125,7 @@ def test_positives_bounds_the_pairs_of_a_half_step():
 def test_one_positive_a_batch_is_the_authors_step_on_two_pools():
     method = IAIS(uniter(), ranking={"positives": 1, "hard_negatives": 2})
     given = batch(torch.arange(5))
-    halves = method.pool_step(given.images[:1], given.captions) | method.pool_step(given.images, given.captions[:1])
+    halves = pool_step(method, given.images[:1], given.captions) | pool_step(method, given.images, given.captions[:1])
     terms = method(given)
     assert terms.keys() == halves.keys()
     for name, value in halves.items():

@@ -11,12 +11,13 @@ from itm.losses.contrastive import contrastive_loss
 from itm.losses.triplet import triplet_loss
 from itm.matchers.dual import cosines
 from itm.methods import METHODS
-from itm.methods.matching import FLAT_STEPS, Matching
-from itm.types import Batch, Captions, Encoded, Images
+from itm.methods.matching import Matching
+from itm.methods.triplet import FLAT_STEPS
+from itm.types import Batch, Captions, Encoded, Images, Matcher
 from tests.support.every_matcher import batch_of, matcher_of
 
 
-class Table(nn.Module):
+class Table(Matcher):
     """A matcher whose vectors are looked up by image id."""
 
     def __init__(self, rows: int = 8, width: int = 4) -> None:
@@ -61,7 +62,7 @@ def test_hardest_negatives_start_after_the_warm_up():
         )
 
 
-def train(matcher: nn.Module, lr: float, steps: int) -> list[float]:
+def train(matcher: Matcher, lr: float, steps: int) -> list[float]:
     method = Matching(matcher, loss="triplet").train()
     optimiser, losses = torch.optim.Adam(method.parameters(), lr=lr), []
     for step in range(steps):

@@ -11,14 +11,15 @@ from torch import nn
 
 from itm.config import Train
 from itm.matchers.dual import DualEncoder
+from itm.matchers.encoders.build import Encoder
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SGR
 from itm.methods.cusa import CUSA
 from itm.methods.matching import Matching
-from itm.training.cached import check_cached, encoding_in_chunks
+from itm.training.cached import check_cached
 from itm.training.optim import build_optimizer
 from itm.training.step import Step
-from itm.types import Batch, Captions, Images, SoftLabels
+from itm.types import Batch, Captions, Images, Matcher, SoftLabels
 from pipelines.train import train
 from tests.support.small_training import final, recipe, same, splits
 
@@ -50,8 +51,7 @@ def gradients(method: nn.Module, chunk: int | None, seed: int = 3) -> dict[str, 
     method.zero_grad()
     rows = batch()
     torch.manual_seed(seed)
-    with encoding_in_chunks(method.matcher, chunk):
-        losses = method(rows)
+    losses = method(rows, chunk=chunk)
     sum(losses.values()).backward()  # type: ignore[union-attr]
     return {name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
 
@@ -76,7 +76,7 @@ def test_gradients_equal_those_of_the_big_batch(name: str, chunk: int) -> None:
         torch.testing.assert_close(cached[parameter], gradient, rtol=1e-6, atol=1e-9, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
-class Noisy(nn.Module):
+class Noisy(Encoder):
     """An image encoder with dropout that counts its calls and the rows of each."""
 
     width = vector_width = 10
@@ -97,7 +97,7 @@ def test_dropout_is_replayed_in_the_second_pass() -> None:
     method.matcher.image_linear = nn.Linear(10, 8)
     cached = gradients(method, 4)
     assert noisy.rows == [4, 4, 3, 3, 4, 4], "each chunk is encoded twice, never more than one at a time"
-    from itm.training import cached as module
+    from itm.matchers import chunked as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "checkpoint", lambda encode, *rows, use_reentrant: encode(*rows))
@@ -115,22 +115,12 @@ def test_activations_are_not_kept() -> None:
     def held(chunk: int | None) -> int:
         sizes: dict[int, int] = {}
         keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.setdefault(t.data_ptr(), t.nbytes) and t, lambda t: t)
-        with keeping, encoding_in_chunks(method.matcher, chunk):
-            method(batch())
+        with keeping:
+            method(batch(), chunk=chunk)
         own = {p.data_ptr() for p in method.parameters()}
         return sum(size for pointer, size in sizes.items() if pointer not in own)
 
     assert held(4) < held(None) / 5
-
-
-def test_the_matcher_is_as_before_afterwards_also_after_an_error() -> None:
-    matcher = dual()
-    with pytest.raises(RuntimeError), encoding_in_chunks(matcher, 2):
-        raise RuntimeError
-    assert "encode_images" not in vars(matcher)
-    before = dict(matcher.state_dict())
-    with encoding_in_chunks(matcher, 2):
-        assert matcher.state_dict().keys() == before.keys()
 
 
 def test_batch_norm_in_an_encoder_and_single_stream_models_are_refused_with_the_reason() -> None:
@@ -144,12 +134,11 @@ def test_batch_norm_in_an_encoder_and_single_stream_models_are_refused_with_the_
     check_cached(sgr.train(), b.images[:2], b.captions[:2])  # its batch norm is in the score, which sees the whole batch
     assert sgr.training
 
-    class Joint(nn.Module):
-        kind = "uniter"
+    class Joint(Matcher):
+        kind = "mine"
+        joint = True
 
-        def pairs(self) -> None: ...
-
-    with pytest.raises(ValueError, match=r"'uniter' runs its joint encoder for every pair.*train\.accumulate"):
+    with pytest.raises(ValueError, match=r"'mine' runs its joint encoder for every pair.*train\.accumulate"):
         check_cached(Joint(), b.images[:2], b.captions[:2])
 
 

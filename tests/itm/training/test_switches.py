@@ -26,7 +26,6 @@ from itm.methods.cusa import CUSA
 from itm.methods.iais import IAIS
 from itm.methods.matching import Matching
 from itm.training import compiled
-from itm.training.cached import encoding_in_chunks
 from itm.training.checkpoint import State, load_checkpoint, save_checkpoint
 from itm.training.compiled import as_written, check_compiler, compile_encoders
 from itm.training.optim import moving_average
@@ -69,8 +68,7 @@ def one_step(method: nn.Module, chunk: int | None = None, batch: Batch | None = 
     """Gradients after a forward and backward pass, and the buffers it leaves."""
     torch.manual_seed(4)
     method.zero_grad()
-    with encoding_in_chunks(method.matcher, chunk):
-        losses = method(batch or batch_of(ROWS))
+    losses = method(batch or batch_of(ROWS), chunk=chunk)
     torch.stack(list(losses.values())).sum().backward()
     found = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     return found | {name: buffer.double() for name, buffer in method.named_buffers()}

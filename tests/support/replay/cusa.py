@@ -31,7 +31,7 @@ from itm.matchers.dual import Heads, cosines
 from itm.matchers.encoders.towers import CLIP_PIXELS, Normalise
 from itm.methods.cusa import CUSA
 from itm.training.optim import learning_rate
-from itm.types import Batch, Captions, Encoded, Images, SoftLabels
+from itm.types import Batch, Captions, Encoded, Images, Matcher, SoftLabels
 from tests.support.replay import Case, Check
 
 TERMS = {"itc": "contrastive", "csa": "cross_modal", "usa": "uni_modal"}
@@ -55,7 +55,7 @@ def find(root: Path) -> Iterator[Case]:
             yield Case("cusa/schedule", partial(_schedule, folder / "lr_schedule.json"))
 
 
-class Given(nn.Module):
+class Given(Matcher):
     """A matcher whose encoders return the features of a golden case, so that gradients arrive at those features."""
 
     def __init__(self, arrays: dict[str, np.ndarray], dtype: torch.dtype) -> None:
@@ -205,7 +205,7 @@ def measure(method: CUSA, matcher: Given, losses: dict[str, Tensor], arrays: dic
     for side, heads in matcher.heads.items():
         weights = dict(heads.named_parameters())
         got |= {f"grad_param_{theirs}": weights[ours].grad for ours, theirs in head_names(side).items() if ours in weights}
-    if method.itc is not None:
+    if "itc" in method.terms:
         got |= {"used_tau": method.itc.tau, "grad_tau": method.itc.tau.grad}
     for name, pair in method.temperatures.items():
         term, _, role = name.partition("_")
@@ -227,7 +227,7 @@ def _intermediate(method: CUSA, matcher: Given, arrays: dict[str, np.ndarray]) -
     got = {f"teacher_sim_{side}": value for side, value in teacher.items()} | {"logits_image_text": scores}
     if images.uni is not None and captions.uni is not None:
         got |= {"logits_image_image": images.uni @ images.uni.T, "logits_text_text": captions.uni @ captions.uni.T}
-    if method.itc is not None:
+    if "itc" in method.terms:
         ids = torch.as_tensor(arrays.get("in_idx", np.arange(len(images))))
         positives = (ids[:, None] == ids).to(dtype)
         for name, rows in (("i2t", scores), ("t2i", scores.T)):

@@ -22,12 +22,12 @@ from itm.data.sources.uniter_db import ImageDatabase, TextDatabase, region_count
 from itm.evaluation.metrics import retrieval_metrics
 from itm.importers.uniter import load_uniter
 from itm.losses.relation import aligned_index, isda, relation_alignment_loss, relation_distances
-from itm.matchers.joint.pairs import Relations
+from itm.matchers.joint.pairs import joint_sequence
 from itm.matchers.joint.uniter import UNITER
 from itm.methods.iais import IAIS, annealing
-from itm.methods.iais_mining import hardest_of_pool
 from itm.training.optim import learning_rate
-from itm.types import Captions, Encoded, Images
+from itm.types import Captions, Encoded, Images, Relations
+from tests.support.iais_pools import hardest_of_pool, pool_step
 from tests.support.replay import Case, Check
 
 NAMES = ("L_singular", "V_singular", "L_distributed", "V_distributed")
@@ -144,7 +144,7 @@ def _forward(folder: Path, about: dict[str, Any], arrays: dict[str, np.ndarray])
         with torch.no_grad():
             images, captions = _encode(matcher, *_split(arrays))
             pairs = matcher.pairs(images, captions, _groups(arrays))
-            hidden = matcher.hidden_states(images, captions)
+            hidden = matcher.uniter.encode(*joint_sequence(images, captions))
             short = matcher.pairs(images, captions).scores
         assert pairs.relations is not None
         real = torch.from_numpy(arrays["attn_masks"]).bool()
@@ -206,7 +206,7 @@ def _mining(folder: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) 
         method = IAIS(
             matcher, alignment=kind, weight=1.0, schedule="constant", ranking={"hard_negatives": keep, "margin": about["config"]["margin"]}
         )
-        terms = method.train().pool_step(images, captions)
+        terms = pool_step(method.train(), images, captions)
         yield EXACT(f"step_rank_loss {kind}", terms[f"rank_{side}"].detach(), arrays["step_rank_loss"].mean())
         yield EXACT(f"step_{anchor}_{kind}", terms[f"iais_{side}"].detach(), arrays[f"step_{anchor}_{kind}"])
 

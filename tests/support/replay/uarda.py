@@ -16,10 +16,11 @@ from torch import Tensor
 
 from itm.losses.triplet import triplet_loss
 from itm.matchers.late.base import gram, raw_scores
+from itm.matchers.late.naaf import NaafState, naaf_threshold, naaf_walk
 from itm.matchers.late.scan import normalise_raw
 from itm.matchers.late.uarda import relevance_threshold
 from itm.matchers.late.uarda_attention import Attention
-from itm.matchers.late.uarda_threshold import NaafState, local_minimum, misclassification_cost, naaf_threshold, naaf_walk
+from itm.matchers.late.uarda_threshold import local_minimum, misclassification_cost
 from tests.support.replay import Case, Check
 
 PARAMETERS = ("mu_pos", "sigma_pos", "mu_neg", "sigma_neg", "alpha")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from itm.matchers.encoders.build import build_image_encoder, build_text_encoder, layers_of, towers_of
+from itm.matchers.encoders.build import build_image_encoder, build_text_encoder, layers_of
 from itm.matchers.encoders.gru import WordGRU
 from itm.matchers.encoders.towers import ConvTower
 from itm.matchers.late.scan import SCAN
@@ -27,9 +27,9 @@ def test_an_unknown_kind_or_option_is_named_with_the_near_one():
         build_text_encoder("gru", vocab_size=20, widht=3)
 
 
-def test_the_towers_of_a_matcher_are_its_two_encoders():
+def test_the_layers_of_a_late_matcher_are_its_two_encoders():
     matcher = SCAN(**SMALL)
-    assert set(towers_of(matcher)) == {matcher.image, matcher.text}
+    assert set(matcher.layers()) == {matcher.image, matcher.text}
 
 
 def test_the_layers_of_a_hugging_face_tower_are_its_blocks_and_of_another_none():

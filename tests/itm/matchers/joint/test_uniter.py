@@ -88,7 +88,7 @@ def test_blocks_are_the_renormalised_slices_of_the_joint_attention():
     relations = model.pairs(left, right, torch.arange(3)).relations
     assert relations is not None
     joint, mask = torch.cat([right.parts, left.parts], 1), torch.cat([right.mask, left.mask], 1)
-    hidden, attention = model.uniter.encode(joint, mask, 1), model.uniter.encoder.layer[1].attention.self
+    hidden, attention = model.uniter.encoder.layer[0](joint, mask)[0], model.uniter.encoder.layer[1].attention.self
     for g, (n, m) in enumerate(((3, 4), (1, 2), (5, 3))):
         query, key = (f(hidden[g]).view(-1, 2, 8).transpose(0, 1) for f in (attention.query, attention.key))
         full = (query @ key.mT / 8**0.5).masked_fill(~mask[g], -torch.inf).softmax(-1)

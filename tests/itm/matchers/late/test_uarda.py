@@ -10,8 +10,9 @@ from torch import Tensor
 
 from itm.kinds import build_part
 from itm.losses.triplet import triplet_loss
+from itm.matchers.late.naaf import NaafState, naaf_walk
 from itm.matchers.late.uarda import UARDA
-from itm.matchers.late.uarda_threshold import NaafState, naaf_walk
+from itm.matchers.late.uarda_separation import samples, separation_loss
 from itm.matchers.norms import l2
 from itm.methods import METHODS
 from itm.types import Batch, Captions, Encoded, Images, SoftLabels
@@ -109,11 +110,11 @@ def test_a_training_step_moves_the_threshold_of_the_next_step_only(direction: st
     positives = torch.zeros(30, 30, dtype=torch.bool)
     positives[scores.argmax(0), torch.arange(30)] = True
     positives[torch.arange(30), scores.argmax(1)] = True
-    assert matcher.auxiliary_losses(positives) == {}
+    assert matcher.training_terms(scores, positives, 30) == {}
     for state in matcher.thresholds.values():
         assert 0 < state.t.item() < 1
         assert state.statistics[0] > state.statistics[2]
-    assert matcher.auxiliary_losses(positives) == {}
+    assert matcher.training_terms(scores, positives, 30) == {}
     assert all(int(state.updates) == 1 for state in matcher.thresholds.values()), "one observation moves it once"
     matcher.eval()
     before = {name: value.clone() for name, value in matcher.state_dict().items()}
@@ -129,7 +130,7 @@ def test_samples_come_from_captions_ranked_right_and_from_wrong_images_only():
     scores = matcher.score(left, right)
     own = torch.eye(5, dtype=torch.bool)
     own[scores.argmax(0)[0], 0] = True
-    matched, mismatched = matcher._samples(matcher._observed["t2i"], own, 0)
+    matched, mismatched = samples(matcher.observed["t2i"], own, "hardest", 0)
     want_matched, want_mismatched = [], []
     for t in range(5):
         top = int(scores[:, t].argmax())
@@ -151,10 +152,10 @@ def test_the_separating_loss_pushes_matched_up_and_mismatched_down(kind: str):
     mismatched -= 0.05 * torch.arange(6) / 6
     for x in (matched, mismatched):
         x.requires_grad_()
-    matcher._separate(matched, mismatched, torch.tensor(0.3)).backward()
+    separation_loss(matched, mismatched, torch.tensor(0.3), matcher.separation, 2.0).backward()
     assert matched.grad.sum() < 0 < mismatched.grad.sum()
     scores, _ = trained_batch(matcher, 20)
-    losses = matcher.auxiliary_losses(scores == scores.amax(0))
+    losses = matcher.training_terms(scores, scores == scores.amax(0), 20)
     losses["separation"].backward()
     assert all(bool(p.grad.isfinite().all()) for p in matcher.parameters() if p.grad is not None)
 
@@ -199,8 +200,9 @@ def test_training_on_fixed_pairs_lowers_the_loss_without_collapse():
     optimiser = torch.optim.Adam(matcher.parameters(), lr=2e-2)
     losses = []
     for _ in range(60):
-        loss = triplet_loss(scores_of(matcher, images, captions), hardest=False)
-        matcher.auxiliary_losses()
+        scores = scores_of(matcher, images, captions)
+        loss = triplet_loss(scores, hardest=False)
+        matcher.training_terms(scores, torch.eye(16, dtype=torch.bool), 16)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
