@@ -104,12 +104,13 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
 
 def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
     """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
-    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.lineage import DatasetRef, packages_used
     from itm.tracking.registry import Tracker
 
     params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
     data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]
-    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, {"stage": "pack"}, data) as tracker:
+    tags = {"stage": "pack", **packages_used(recipe.model_dump(mode="json"))}
+    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, tags, data) as tracker:
         flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
         tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
 

@@ -254,7 +254,8 @@ def _names(samples: list[Sample], shard_uri: str) -> Names:
 def exact_relevance(source: str, names: Names) -> Tensor | None:
     """(I,T) bool, all pairs that hold, when the source of the shards can tell; None when it knows annotated pairs only.
 
-    source: `Manifest.source`, which `itm pack` begins with the kind of the source.
+    source: `Manifest.source`, which `itm pack` begins with the kind of the source. A source of a user's own is not asked:
+    a manifest may come from anyone, and no code is imported by it.
     """
     kind = source.partition(" ")[0]
     if kind not in SOURCES:

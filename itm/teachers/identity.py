@@ -66,7 +66,8 @@ class VectorTeacher(Teacher):
 def build_teacher(part: Part, modality: Modality) -> Teacher:
     """Build a recipe's teacher for a modality. Raises ValueError for an unknown kind or option, or the other modality."""
     given = {"modality": modality} if "modality" in inspect.signature(find_part(TEACHERS, part.kind, "teacher")).parameters else {}
-    teacher: Teacher = build_part(TEACHERS, part.kind, part.options, "teacher", **given)
+    teacher = build_part(TEACHERS, part.kind, part.options, "teacher", **given)
+    assert isinstance(teacher, Teacher)  # the base of the table, which a table cannot import
     if teacher.modality != modality:
         raise ValueError(f"teachers.{modality}: {part.kind!r} is a teacher of {teacher.modality}s, not of {modality}s")
     return teacher

@@ -16,7 +16,7 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
-from itm.tracking.lineage import DatasetRef, git_commit
+from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
 from pipelines.training import FORMAT
 from pipelines.training.group import check_gpus, run_group
@@ -80,7 +80,7 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
             recipe.registry.experiment,
             recipe.name,
             recipe.flat(),
-            {"stage": "train", **about},
+            {"stage": "train", **about, **packages_used(recipe.model_dump(mode="json"))},
             [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
             system_metrics=True,
         )
