@@ -13,7 +13,7 @@ from itm.config import Train
 from itm.kinds import build_part
 from itm.matchers import MATCHERS
 from itm.methods import METHODS
-from itm.training import cached
+from itm.matchers import chunked
 from itm.training.switches import build_step
 from tests.support.every_matcher import CLIP_TOWERS, POSITIONS, SCAN_TOWERS, TOWER, WORDS as VOCABULARY, batch_of, matcher_of
 
@@ -63,7 +63,7 @@ def test_recomputed_activations_have_the_gradient_of_the_plain_step(name: str) -
 def test_chunks_that_are_encoded_again_have_the_gradient_of_chunks_that_are_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pretend.cuda():
         again = gradient(name, cache_chunk=2)
-        monkeypatch.setattr(cached, "checkpoint", lambda run, *rows, **_: run(*rows))
+        monkeypatch.setattr(chunked, "checkpoint", lambda run, *rows, **_: run(*rows))
         kept = gradient(name, cache_chunk=2)
     assert float(torch.cosine_similarity(kept, again, dim=0)) == pytest.approx(1, abs=1e-5)
 
@@ -71,10 +71,10 @@ def test_chunks_that_are_encoded_again_have_the_gradient_of_chunks_that_are_kept
 def test_a_generator_that_is_not_put_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the two tests above would say: the rows hidden from `checkpoint`, as they were before."""
     monkeypatch.setattr(
-        cached, "seen_by_checkpoint", lambda run, *given, **options: cached.checkpoint(run, *given, use_reentrant=False, **options)
+        chunked, "seen_by_checkpoint", lambda run, *given, **options: chunked.checkpoint(run, *given, use_reentrant=False, **options)
     )
     with pretend.cuda():
         again = gradient("vit", cache_chunk=2)
-        monkeypatch.setattr(cached, "checkpoint", lambda run, *rows, **_: run(*rows))
+        monkeypatch.setattr(chunked, "checkpoint", lambda run, *rows, **_: run(*rows))
         kept = gradient("vit", cache_chunk=2)
     assert float(torch.cosine_similarity(kept, again, dim=0)) < 0.95

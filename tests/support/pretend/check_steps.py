@@ -47,7 +47,7 @@ TIMES = {"accumulate": 2, "cache_chunk": 6, "checkpoint_activations": 2}
 def refusal(name: str, kind: str, settings: str) -> str | None:
     """What the product says instead of training, None where it trains."""
     if kind == "iais" and name in ("dual", "clip"):
-        return "parts and vector have one width" if name == "dual" else "clip"
+        return "parts and vector have one width" if name == "dual" else "CLIP offers one vector a side"
     if settings == "cache_chunk" and name == "uniter":
         return "joint encoder for every pair"
     if settings == "cache_chunk" and name == "dual":

@@ -32,7 +32,7 @@ from itm.kinds import build_part
 from itm.matchers import MATCHERS
 from itm.methods import METHODS
 from itm.precision import products
-from itm.training import cached
+from itm.matchers import chunked
 from itm.training.switches import build_step
 from itm.types import Batch, Captions, Images
 from tests.support.every_matcher import KINDS, batch_of, matcher_of
@@ -103,8 +103,8 @@ def second_passes() -> None:
                 for direct in (False, True):
                     with contextlib.ExitStack() as undo:
                         if direct:
-                            undo.callback(setattr, cached, "checkpoint", cached.checkpoint)
-                            cached.checkpoint = lambda run, *rows, **_: run(*rows)
+                            undo.callback(setattr, chunked, "checkpoint", chunked.checkpoint)
+                            chunked.checkpoint = lambda run, *rows, **_: run(*rows)
                         found.append(gradients(method_of(name, "matching", {"loss": "triplet"}, **given), "cuda", **settings))
                 facts["cosine"] = cosine(*found)
 
