@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 HELP = "auto (a GPU where there is one), cpu, cuda, cuda:1, or any other device of torch (default: auto)"
 
@@ -33,6 +34,11 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.index is not None and device.index >= (count := torch.cuda.device_count()):
         raise ValueError(f"device {str(name)!r} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of main memory on `device`; a GPU fetches it by itself, and the host does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,32 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """Tensors that share their first axis. A missing field is None."""
+    """Tensors that share their first axis. A missing field is None.
+
+    Rows on a GPU remember those in main memory that they were moved from: what must be known of them, such as lengths, is read from
+    `host`, and the host does not wait for the device.
+    """
+
+    @property
+    def host(self) -> Self:
+        """The same rows in main memory, without large fields; what was not moved from there is copied, which waits."""
+        twin: Self | None = self.__dict__.get("_host")
+        return self.light().to("cpu") if twin is None else twin
+
+    def light(self) -> Self:
+        """Without fields that a device should rather hold alone."""
+        return self
+
+    def moved_from(self, here: Self) -> Self:
+        """The same rows, which lie elsewhere, with `here` as what is known of them in main memory."""
+        if here.host_known and not self.host_known:
+            object.__setattr__(self, "_host", here.host)
+        return self
+
+    @property
+    def host_known(self) -> bool:
+        """Whether `host` costs nothing."""
+        return "_host" in self.__dict__ or all(value.device.type == "cpu" for value in self.present().values())
 
     def present(self) -> dict[str, Tensor]:
         """The fields that are set, by name."""
@@ -32,11 +57,14 @@ class Rows:
 
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """The chosen rows: a slice, an index tensor or a bool mask."""
-        return replace(self, **{name: value[rows] for name, value in self.present().items()})
+        chosen = replace(self, **{name: value[rows] for name, value in self.present().items()})
+        known = "_host" in self.__dict__ and (isinstance(rows, slice) or rows.device.type == "cpu")
+        return chosen.moved_from(self.host[rows]) if known else chosen
 
     def to(self, target: torch.device | torch.dtype | str, non_blocking: bool = False) -> Self:
         """Move (or cast) every tensor, as `Tensor.to`."""
-        return replace(self, **{name: value.to(target, non_blocking=non_blocking) for name, value in self.present().items()})
+        moved = replace(self, **{name: value.to(target, non_blocking=non_blocking) for name, value in self.present().items()})
+        return moved.moved_from(self)
 
     @classmethod
     def cat(cls, pieces: Sequence[Self]) -> Self:
@@ -67,6 +95,9 @@ class Images(Rows):
     regions: Tensor | None = None
     boxes: Tensor | None = None
     mask: Tensor | None = None
+
+    def light(self) -> Images:
+        return Images(self.image_id, mask=self.mask)
 
 
 @dataclass(frozen=True)
@@ -111,6 +142,9 @@ class Encoded(Rows):
     parts: Tensor | None = None
     mask: Tensor | None = None
     uni: Tensor | None = None
+
+    def light(self) -> Encoded:
+        return Encoded(mask=self.mask)
 
 
 @dataclass(frozen=True)

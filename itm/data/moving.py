@@ -86,7 +86,7 @@ def parts_of(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch
         found: dict[str, dict[str, Tensor]] = {}
         for (side, field), x in zip(names, tensors, strict=True):
             found.setdefault(side, {})[field] = x
-        return replace(batch, **{side: replace(rows, **found.get(side, {})) for side, rows in sides.items()})
+        return replace(batch, **{side: replace(rows, **found[side]).moved_from(rows) for side, rows in sides.items()})
 
     return [getattr(getattr(batch, side), field) for side, field in names], rebuild
 

@@ -64,7 +64,9 @@ def relation_distances(
         own, other, cross, back, own_mask, other_mask = other, own, back, cross, other_mask, own_mask
         raw = None if logits is None else logits[0]
     kept = own_mask.any(1) & other_mask.any(1)
-    own, other, cross, back, own_mask, other_mask = (x[kept] for x in (own, other, cross, back, own_mask, other_mask))
+    if not bool(kept.all()):
+        own, other, cross, back, own_mask, other_mask = (x[kept] for x in (own, other, cross, back, own_mask, other_mask))
+        raw = None if raw is None else raw[kept]
     if kind == "distributed":
         return _symmetric_kl(own, cross @ back, own_mask, epsilon=1e-6)
     if kind == "soft":
@@ -73,7 +75,7 @@ def relation_distances(
     index = aligned_index(cross, other_mask)
     if counterpart == "logits":
         assert raw is not None
-        partner = _softmax(_extract(_wide(raw[kept]), index), own_mask).mean(1)
+        partner = _softmax(_extract(_wide(raw), index), own_mask).mean(1)
     elif counterpart == "renormalise":
         picked = _extract(other, index) * own_mask[:, None]
         partner = picked / picked.sum(-1, keepdim=True).clamp_min(_ANCHOR_FLOOR)

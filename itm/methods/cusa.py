@@ -25,7 +25,7 @@ from itm.methods.contrastive import ContrastiveTerm
 from itm.methods.cusa_temperatures import CSAOptions, TemperatureSet, USAOptions
 from itm.methods.encode import Gather, batch_positives, encode
 from itm.methods.terms import TERMS, Term, build_term, matcher_terms, read_options
-from itm.types import Batch, Encoded, Matcher, Method, Options
+from itm.types import Batch, Encoded, Matcher, Method, Options, SoftLabels
 
 Choice = Options | bool | None
 ITC = "itc"  # what the authors call the contrastive term
@@ -124,10 +124,11 @@ class CUSA(Method):
         rows = len(batch.images)
         if len(batch.captions) != rows:
             raise ValueError(f"method cusa needs pairs: {rows} images came with {len(batch.captions)} captions")
-        image, text = (None, None) if batch.teacher is None else (batch.teacher.image, batch.teacher.text)
+        given = SoftLabels() if batch.teacher is None else batch.teacher
+        known = given.host
         sides = []
-        for side, vectors in (("image", image), ("text", text)):
-            checked = check_teacher(vectors, rows, side)
+        for side, vectors, seen in (("image", given.image, known.image), ("text", given.text, known.text)):
+            checked = check_teacher(vectors, rows, side, seen)
             sides.append(cosine_matrix(gather_rows(checked) if self.gather else checked))
         return sides[0], sides[1]
 
@@ -145,8 +146,10 @@ def _uni_heads(usa: USAOptions, matcher: Matcher) -> nn.ModuleDict:
     return nn.ModuleDict({"image": make(width), "text": make(width)})
 
 
-def check_teacher(vectors: Tensor | None, rows: int, side: str) -> Tensor:
-    """The vectors, unchanged. Raises ValueError when absent, not (rows, D) with D > 1, not finite, or zero in a row.
+def check_teacher(vectors: Tensor | None, rows: int, side: str, known: Tensor | None = None) -> Tensor:
+    """The vectors, unchanged; `known`, the same in main memory, is what is looked at.
+
+    Raises ValueError when absent, not (rows, D) with D > 1, not finite, or zero in a row.
 
     Why: docs/methods/cusa.md#teacher-checks.
     """
@@ -154,7 +157,7 @@ def check_teacher(vectors: Tensor | None, rows: int, side: str) -> Tensor:
         raise ValueError(f"the batch holds no {side} teacher vectors: run `itm teach` and set teachers.{side}, or switch csa and usa off")
     if vectors.dim() != 2 or len(vectors) != rows or vectors.shape[1] < 2:
         raise ValueError(f"{side} teacher vectors have shape {tuple(vectors.shape)}, want ({rows}, D) with D > 1")
-    norms = vectors.float().norm(dim=1)
+    norms = (vectors if known is None else known).float().norm(dim=1)
     bad = ~torch.isfinite(norms) | (norms == 0)
     if bool(bad.any()):
         raise ValueError(f"{side} teacher vectors of rows {bad.nonzero().flatten().tolist()[:8]} are zero or not finite: rebuild the store")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from itm.matchers.encoders.build import Encoder
-from itm.matchers.encoders.towers import check_tokens
+from itm.matchers.encoders.towers import check_tokens, read_words
 from itm.matchers.norms import l2, masked_mean
 from itm.types import Captions, Encoded
 
@@ -46,9 +45,7 @@ class WordGRU(Encoder):
     def forward(self, captions: Captions) -> Encoded:
         """Raises ValueError as `check_tokens`."""
         check_tokens(captions, self.embed.num_embeddings)
-        lengths, words = captions.mask.sum(1).cpu(), captions.tokens.shape[1]
-        packed = pack_padded_sequence(self.dropout(self.embed(captions.tokens)), lengths, batch_first=True, enforce_sorted=False)
-        parts, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=words)
+        parts = read_words(self.rnn, self.dropout(self.embed(captions.tokens)), captions.host.mask.sum(1))
         if self.rnn.bidirectional:
             parts = (parts[..., : self.width] + parts[..., self.width :]) / 2
         parts = l2(parts) if self.normalize else parts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from itm.device import send
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.norms import masked_mean
 from itm.types import Captions, Encoded, Images
@@ -84,9 +85,7 @@ class PooledGRU(Encoder):
     def forward(self, captions: Captions) -> Encoded:
         """Raises ValueError as `check_tokens`."""
         check_tokens(captions, self.embed.num_embeddings)
-        lengths = captions.mask.sum(1)
-        packed = pack_padded_sequence(self.embed(captions.tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
-        parts, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=captions.tokens.shape[1])
+        parts = read_words(self.gru, self.embed(captions.tokens), captions.host.mask.sum(1))
         vector = parts.masked_fill(~captions.mask.unsqueeze(-1), -torch.inf).amax(1)
         return Encoded(vector=vector, parts=parts, mask=captions.mask)
 
@@ -223,6 +222,18 @@ def as_config(model: Any) -> dict[str, Any]:
     return {"model_type": model.config.model_type, **found}
 
 
+def read_words(rnn: nn.GRU, words: Tensor, lengths: Tensor) -> Tensor:
+    """(N,L,D) read up to the lengths (N,) int64, which lie in main memory -> (N,L,hidden), zero behind them.
+
+    As packing with enforce_sorted=False, which would fetch the order of the rows from a GPU again.
+    """
+    longest_first, order = lengths.sort(descending=True)
+    there, back = send(order, words.device), send(order.argsort(), words.device)
+    packed = pack_padded_sequence(words.index_select(0, there), longest_first, batch_first=True)
+    states, _ = pad_packed_sequence(rnn(packed)[0], batch_first=True, total_length=words.shape[1])
+    return states.index_select(0, back)
+
+
 def check_vocabulary(tokens: int, embeddings: int) -> None:
     """Raises ValueError when the tokenizer makes ids that the text model has no embedding for."""
     if tokens > embeddings:
@@ -235,6 +246,7 @@ def check_tokens(captions: Captions, embeddings: int) -> None:
     """Raises ValueError for a caption without a token, or a token id that the model has no embedding for."""
     if torch.compiler.is_compiling():
         return
+    captions = captions.host
     empty = (~captions.mask.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"caption rows {empty[:8]} of the batch have no word at all: the tokenizer must add start and end")

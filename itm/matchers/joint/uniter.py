@@ -112,7 +112,9 @@ class UNITER(Matcher):
         regions, boxes, mask = region_inputs(images) if self.image_encoder is None else patch_inputs(self.image_encoder(images))
         if regions.shape[-1] != self.region_dim:
             raise ValueError(f"regions are {regions.shape[-1]} wide, this UNITER takes {self.region_dim}: set model.options.region_dim")
-        width = int(mask.sum(1).max())
+        known = images.host.mask if mask is images.mask else mask
+        assert known is not None
+        width = int(known.sum(1).max())
         regions, boxes, mask = regions[:, :width], boxes[:, :width], mask[:, :width]
         dtype = self.rank_output.weight.dtype
         kind = self.uniter.embeddings.token_type_embeddings.weight[1]
@@ -120,7 +122,8 @@ class UNITER(Matcher):
 
     def encode_captions(self, captions: Captions) -> Encoded:
         """parts (N,L,H) = LN(word + position + type 0), mask (N,L), cut to the longest caption; start and end stay in."""
-        lengths = captions.mask.sum(1)
+        known = captions.host
+        lengths = known.mask.sum(1)
         if not bool((lengths > 0).all()):
             raise ValueError("a caption has 0 tokens, not even start and end: the tokenizer must add them (caption mask is all False)")
         width = int(lengths.max())
@@ -128,10 +131,10 @@ class UNITER(Matcher):
             raise ValueError(
                 f"a caption has {width} tokens, this UNITER has {self.positions} positions: set text.max_length={self.positions} or less"
             )
-        tokens, mask = captions.tokens[:, :width], captions.mask[:, :width]
+        tokens, mask, seen = captions.tokens[:, :width], captions.mask[:, :width], known.tokens[:, :width]
         words = self.uniter.embeddings.word_embeddings.num_embeddings
-        if bool((tokens >= words).any()):
-            raise ValueError(f"token id {int(tokens.max())} but the vocabulary has {words} words: the tokenizer is not this model's")
+        if bool((seen >= words).any()):
+            raise ValueError(f"token id {int(seen.max())} but the vocabulary has {words} words: the tokenizer is not this model's")
         return Encoded(parts=self.uniter.embeddings(input_ids=tokens), mask=mask)
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:

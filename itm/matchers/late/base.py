@@ -103,10 +103,10 @@ class LateInteraction(Matcher):
         return [self.text, self.image]
 
     def encode_images(self, images: Images) -> Encoded:
-        return _finish(self.image(images), self.image_parts, "image", "region")
+        return _finish(self.image(images), self.image_parts, images, "image", "region")
 
     def encode_captions(self, captions: Captions) -> Encoded:
-        return _finish(self.text(captions), self.text_parts, "caption", "word")
+        return _finish(self.text(captions), self.text_parts, captions, "caption", "word")
 
     def check_relations(self) -> None:
         pass
@@ -137,12 +137,14 @@ def _to_unit(encoder: Encoder, width: int, kind: str) -> nn.Module:
     return nn.Identity() if encoder.unit_parts and encoder.width == width else UnitProjection(encoder.width, width)
 
 
-def _finish(encoded: Encoded, to_unit: nn.Module, what: str, part: str) -> Encoded:
+def _finish(encoded: Encoded, to_unit: nn.Module, rows: Images | Captions, what: str, part: str) -> Encoded:
     parts, mask = encoded.parts, encoded.mask
     assert parts is not None
     if mask is None:
         mask = parts.new_ones(parts.shape[:2], dtype=torch.bool)
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    known = rows.host.mask if mask is rows.mask else mask  # encoders of words and regions hand the mask of their rows on
+    assert known is not None
+    empty = (~known.any(1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"{what} rows {empty[:8]} of the batch have no {part} at all: drop them when packing, or give them one")
     parts = to_unit(parts).masked_fill(~mask.unsqueeze(-1), 0.0)

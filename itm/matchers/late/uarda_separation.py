@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from itm.config import Strict
+from itm.device import send
 from itm.matchers.late.uarda_threshold import misclassification_cost
 
 Mismatch = Literal["random", "easiest", "hardest"]
@@ -42,14 +43,14 @@ def samples(seen: Observed, own: Tensor, mismatch: Mismatch, step: int) -> tuple
     scores = seen.scores
     if mismatch == "random":
         generator = torch.Generator().manual_seed(step)
-        preference = torch.rand(scores.shape, generator=generator).to(scores.device)
+        preference = send(torch.rand(scores.shape, generator=generator), scores.device)
     else:
         preference = -scores if mismatch == "easiest" else scores
     wrong = preference.masked_fill(own, -torch.inf).argmax(0)
     queries = torch.arange(scores.shape[1], device=scores.device)
     best = scores.argmax(0)
     right = own[best, queries] & ~own.all(0)
-    chosen = seen.mask & right[:, None]
+    chosen = (seen.mask & right[:, None]).nonzero(as_tuple=True)
     return seen.maxima[best, queries][chosen], seen.maxima[wrong, queries][chosen]
 
 

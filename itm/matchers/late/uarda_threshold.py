@@ -135,7 +135,7 @@ class RelevanceThreshold(nn.Module):
         sums = sums if everywhere else all_reduce_sum(sums)
         (n, mp, sp), (_, mn, sn) = _moments(sums[0]), _moments(sums[1])
         enough = n >= max(o.min_words, 2)
-        best = relevance_threshold(mp, sp, mn, sn, o.alpha)
+        best = _Threshold.apply(mp, sp, mn, sn, torch.full_like(mp, o.alpha))  # deviations above 0: `_moments` clamps them
         best = torch.where((best > 0) & (best < 1) & (mp > mn), best, 0.0)
         best = torch.minimum(best, (mp - o.kappa * sp).clamp(min=0))
         self.steps += 1
@@ -155,7 +155,7 @@ class RelevanceThreshold(nn.Module):
 
 def _sums(x: Tensor) -> Tensor:
     x = x.to(torch.float64)
-    return torch.stack([x.new_tensor(float(x.numel())), x.sum(), x.square().sum()])
+    return torch.stack([torch.full_like(total := x.sum(), x.numel()), total, x.square().sum()])
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
