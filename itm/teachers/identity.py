@@ -16,7 +16,7 @@ from torch import nn
 from itm.config import Part
 from itm.data.records import Caption, Json
 from itm.data.shards import Sample
-from itm.device import resolve_device
+from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
 from itm.precision import computing
 from itm.teachers import TEACHERS
@@ -82,7 +82,10 @@ def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: in
     """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
     vectors = np.zeros((len(payloads), teacher.width), np.float32)
-    with computing("fp32", teacher.device):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
+    with (
+        sized_by("teachers.batch_size", batch_size),
+        computing("fp32", teacher.device),
+    ):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
         _embed_rows(teacher, payloads, order, batch_size, vectors)
     return vectors
 
