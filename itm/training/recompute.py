@@ -43,13 +43,13 @@ def _recompute(module: nn.Module) -> None:
 
 
 def _again(run: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    return seen_by_checkpoint(run, *given, **named) if torch.is_grad_enabled() else run(*given, **named)
+    return seen_by_checkpoint(partial(run, **named), *given) if torch.is_grad_enabled() else run(*given, **named)
 
 
 def _again_at_rest(norms: list[_BatchNorm], run: Callable[..., Any], *given: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*given, **named)
-    return seen_by_checkpoint(run, *given, **named, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))
+    return seen_by_checkpoint(partial(run, **named), *given, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ def test_a_joint_matcher_of_ones_own_is_trained_judged_registered_and_served(acm
 
 
 def served(uri: str, tmp_path: Path, matcher: Any) -> None:
-    """In a fresh process that has neither the package nor this project on its path: the registered model brings both."""
+    """In a fresh process that does not have the package on its path: the registered model brings it."""
     (tmp_path / "picture.png").write_bytes(png(3))
     program = f"""
 import sys, warnings, json
@@ -145,7 +145,7 @@ def test_a_text_teacher_of_two_lines_fills_a_store(acme: Path, here: Path) -> No
     found = [vector for name in ("00000.tar", "00001.tar") for vector in read_sidecar(sidecar_uri(store.uri, name)).vectors]
     for text, vector in zip(texts, found, strict=True):
         wanted = torch.tensor([1.0 + text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"])
-        torch.testing.assert_close(torch.as_tensor(vector).float(), wanted / wanted.norm(), atol=1e-3, rtol=1e-3)  # stored as unit fp16
+        torch.testing.assert_close(torch.tensor(vector).float(), wanted / wanted.norm(), atol=1e-3, rtol=1e-3)  # stored as unit fp16
 
 
 def test_a_package_that_is_not_installed_travels_to_ray_workers(tmp_path: Path) -> None:
