@@ -56,6 +56,38 @@ def test_scores_of_the_device_are_those_of_the_cpu(name: str, precision: str) ->
             torch.testing.assert_close(got, want, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_attention_that_a_report_draws_is_that_of_the_cpu(name: str) -> None:
+    matcher, images, captions = matcher_of(name), images_of(3), captions_of([5, 3, 7])
+
+    @torch.no_grad()
+    def drawn() -> Any:
+        there = next(matcher.parameters()).device
+        left, right = matcher.encode_images(images.to(there)), matcher.encode_captions(captions.to(there))
+        return matcher.attention(left, right)
+
+    want = drawn()
+    with pretend.cuda():
+        matcher.to("cuda")
+        got = drawn()
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got.cpu(), want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_moved_matcher_moves_its_inputs(tmp_path: Path, device: None) -> None:
+    matcher = itm.load_matcher(matcher_folder(tmp_path / "m"))
+    images, captions = [picture("red"), picture("blue")], ["a red circle"]
+    want = matcher.score(matcher.encode_images(matcher.inputs.images(images)), matcher.encode_captions(matcher.inputs.captions(captions)))
+    matcher.to("cuda")
+    got = matcher.score(matcher.encode_images(matcher.inputs.images(images)), matcher.encode_captions(matcher.inputs.captions(captions)))
+    assert got.is_cuda
+    torch.testing.assert_close(got.cpu(), want)
+    matcher.to("cpu")
+    assert matcher.inputs.captions(captions).tokens.device.type == "cpu"
+
+
 @pytest.mark.parametrize("name", ["scan", "sgr", "dual"])
 def test_the_score_of_record_uses_no_tf32_and_tf32_does(name: str, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device rounds operands of convolutions, recurrent layers and products as TF32 does wherever it is allowed to."""
@@ -177,7 +209,8 @@ def test_the_registered_model_runs_on_the_device(tmp_path: Path, monkeypatch: py
 
     from itm.pyfunc import ItmModel
 
-    context, rows = SimpleNamespace(artifacts={"matcher": str(matcher_folder(tmp_path / "m"))}), pd.DataFrame({"text": ["a red circle"]})
+    context = SimpleNamespace(artifacts={"matcher": str(matcher_folder(tmp_path / "m"))}, model_config=None)
+    rows = pd.DataFrame({"text": ["a red circle"]})
     model = ItmModel()
     model.load_context(context)
     want = model.predict(context, rows)

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from itm.matchers.late import uarda_threshold as threshold
-from itm.matchers.late.uarda_threshold import (
-    NaafState,
-    RelevanceThreshold,
-    ThresholdOptions,
-    misclassification_cost,
-    naaf_threshold,
-    naaf_walk,
-    relevance_threshold,
-)
+from itm.matchers.late.naaf import NaafState, naaf_threshold, naaf_walk
+from itm.matchers.late.uarda_threshold import RelevanceThreshold, ThresholdOptions, misclassification_cost, relevance_threshold
 
 
 def normal_tail(t: float, mean: float, deviation: float) -> float:
