@@ -15,10 +15,11 @@ from pydantic import BaseModel
 
 from itm.config import Part, Recipe
 from itm.data.sources import SOURCES
-from itm.evaluation.protocols import PROTOCOLS
+from itm.evaluation import PROTOCOLS
 from itm.kinds import find_part, options_of
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS, TEXT_ENCODERS
+from itm.matchers.encoders.poolings import POOLINGS
 from itm.matchers.late.uarda import SeparationOptions
 from itm.matchers.late.uarda_threshold import ThresholdOptions
 from itm.methods import METHODS
@@ -27,17 +28,17 @@ from itm.methods.iais import Ranking
 from itm.methods.terms import TERMS
 from itm.teachers import TEACHERS
 from itm.teachers.shuffled import Shuffle
+from itm.tracking.loggers import LOGGERS
 from pipelines.cli import STAGES
-from pipelines.evaluating import PROBES
 from tests.support import ROOT
 from tests.support.docs_pages import keys, pages, parser_of
 from tests.support.documents import DOCS, NAMES, commands, section
 
-GIVEN = {"matcher", "vocab_size", "modality"}  # what the code gives, not the recipe
+GIVEN = {"matcher", "vocab_size", "modality", "name", "run_id", "folder"}  # what the code gives, not the recipe
 TABLES = {
     "data.md": SOURCES,
     "teachers.md": TEACHERS,
-    "kinds.md": {**MATCHERS, **IMAGE_ENCODERS, **TEXT_ENCODERS, **METHODS},
+    "kinds.md": {**MATCHERS, **IMAGE_ENCODERS, **TEXT_ENCODERS, **POOLINGS, **METHODS, **LOGGERS},
 }
 OPTION_MODELS: list[tuple[str, str, type[BaseModel]]] = [
     *(("kinds.md", name, find_part(TERMS, name, "term").choices) for name in TERMS),
@@ -68,7 +69,7 @@ def test_every_option_of_a_term_or_rule_is_named(page: str, heading: str, model:
 
 def test_every_protocol_is_named() -> None:
     text = section("kinds.md", "Protocols")
-    assert {name for name in (*PROTOCOLS, *PROBES) if f"| `{name}` |" not in text} == set()
+    assert {name for name in PROTOCOLS if f"| `{name}` |" not in text} == set()
 
 
 def test_every_key_of_a_recipe_is_named_and_explained() -> None:
