@@ -93,7 +93,7 @@ def parts_of(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch
 
 def dense_order(x: Tensor) -> list[int]:
     """The axes of a tensor from the slowest in memory to the fastest: pixels stay channels last on their way."""
-    return sorted(range(x.dim()), key=lambda k: (-x.stride(k), k))
+    return sorted(range(x.dim()), key=lambda k: (-x.stride()[k], k))
 
 
 def places(tensors: list[Tensor]) -> tuple[list[int], int]:

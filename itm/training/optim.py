@@ -30,7 +30,7 @@ def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, o
 def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
     groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
     # One kernel for all weights instead of a dozen; its last digits are those of a GPU, and CPU runs keep theirs.
-    fused = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
+    fused: dict[str, Any] = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
     return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)  # type: ignore[call-arg]
 
 
