@@ -19,6 +19,7 @@ from itm.evaluation import PROTOCOLS
 from itm.kinds import find_part, options_of
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS, TEXT_ENCODERS
+from itm.matchers.encoders.poolings import POOLINGS
 from itm.matchers.late.uarda import SeparationOptions
 from itm.matchers.late.uarda_threshold import ThresholdOptions
 from itm.methods import METHODS
@@ -27,16 +28,17 @@ from itm.methods.iais import Ranking
 from itm.methods.terms import TERMS
 from itm.teachers import TEACHERS
 from itm.teachers.shuffled import Shuffle
+from itm.tracking.loggers import LOGGERS
 from pipelines.cli import STAGES
 from tests.support import ROOT
 from tests.support.docs_pages import keys, pages, parser_of
 from tests.support.documents import DOCS, NAMES, commands, section
 
-GIVEN = {"matcher", "vocab_size", "modality"}  # what the code gives, not the recipe
+GIVEN = {"matcher", "vocab_size", "modality", "name", "run_id", "folder"}  # what the code gives, not the recipe
 TABLES = {
     "data.md": SOURCES,
     "teachers.md": TEACHERS,
-    "kinds.md": {**MATCHERS, **IMAGE_ENCODERS, **TEXT_ENCODERS, **METHODS},
+    "kinds.md": {**MATCHERS, **IMAGE_ENCODERS, **TEXT_ENCODERS, **POOLINGS, **METHODS, **LOGGERS},
 }
 OPTION_MODELS: list[tuple[str, str, type[BaseModel]]] = [
     *(("kinds.md", name, find_part(TERMS, name, "term").choices) for name in TERMS),

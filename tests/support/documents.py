@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md"])
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 

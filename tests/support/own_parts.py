@@ -14,10 +14,16 @@ FOLDER = ROOT / "tests" / "own_parts"
 
 
 @pytest.fixture
-def acme(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the package `acme` of tests/own_parts, importable."""
+def acme(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the package `acme` of tests/own_parts, importable for the time of a test."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    return FOLDER / "acme"
+    yield FOLDER / "acme"
+    forget(["acme"])
+
+
+def forget(packages: list[str]) -> None:
+    for module in [module for module in sys.modules if module.partition(".")[0] in packages]:
+        del sys.modules[module]
 
 
 @pytest.fixture
@@ -39,5 +45,4 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         return folder
 
     yield write
-    for module in [module for module in sys.modules if module.partition(".")[0] in made]:
-        del sys.modules[module]
+    forget(made)

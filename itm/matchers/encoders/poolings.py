@@ -14,6 +14,9 @@ from itm.matchers.norms import masked_mean
 class Pooling(nn.Module):
     """What every pooling is. Called with parts (N,K,D) and mask (N,K) bool, True = real, it gives (N,D); padding must not count."""
 
+    def __init__(self) -> None:
+        super().__init__()  # no options, where a pooling names none
+
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not say how it pools")
 

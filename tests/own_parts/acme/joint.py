@@ -12,7 +12,6 @@ from itm.types import Captions, Encoded, Images, Matcher
 
 
 class CrossEncoder(Matcher):
-    joint: ClassVar[bool] = True
     image_kind: ClassVar[str | None] = "conv"
 
     def __init__(self, *, vocab_size: int, image: dict[str, Any] | None = None, width: int = 16, depth: int = 2) -> None:
