@@ -123,7 +123,7 @@ def verdict(results: Sequence[dict[str, Any]], overrides: Sequence[str] = (), ex
     """
     base, cusa, shuffled = ((result["metrics"]["t2i_map_at_r"] + result["metrics"]["i2t_map_at_r"]) / 2 for result in results)
     gains = {"contrastive": cusa - base, "shuffled": cusa - shuffled}
-    told = "; ".join(f"over {other} {gain:+.3f} (mean {expected[other]} over {EXPECTED_RUNS} runs)" for other, gain in gains.items())
+    told = "".join(f"\n  over {other} {gain:+.3f} (mean {expected[other]} over {EXPECTED_RUNS} runs)" for other, gain in gains.items())
     clear = all(gain > 2 * expected[other].deviation for other, gain in gains.items())
     contrary = any(gain < expected[other].lowest for other, gain in gains.items())
     if clear:
@@ -135,7 +135,7 @@ def verdict(results: Sequence[dict[str, Any]], overrides: Sequence[str] = (), ex
     changed = [override for override in overrides if not override.startswith(NO_MATTER)]
     if changed and not clear:
         said += f"\nBut first: the means are of the demo as it is, this run had {' '.join(changed)}; few steps show little."
-    return f"\nCUSA in mAP@R, mean of both directions: {told}\n{said}"
+    return f"\nCUSA in mAP@R, mean of both directions:{told}\n{said}"
 
 
 def next_steps(recipe: Recipe, version: Any, page: Path, shards: str) -> str:
