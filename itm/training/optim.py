@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from itm.config import Train
 from itm.types import Reports
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
 
 
 def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -31,7 +31,7 @@ def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
     groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
     # One kernel for all weights instead of a dozen; its last digits are those of a GPU, and CPU runs keep theirs.
     fused = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
-    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)  # type: ignore[call-arg]
+    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)
 
 
 def own_kernels(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
