@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load_matcher(uri: str | Path, device: str = "cpu") -> Any:
+def load_matcher(uri: str | Path, device: str = "cpu", allow: Iterable[str] = ()) -> Any:
     """A matcher in eval mode on `device` (auto, cpu, cuda, ...), with `.inputs` that turn raw images and texts into its input types.
 
-    `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry.
+    `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry. `allow`: packages whose
+    code may run because the matcher names a part of them, e.g. ["acme"]; the project's own parts need none.
     Raises ValueError naming what is missing and what exists, and MissingExtra for a registry without the extra `tracking`.
     """
     from itm.device import resolve_device
@@ -25,4 +27,4 @@ def load_matcher(uri: str | Path, device: str = "cpu") -> Any:
             from itm.tracking.registry import download
 
         uri = download(str(uri))
-    return load_matcher_folder(uri).to(target)
+    return load_matcher_folder(uri, allow).to(target)

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from itm.kinds import packages_of
+
 MOST_HOPS = 2  # of `extends`: who reads a recipe should have to open three files at most
 OVERRIDE = "override"
 _MISSING = object()
@@ -29,7 +31,7 @@ class Strict(BaseModel):
 
 
 class Part(Strict):
-    """A named part and the keyword arguments it is built with."""
+    """A part and the keyword arguments it is built with. `kind`: a name, or `package.module:Name` for a part of one's own."""
 
     kind: str
     options: dict[str, Any] = Field(default_factory=dict)
@@ -148,16 +150,19 @@ class Registry(Strict):
     model: str = Field("itm-matcher", description="name in the model registry")
     metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
+    loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
 
 
 # Prose, places of outputs, processes and how they compute. What stood here in version 0.1.0 stays: `whole_fingerprint` needs it.
 NO_CHOICES: dict[str, Any] = {
     "output": True,
+    "allow": True,
     "about": True,
     "paper": True,
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
+    "registry": {"loggers"},
 }
 
 
@@ -167,6 +172,10 @@ class Recipe(Strict):
     about: str = Field("", description="what this run is, in a sentence")
     paper: dict[str, Any] = Field(default_factory=dict, description="published figures and the decisions where code and paper differ")
     output: str = Field("runs", description="folder or URI; a run writes below <output>/<name>")
+    allow: list[str] = Field(
+        default_factory=list,
+        description="packages whose parts may be loaded from matcher folders and the registry, beside those that this recipe names",
+    )
     data: Data = Field(default_factory=Data)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
@@ -198,6 +207,11 @@ class Recipe(Strict):
     def flat(self) -> dict[str, Any]:
         """Dotted key -> scalar, for experiment tracking."""
         return _flatten(self.model_dump(mode="json", exclude={"paper"}))
+
+    @property
+    def allowed(self) -> list[str]:
+        """Packages that a matcher folder may name: a recipe is written by its user, so the packages that it names are chosen."""
+        return sorted({*self.allow, *packages_of(self.model_dump(mode="json", exclude={"name", "about", "paper"}))})
 
     @property
     def folder(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,3 +33,16 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.index is not None and device.index >= (count := torch.cuda.device_count()):
         raise ValueError(f"device {str(name)!r} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+@contextlib.contextmanager
+def sized_by(setting: str, value: int, otherwise: str = "") -> Iterator[None]:
+    """Inside, a device that is out of memory raises ValueError naming the setting, a value to try, and what else would help."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+        lower = f"try {setting}={value // 2}" if value > 1 else f"{setting} can't be lower"
+        raise ValueError(f"out of memory with {setting}={value}: {lower}{otherwise} ({said})") from error

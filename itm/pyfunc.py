@@ -7,6 +7,11 @@
 Rows hold `image` (encoded bytes or a path), `text`, or both. `vectors`: each row holds one of the two. `scores`: every
 image against every text, (I, T); rows without one of the two only add to the other side. It runs on a GPU where there is one; the variable
 ITM_DEVICE names another device (`resolve_device`).
+
+A matcher that names parts of a package of its maker's loads only if the caller allows that package:
+
+    mlflow.pyfunc.load_model(uri, model_config={"allow": ["acme"]})
+    MLFLOW_PYFUNC_INFERENCE_CONFIG='{"allow": ["acme"]}' mlflow models serve -m ...
 """
 
 from __future__ import annotations
@@ -29,8 +34,9 @@ class ItmModel(PythonModel):
         from itm.device import resolve_device
         from itm.matchers.folder import load_matcher_folder
 
+        allow = (context.model_config or {}).get("allow", [])
         self.device = resolve_device(os.environ.get("ITM_DEVICE", "auto"))
-        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"]).to(self.device)
+        self.matcher: Any = load_matcher_folder(context.artifacts["matcher"], allow).to(self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used."""

@@ -213,6 +213,12 @@ class Matcher(nn.Module):
     prunes: ClassVar[bool] = False
     """Setting `pruning` has an effect."""
 
+    def __init_subclass__(cls, **given: object) -> None:
+        """A matcher of a user's own that names no kind is known by its import path."""
+        super().__init_subclass__(**given)
+        if "kind" not in vars(cls):
+            cls.kind = f"{cls.__module__}:{cls.__qualname__}"
+
     options: Options
     vector_width: int = 0
     """Width of `Encoded.vector`; 0 = it is not known."""

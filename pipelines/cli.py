@@ -61,7 +61,18 @@ def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> 
     """The arguments of every stage that reads a recipe."""
     parser.add_argument("-c", "--recipe", required=required, help="recipe YAML: a path, or the name of a shipped one (see `itm recipes`)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.steps=50 model.options.width=64")
+    allow_argument(parser)
     parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
+
+
+def allow_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="a package whose code may run because a matcher folder or a registered model names a part of it (may be repeated)",
+    )
 
 
 def recipe_path(given: str) -> Path:
@@ -80,16 +91,20 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     from itm.config import load_recipe, overridden
 
     path = recipe_path(args.recipe)
-    if not args.debug:
-        return load_recipe(path, args.overrides)
-    from pipelines.debug import debug_twin
+    if args.debug:
+        from pipelines.debug import debug_twin
 
-    return overridden(debug_twin(load_recipe(path)), args.overrides)
+        recipe = overridden(debug_twin(load_recipe(path)), args.overrides)
+    else:
+        recipe = load_recipe(path, args.overrides)
+    return recipe.model_copy(update={"allow": [*recipe.allow, *args.allow]})
 
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:
     """Parse, run, and turn an error the user can mend into one line and exit code 2."""
     module = import_module(module_of(stage))
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a part of the user's own may lie; last, so that nothing is hidden by it
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)

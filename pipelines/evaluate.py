@@ -9,7 +9,7 @@
     itm evaluate --protocol sts --pairs sts-test.tsv --matcher models:/itm-matcher@champion      # likeness of sentences
 
 Protocols: auto (all images x all captions), flickr30k-1k, coco-5k, coco-1k-5fold, eccv, cxc, i2i, t2t; of the matcher and not of its
-scores: sts, isd and isda (relations among words and among regions). The truth file is a JSON object
+scores: sts, isd and isda (relations among words and among regions); one of your own: package.module:Name. The truth file is a JSON object
 {"image_ids": [...], "caption_ids": [...], "caption_image_ids": [...]}, in the order of the rows and columns of the scores.
 The result goes to <output>/<name>/evaluation.json and to the MLflow run of the training. Running it again changes nothing.
 """
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 from itm.evaluation import TIES
 from pipelines.cli import recipe_arguments, recipe_from, script
-from pipelines.evaluating import PROBES
 from pipelines.on_ray.options import IN_MEMORY, How
 from pipelines.on_ray.options import add_arguments as add_scoring_arguments
 
@@ -56,17 +55,25 @@ def run(args: argparse.Namespace) -> int:
 
     if args.scores:
         result = evaluate_scores(args.scores, args.truth, args.protocol or "auto", args.tie, args.output)
-    elif args.protocol in PROBES:
-        from pipelines.evaluating.matcher_protocols import probe
-
-        result = probe(args, recipe_from(args) if args.recipe else None)
-    elif not args.recipe:
-        raise ValueError("say what to evaluate: -c RECIPE, or --scores FILE.npy --truth IDS.json")
     else:
-        options = {"protocol": args.protocol, "tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
-        result = evaluate(recipe_from(args), args.matcher, args.split, **options)
+        result = _of_matcher(args)
     print("\n".join(filter(None, (table(result), described(result)))))
     return 0
+
+
+def _of_matcher(args: argparse.Namespace) -> Json:
+    from itm.evaluation.protocols import MatcherProtocol, find_protocol
+    from pipelines.evaluating.matcher_protocols import probe
+
+    recipe = recipe_from(args) if args.recipe else None
+    if name := args.protocol or (recipe.evaluation.protocol if recipe else ""):
+        protocol = find_protocol(name)
+        if isinstance(protocol, MatcherProtocol):
+            return probe(args, recipe, name, protocol)
+    if recipe is None:
+        raise ValueError("say what to evaluate: -c RECIPE, or --scores FILE.npy --truth IDS.json")
+    options = {"protocol": args.protocol, "tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
+    return evaluate(recipe, args.matcher, args.split, **options)
 
 
 def evaluate(

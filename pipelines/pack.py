@@ -21,7 +21,7 @@ from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
-from itm.data.records import Caption, Problem, Record, check_image, json_fault
+from itm.data.records import Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
 from itm.data.sources.source import Source
@@ -104,12 +104,13 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
 
 def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
     """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
-    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.lineage import DatasetRef, packages_used
     from itm.tracking.registry import Tracker
 
     params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
     data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]
-    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, {"stage": "pack"}, data) as tracker:
+    tags = {"stage": "pack", **packages_used(recipe.model_dump(mode="json"))}
+    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, tags, data) as tracker:
         flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
         tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
 
@@ -179,7 +180,7 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     keys: set[str] = set()
     for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
         if isinstance(item, Record):
-            captions = [Caption(c.id, " ".join(c.text.split()), c.meta) for c in item.captions]
+            captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
             item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])

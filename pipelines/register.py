@@ -66,7 +66,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
         raise ValueError(f"registry.metric={gate.metric} was not measured; {folder}/evaluation.json has {', '.join(sorted(metrics))}")
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
     with files.local_copy(files.join(folder, "matcher")) as matcher:
-        if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher)):
+        if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher, allow=recipe.allowed)):
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
         version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated), code=SERVED)
     gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -98,7 +99,7 @@ def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterato
         if isinstance(item, Problem):
             problems.append(item)
             continue
-        key = item.key.replace("/", "_").replace("\\", "_")
+        key = re.sub(r"[./\\]", "_", item.key)  # WebDataset cuts a key at its first dot
         fault = json_fault(item.meta, [c.meta for c in item.captions])
         if key in owner or fault:
             reason = fault or f"a second sample of the same key; the first one is in {owner[key]}"

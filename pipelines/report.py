@@ -124,7 +124,7 @@ def _evaluation(folder: str) -> Json:
 
 def _losses(folder: str) -> list[dict[str, float]]:
     uri = files.join(folder, "losses.jsonl")
-    return [json.loads(line) for line in files.read_bytes(uri).decode().splitlines() if line] if files.exists(uri) else []
+    return [json.loads(line) for line in files.read_bytes(uri).decode().split("\n") if line] if files.exists(uri) else []
 
 
 def _json(uri: str, known: int) -> Json:

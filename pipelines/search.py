@@ -19,10 +19,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from itm.device import HELP
-from pipelines.cli import script
+from pipelines.cli import allow_argument, script
 
 if TYPE_CHECKING:
     from itm.retrieval.engine import Hits
+    from itm.types import Matcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", help="look for the captions of this image file instead")
     parser.add_argument("--model", required=True, help="models:/name@alias, models:/name/version or a matcher folder")
     parser.add_argument("--shards", required=True, help="folder or URI of a split")
+    allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
     parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
     parser.add_argument("--device", default="auto", help=HELP)
@@ -40,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if (args.text is None) == (args.image is None):
         raise ValueError('give either a text or --image, e.g. itm search "a red circle" --model ... --shards ...')
-    found = search(args.text, image=args.image, model=args.model, shards=args.shards, k=args.k, index=args.index, device=args.device)
+    model = args.model
+    if args.allow:
+        import itm
+
+        model = itm.load_matcher(args.model, allow=args.allow)
+    found = search(args.text, image=args.image, model=model, shards=args.shards, k=args.k, index=args.index, device=args.device)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
@@ -51,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 def search(
     text: str | None = None,
     *,
-    model: str,
+    model: str | Matcher,
     shards: str,
     image: str | None = None,
     k: int = 5,

@@ -74,10 +74,17 @@ def draw(seed: int, epoch: int, key: str) -> Draw:
 def decode(data: bytes) -> Image.Image:
     """RGB image. Raises ValueError when the bytes are no whole image or promise more than MAX_PIXELS."""
     try:
-        image: Image.Image = open_image(data).convert("RGB")
-        return image
+        return _rgb(open_image(data))
     except Exception as error:  # hostile bytes make decoders raise almost anything
         raise ValueError(f"cannot decode image: {error}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode. Grey of 16 bits (PIL's I;16, or I) is scaled to 8, where PIL's own conversion would cut it off at 255."""
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    grey = np.rint(np.asarray(image, np.float64).clip(0, 65535) / 257).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def fit(image: Image.Image, size: int, crop: str) -> np.ndarray:

@@ -57,14 +57,20 @@ def check_rows(where: str, seen: int, kept: int, rejected: int) -> None:
 
 @dataclass(frozen=True)
 class Caption:
-    """id is unique in its split; meta holds what the source knows about this caption (scenes: its logical form)."""
+    """id is unique in its split; meta holds what the source knows about this caption (scenes: its logical form).
+
+    unread: why the source could not read it (file, row and field), which leaves `text` empty.
+    """
 
     id: str
     text: str
     meta: Json = field(default_factory=dict)
+    unread: str | None = None
 
     def fault(self) -> str | None:
         """Why this caption cannot be used, or None."""
+        if self.unread:
+            return self.unread
         if not self.text.strip():
             return f"caption {self.id} is empty"
         if len(self.text) > MAX_CAPTION:

@@ -117,14 +117,14 @@ def read_samples(uri: str, sha256: str | None = None) -> Iterator[Sample | Probl
 def read_scattered(uri: str) -> Iterator[Sample | Problem]:
     """As `read_samples`, but the members of a sample are gathered wherever they lie in the tar; of two of one name the first counts."""
     tar, shard = files.read_view(uri), files.name_of(uri)
-    groups, problems = _groups(tar, shard, fragment=False)
+    groups, others, problems = _groups(tar, shard, fragment=False)
     gathered: dict[str, dict[str, Member]] = {}
     for key, parts in groups:
         held = gathered.setdefault(key, {})
         problems += [Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member") for e in parts if e in held]
         held |= {extension: member for extension, member in parts.items() if extension not in held}
     for key, parts in gathered.items():
-        yield from _sample(tar, shard, key, parts)
+        yield from _sample(tar, shard, key, parts, others.get(key, []))
     yield from problems
 
 
@@ -138,7 +138,7 @@ def parse_range(data: bytes, uri: str, start: int) -> Sample:
     for item in _parse(memoryview(data), files.name_of(uri), fragment=True):
         if isinstance(item, Sample):
             return item
-        if item.what != "caption":
+        if item.what in ("sample", "shard"):
             break
     end = start + len(data)
     raise ValueError(f"{uri}: no usable sample in bytes {start}-{end}; the shard changed after it was indexed, read its manifest again")
@@ -196,7 +196,7 @@ def scan_info(uri: str) -> tuple[ShardInfo, int]:
     index, problems, sha256 = scan_shard(uri)
     captions = sum(row.captions for row in index)
     info = ShardInfo(name=files.name_of(uri), samples=len(index), captions=captions, bytes=files.size_of(uri), sha256=sha256)
-    return info, sum(p.what != "caption" for p in problems)
+    return info, sum(p.what in ("sample", "shard") for p in problems)
 
 
 class _Hashing:
@@ -242,7 +242,7 @@ _Group = tuple[str, dict[str, Member]]  # sample key -> its members by extension
 
 
 def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spanned]:
-    groups, problems = _groups(tar, shard, fragment)
+    groups, others, problems = _groups(tar, shard, fragment)
     held: dict[str, list[set[str]]] = {}
     for key, parts in groups:
         held.setdefault(key, []).append(set(parts))
@@ -256,37 +256,66 @@ def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spann
         elif scattered:
             yield Problem(key, shard, "read", "members of this sample are not next to each other; sort the tar by name"), span
         else:
-            for item in _sample(tar, shard, key, parts):
+            for item in _sample(tar, shard, key, parts, others.get(key, [])):
                 yield item, span
         seen.add(key)
     for problem in problems:
         yield problem, (0, 0)
 
 
-def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], list[Problem]]:
-    """Runs of members that share a key; a repeated extension starts a new run."""
-    groups: list[_Group] = []
+def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], dict[str, list[str]], list[Problem]]:
+    """Runs of members that share a key, where a repeated extension starts a new run; names of other kinds by key; and problems.
+
+    Nothing is passed over: what belongs to no sample is a Problem of a member.
+    """
+    found: list[Member] = []
     problems: list[Problem] = []
     try:
         for member in members(tar, fragment):
             if isinstance(member, str):
                 problems.append(Problem("", shard, "read", member, "shard"))
-                continue
-            folder, slash, base = member.name.removeprefix("./").rpartition("/")
-            stem, _, extension = base.partition(".")
-            key, extension = folder + slash + stem, extension.lower()
-            if not stem or extension not in _CONTENT:
-                continue
-            if not groups or groups[-1][0] != key or extension in groups[-1][1]:
-                groups.append((key, {}))
-            groups[-1][1][extension] = member
+            else:
+                found.append(member)
     except TarProblem as error:
         problems.append(Problem("", shard, "read", str(error), "shard"))
-    return groups, problems
+    known = {key for key, extension in map(_cut_first, (m.name for m in found)) if key and extension in _CONTENT}
+    groups: list[_Group] = []
+    others: dict[str, list[str]] = {}
+    for member in found:
+        key, extension = _cut_first(member.name)
+        if key not in known and extension not in _CONTENT:
+            key, extension = _cut_last(member.name)
+        if not key or extension not in _CONTENT:
+            others.setdefault(key, []).append(member.name)
+            continue
+        if not groups or groups[-1][0] != key or extension in groups[-1][1]:
+            groups.append((key, {}))
+        groups[-1][1][extension] = member
+    sampled = {key for key, _ in groups}
+    for key in (key for key in others if key not in sampled):
+        reason = f"of no kind that is read: {', '.join(others[key][:4])}; the kinds are {', '.join(f'.{e}' for e in sorted(_CONTENT))}"
+        problems.append(Problem(key, shard, "read", reason, "member"))
+    return groups, others, problems
 
 
-def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> Iterator[Sample | Problem]:
-    """The sample of one group, after a Problem for each caption that is dropped; or one Problem instead of the sample."""
+def _cut_first(name: str) -> tuple[str, str]:
+    """Key and extension as WebDataset cuts them, at the first dot; '' for a hidden file."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem if stem else "", extension.lower()
+
+
+def _cut_last(name: str) -> tuple[str, str]:
+    """Key and extension where the key itself has dots (`trip_v1.5.jpg`)."""
+    stem, _, extension = name.removeprefix("./").rpartition(".")
+    return "" if stem.rpartition("/")[2].startswith(".") else stem, extension.lower()
+
+
+def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], others: list[str]) -> Iterator[Sample | Problem]:
+    """The sample of one group, after a Problem for each caption that is dropped; or one Problem instead of the sample.
+
+    others: the members of this key that are of no kind that is read.
+    """
     content = {extension: bytes(tar[m.start : m.start + m.size]) for extension, m in parts.items()}
     try:
         meta, captions = _captions(key, content)
@@ -297,8 +326,11 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> 
     kept = [c for c, fault in zip(captions, faults, strict=True) if not fault]
     image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
     if not kept or (not image and REGIONS not in content):
+        names = ", ".join([*(f".{extension}" for extension in parts), *(name.rpartition("/")[2] for name in others)])
+        fields = [name for name in meta if name != "image_id"] if not captions else []
+        names += f", the json has {', '.join(fields)}" if fields else ""
         reason = "no image and no regions" if kept else "no caption" if not captions else f"no usable caption: {faults[0]}"
-        yield Problem(key, shard, "read", reason)
+        yield Problem(key, shard, "read", f"{reason} (members: {names})")
         return
     for fault in filter(None, faults):
         yield Problem(key, shard, "read", fault, "caption")
@@ -306,14 +338,16 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member]) -> 
 
 
 def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]:
-    """json `captions` (objects or strings), else the lines of the txt, else json `caption`."""
+    """json `captions` (objects or strings), else json `caption` (one string, whatever it holds, or several), else the lines of the txt."""
     meta: Json = json.loads(content["json"]) if "json" in content else {}
     if not isinstance(meta, dict):
         raise ValueError(f"the json holds a {type(meta).__name__}, not an object")
     raw = meta.pop("captions", None)
-    if raw is None:
-        text = content["txt"].decode() if "txt" in content else str(meta.get("caption") or "")
-        raw = text.splitlines()
+    if raw is None and (said := meta.get("caption")):
+        raw = said if isinstance(said, list) else [said]
+    if raw is None:  # only a newline parts captions: U+2028 and others that `splitlines` knows are part of a text
+        text = content.get("txt", b"").decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+        raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
     return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]

@@ -7,6 +7,7 @@ A tokenizer has `vocab_size`, `max_length` (start and end included) and `truncat
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import re
@@ -71,10 +72,14 @@ class WordVocabulary:
 
     @classmethod
     def from_captions(cls, texts: Iterable[str], min_count: int = 1, *, max_length: int = 64, clean: bool = True) -> WordVocabulary:
-        """The words seen at least `min_count` times; the same for the same set of captions in any order."""
+        """The words seen at least `min_count` times; the same for the same set of captions in any order.
+
+        A caption that cleans to nothing has none: whoever reads it quarantines it.
+        """
         counts: Counter[str] = Counter()
         for text in texts:
-            counts.update(words(clean_caption(text) if clean else text))
+            with contextlib.suppress(ValueError):
+                counts.update(words(clean_caption(text) if clean else text))
         kept = sorted(word for word, count in counts.items() if count >= min_count)
         return cls({word: i for i, word in enumerate([*SPECIAL, *kept])}, max_length=max_length, clean=clean)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def shards_of(split_uri: str, manifest: Manifest | None = None) -> list[tuple[st
 
 def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: float) -> EncodedSplit:
     """Join the shards of a split. Raises ValueError when nothing is left or too much was rejected."""
-    problems = [problem for piece in pieces for problem in piece.problems if problem.what != "caption"]
+    problems = [problem for piece in pieces for problem in piece.problems if problem.what in ("sample", "shard")]
     kept = sum(len(piece.names.image_keys) for piece in pieces)
     total = kept + len(problems)
     if (problems and len(problems) > max_reject_rate * total) or not kept:
@@ -149,10 +149,39 @@ def encode_shard(
             good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
-        captions = [caption for sample in samples for caption in sample.captions]
-        encoded = [_encode_texts(matcher, captions[i : i + batch_size], where) for i in range(0, len(captions), batch_size)]
+        try:
+            encoded = _encode_captions(matcher, samples, batch_size, where)
+        except ValueError:
+            rows, samples = _readable(matcher.inputs, samples, files.name_of(shard_uri), problems)
+            images = [Encoded.cat(images)[torch.tensor(rows, dtype=torch.int64)]]
+            encoded = _encode_captions(matcher, samples, batch_size, where)
     both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
     return EncodedSplit(*both, _names(samples, shard_uri), problems)
+
+
+def _encode_captions(matcher: Matcher, samples: Sequence[Sample], batch_size: int, device: str | torch.device) -> list[Encoded]:
+    captions = [caption for sample in samples for caption in sample.captions]
+    return [_encode_texts(matcher, captions[i : i + batch_size], device) for i in range(0, len(captions), batch_size)]
+
+
+def _readable(inputs: MatcherInputs, samples: Sequence[Sample], shard: str, problems: list[Problem]) -> tuple[list[int], list[Sample]]:
+    """The samples with a caption that can be tokenised, with those captions alone, and their rows; the others are added to `problems`."""
+    rows: list[int] = []
+    left: list[Sample] = []
+    for row, sample in enumerate(samples):
+        good: list[Caption] = []
+        for caption in sample.captions:
+            try:
+                inputs.captions([caption.text])
+                good.append(caption)
+            except ValueError as error:
+                problems.append(Problem(sample.key, shard, "evaluate", f"caption {caption.id}: {error}", "caption"))
+        if good:
+            rows.append(row)
+            left.append(replace(sample, captions=good))
+        else:
+            problems.append(Problem(sample.key, shard, "evaluate", "no caption that can be read"))
+    return rows, left
 
 
 def encode_texts(matcher: Matcher, texts: Sequence[str], batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
@@ -225,7 +254,8 @@ def _names(samples: list[Sample], shard_uri: str) -> Names:
 def exact_relevance(source: str, names: Names) -> Tensor | None:
     """(I,T) bool, all pairs that hold, when the source of the shards can tell; None when it knows annotated pairs only.
 
-    source: `Manifest.source`, which `itm pack` begins with the kind of the source.
+    source: `Manifest.source`, which `itm pack` begins with the kind of the source. A source of a user's own is not asked:
+    a manifest may come from anyone, and no code is imported by it.
     """
     kind = source.partition(" ")[0]
     if kind not in SOURCES:

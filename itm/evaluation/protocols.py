@@ -1,20 +1,20 @@
 """Evaluation protocols: which pairs are asked, against which truth, and how the numbers are averaged.
 
-A protocol takes `Scored` and gives `Outcome`, or refuses with counts when it does not fit the split. A new protocol costs one function
-and one line in PROTOCOLS.
+A protocol takes `Scored` (or the matcher itself) and gives `Outcome`, or refuses with counts when it does not fit the split. A new
+protocol costs one file and one line in `itm.evaluation.PROTOCOLS`.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from itm.evaluation import coco_truth
+from itm.evaluation import PROTOCOLS, coco_truth
 from itm.evaluation.dataset import Names
 from itm.evaluation.metrics import (
     BLOCK_SCORES,
@@ -28,6 +28,7 @@ from itm.evaluation.metrics import (
     rank_queries,
     retrieval_metrics,
 )
+from itm.kinds import build_part
 from itm.types import Encoded
 
 
@@ -44,27 +45,67 @@ class Scored:
 
 @dataclass(frozen=True)
 class Outcome:
-    """metrics and chance share keys; `protocol` says in words what was measured; counts: queries and pairs behind the numbers."""
+    """metrics and chance share keys; `protocol` says in words what was measured; counts: queries and pairs behind the numbers;
+    details: what else evaluation.json shall hold."""
 
     protocol: str
     metrics: dict[str, float]
     chance: dict[str, float]
     counts: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
-def check_protocol(name: str) -> None:
+class Protocol:
+    """How a matcher is judged. A protocol of one's own subclasses `ScoreProtocol` or `MatcherProtocol`."""
+
+
+class ScoreProtocol(Protocol, ABC):
+    """Judges the scores of a split, wherever they come from."""
+
+    @abstractmethod
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        """tie: how equal scores are ordered, of `itm.evaluation.TIES`. Raises ValueError, with counts, for a split that does not fit."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a protocol of the matcher may read: the shards of a split, or files of sentence pairs (`reads` says which)."""
+
+    split_uri: str = ""
+    pairs: Sequence[str] = ()
+    columns: Sequence[str] | None = None
+    batch_size: int = 256
+    max_reject_rate: float = 0.01
+    device: str | torch.device = "cpu"
+
+
+class MatcherProtocol(Protocol, ABC):
+    """Asks the matcher itself, where no matrix of scores can answer."""
+
+    reads: ClassVar[Literal["split", "pairs"]] = "split"
+    score_type: ClassVar[str] = "asked of the matcher"
+    """Which numbers are compared, in words."""
+
+    @abstractmethod
+    def measure(self, matcher: Any, asked: Question) -> Outcome:
+        """matcher: as `itm.load_matcher` gives it. Raises ValueError when it cannot answer, or nothing can be measured."""
+
+
+def find_protocol(name: str) -> Protocol:
     """Raises ValueError for an unknown protocol."""
-    if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        raise ValueError(f"unknown protocol {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PROTOCOLS)}"))
+    protocol = build_part(PROTOCOLS, name, {}, "protocol")
+    assert isinstance(protocol, Protocol)  # the base of the table, which a table cannot import
+    return protocol
 
 
 def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
-    """Raises ValueError as `check_protocol`, and for one that does not fit the split, bad ids, bad shapes or NaN scores."""
-    check_protocol(name)
+    """Raises ValueError as `find_protocol`, and for one that does not fit the split, bad ids, bad shapes or NaN scores."""
+    protocol = find_protocol(name)
+    if not isinstance(protocol, ScoreProtocol):
+        raise ValueError(f"protocol {name} asks the matcher itself, not its scores: name one matcher, and no score file")
     scored.names.check()
     check_scores(scored.scores, scored.names.positives, (scored.names.image_keys, scored.names.caption_ids))
-    return PROTOCOLS[name](scored, tie)
+    return protocol.measure(scored, tie)
 
 
 def all_pairs(scored: Scored, tie: str, title: str = "all images x all captions") -> Outcome:
@@ -78,22 +119,37 @@ def all_pairs(scored: Scored, tie: str, title: str = "all images x all captions"
     return Outcome(f"{title}; {truth}; ties {tie}", metrics, chance_metrics(positives, scored.relevance), counts)
 
 
-def flickr30k_1k(scored: Scored, tie: str) -> Outcome:
-    _require_size(scored.names, "flickr30k-1k", 1000, (5000,))
-    return all_pairs(scored, tie, "Flickr30K test, 1,000 images x 5,000 captions")
+class AllPairs(ScoreProtocol):
+    """Every image against every caption of the split."""
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        return all_pairs(scored, tie)
 
 
-def coco_5k(scored: Scored, tie: str) -> Outcome:
+class Flickr30K(ScoreProtocol):
+    """1,000 images, 5 captions each."""
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        _require_size(scored.names, "flickr30k-1k", 1000, (5000,))
+        return all_pairs(scored, tie, "Flickr30K test, 1,000 images x 5,000 captions")
+
+
+class Coco5K(ScoreProtocol):
     """5 captions an image (25,000), or all captions as IAIS takes them (25,010)."""
-    _require_size(scored.names, "coco-5k", 5000, (25000, 25010))
-    return all_pairs(scored, tie, f"COCO 5K test, 5,000 images x {len(scored.names.caption_ids):,} captions")
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        _require_size(scored.names, "coco-5k", 5000, (25000, 25010))
+        return all_pairs(scored, tie, f"COCO 5K test, 5,000 images x {len(scored.names.caption_ids):,} captions")
 
 
-def coco_1k_5fold(scored: Scored, tie: str) -> Outcome:
-    _require_size(scored.names, "coco-1k-5fold", 5000, (25000, 25010))
-    metrics, chance = folds(scored, 5, tie)
-    counts = {"images": 5000, "captions": len(scored.names.caption_ids), "folds": 5}
-    return Outcome(f"COCO 1K, mean of five consecutive folds of 1,000 images; ties {tie}", metrics, chance, counts)
+class Coco1KFolds(ScoreProtocol):
+    """The mean over five consecutive blocks of 1,000 images (see `folds`)."""
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        _require_size(scored.names, "coco-1k-5fold", 5000, (25000, 25010))
+        metrics, chance = folds(scored, 5, tie)
+        counts = {"images": 5000, "captions": len(scored.names.caption_ids), "folds": 5}
+        return Outcome(f"COCO 1K, mean of five consecutive folds of 1,000 images; ties {tie}", metrics, chance, counts)
 
 
 def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[str, float], dict[str, float]]:
@@ -113,43 +169,40 @@ def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[st
     return _mean([metrics for metrics, _ in rows]), _mean([chance for _, chance in rows])
 
 
-def eccv(scored: Scored, tie: str) -> Outcome:
+class ECCV(ScoreProtocol):
     """ECCV Caption: R@1, mAP@R, R-precision over its human-checked positives; truth from the eccv-caption package.
 
     Formulas: docs/methods/cusa.md#equivalence-metrics.
     """
-    return _coco_wide(scored, tie, "eccv", "ECCV Caption on COCO 5K")
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        return _coco_wide(scored, tie, "eccv", "ECCV Caption on COCO 5K")
 
 
-def cxc(scored: Scored, tie: str) -> Outcome:
+class CxC(ScoreProtocol):
     """CxC: recalls over its positives; truth from the eccv-caption package."""
-    return _coco_wide(scored, tie, "cxc", "CxC on COCO 5K")
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        return _coco_wide(scored, tie, "cxc", "CxC on COCO 5K")
 
 
-def i2i(scored: Scored, tie: str) -> Outcome:
+class ImageToImage(ScoreProtocol):
     """Image -> image: R@1 and mAP@R; relevant = another image of the same scene, class or label in the metadata.
 
     Protocol: docs/methods/cusa.md#image-retrieval.
     """
-    labels = _labels(scored.names)
-    return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
+
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        labels = _labels(scored.names)
+        return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
 
 
-def t2t(scored: Scored, tie: str) -> Outcome:
+class TextToText(ScoreProtocol):
     """Caption -> caption: R@1 and mAP@R; relevant = another caption of the same image."""
-    return _one_modality("t2t", _uni(scored.captions, "caption"), scored.names.caption_image, tie, "caption -> caption of the same image")
 
-
-PROTOCOLS: dict[str, Callable[[Scored, str], Outcome]] = {
-    "auto": all_pairs,
-    "flickr30k-1k": flickr30k_1k,
-    "coco-5k": coco_5k,
-    "coco-1k-5fold": coco_1k_5fold,
-    "eccv": eccv,
-    "cxc": cxc,
-    "i2i": i2i,
-    "t2t": t2t,
-}
+    def measure(self, scored: Scored, tie: str) -> Outcome:
+        vectors, title = _uni(scored.captions, "caption"), "caption -> caption of the same image"
+        return _one_modality("t2t", vectors, scored.names.caption_image, tie, title)
 
 
 def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Any:

@@ -9,7 +9,7 @@ of the matcher's tokenizer (start and end not counted) and of regions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +18,30 @@ from itm.data import files
 from itm.data.records import Caption, Problem
 from itm.data.shards import read_samples
 from itm.evaluation.dataset import batches, prepare, shards_of
-from itm.evaluation.protocols import Outcome
+from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.evaluation.scoring import scoring_mode
 from itm.losses.relation import isd, isda
 from itm.types import Images, Matcher, Relations
 
 Entity = dict[str, list[int]]
 """`words` and `regions` of one annotated entity, positions from 0."""
+MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
+
+
+class ISD(MatcherProtocol):
+    """Relations among words against relations among regions, by attention alone."""
+
+    score_type: ClassVar[str] = "relation blocks, fp32"
+    annotated: ClassVar[bool] = False
+
+    def measure(self, matcher: Matcher, asked: Question) -> Outcome:
+        return isd_of_split(matcher, asked.split_uri, self.annotated, min(asked.batch_size, MOST_PAIRS), asked.device)
+
+
+class ISDa(ISD):
+    """The same by annotated entities."""
+
+    annotated: ClassVar[bool] = True
 
 
 def isd_of_split(matcher: Matcher, split_uri: str, annotated: bool, batch_size: int = 64, device: str | torch.device = "cpu") -> Outcome:

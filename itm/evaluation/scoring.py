@@ -8,13 +8,14 @@ matchers give the mean of their scores (an ensemble, as SGRAF = SGR + SAF).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from itm.device import resolve_device
+from itm.device import resolve_device, sized_by
 from itm.precision import computing, warn_if_slow
 from itm.types import Captions, Encoded, Images, Matcher
 
@@ -62,7 +63,8 @@ def score_matrix(
 def encode_rows(matcher: Matcher, rows: Images | Captions, batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode in batches, results on the CPU. The caller sets evaluation mode (see `scoring_mode`)."""
     pieces = (rows[i : i + batch_size].to(device) for i in range(0, len(rows), batch_size))
-    return Encoded.cat([(matcher.encode_images(p) if isinstance(p, Images) else matcher.encode_captions(p)).to("cpu") for p in pieces])
+    with sized_by("evaluation.batch_size", batch_size):
+        return Encoded.cat([(matcher.encode_images(p) if isinstance(p, Images) else matcher.encode_captions(p)).to("cpu") for p in pieces])
 
 
 @contextlib.contextmanager
@@ -108,11 +110,26 @@ def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | No
         chosen = slice(start, start + columns) if order is None else order[start : start + columns]
         tile = trim(captions[chosen])
         rows = block or (OWN_TILES[0] if own_tiles else _rows(images, tile))
-        moved = tile.to(device)
-        for first in range(0, len(images), rows):
-            piece = images[first : first + rows].to(device)
-            scores[first : first + rows, chosen] = matcher.score(piece, moved).float().cpu()
+        moved, first = tile.to(device), 0
+        while first < len(images):
+            try:
+                piece = images[first : first + rows].to(device)
+                scores[first : first + rows, chosen] = matcher.score(piece, moved).float().cpu()
+            except torch.OutOfMemoryError as error:
+                rows = _half(rows, len(tile), error)
+            else:
+                first += rows
     return scores
+
+
+def _half(rows: int, captions: int, error: torch.OutOfMemoryError) -> int:
+    """The next smaller tile, said once a step down. Raises ValueError when one image is too many."""
+    if rows == 1:
+        raise ValueError(
+            f"out of memory with one image and {captions} captions a tile: use a device with more memory or --precision bf16 ({error})"
+        ) from None
+    warnings.warn(f"out of memory with {rows} images a tile; going on with evaluation.block={rows // 2}", stacklevel=2)
+    return rows // 2
 
 
 def by_length(captions: Encoded) -> Tensor:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
 from itm.data import files
 from itm.evaluation.dataset import encode_texts
-from itm.evaluation.protocols import Outcome
+from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.types import Encoded, Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
@@ -94,6 +95,18 @@ def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, de
     counts = {"pairs": sum(len(p.gold) for p in files), "rejected": sum(len(p.bad) for p in files)}
     title = "STS: 100 x Spearman of caption cosines and ratings; ties share their mean rank"
     return Outcome(title, metrics, dict.fromkeys(metrics, 0.0), counts)
+
+
+class STS(MatcherProtocol):
+    """`sts` of rated sentence pairs; the rows that could not be used are named in `rejected_rows`."""
+
+    reads: ClassVar[Literal["split", "pairs"]] = "pairs"
+    score_type: ClassVar[str] = "cosine of captions, fp32"
+
+    def measure(self, matcher: Matcher, asked: Question) -> Outcome:
+        found = [read_pairs(path, asked.columns, asked.max_reject_rate) for path in asked.pairs]
+        bad = [[file.path, line, reason] for file in found for line, reason in file.bad]
+        return replace(sts(matcher, found, asked.batch_size, asked.device), details={"rejected_rows": bad})
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,11 +1,23 @@
 """Matchers by kind. A new model costs one file and one line here."""
 
-MATCHERS = {
-    "dual": "itm.matchers.dual:DualEncoder",
-    "clip": "itm.matchers.clip:CLIP",
-    "scan": "itm.matchers.late.scan:SCAN",
-    "sgr": "itm.matchers.late.sgraf:SGR",
-    "saf": "itm.matchers.late.sgraf:SAF",
-    "uarda": "itm.matchers.late.uarda:UARDA",
-    "uniter": "itm.matchers.joint.uniter:UNITER",
-}
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from itm.kinds import Kinds
+
+if TYPE_CHECKING:
+    from itm.types import Matcher
+
+MATCHERS: Kinds[Matcher] = Kinds(
+    "itm.types:Matcher",
+    {
+        "dual": "itm.matchers.dual:DualEncoder",
+        "clip": "itm.matchers.clip:CLIP",
+        "scan": "itm.matchers.late.scan:SCAN",
+        "sgr": "itm.matchers.late.sgraf:SGR",
+        "saf": "itm.matchers.late.sgraf:SAF",
+        "uarda": "itm.matchers.late.uarda:UARDA",
+        "uniter": "itm.matchers.joint.uniter:UNITER",
+    },
+)

@@ -1,5 +1,6 @@
 """Dual encoder (VSE): any image encoder and any text encoder, projected to one space; a score is a cosine.
 
+The vector of a side is the encoder's own, or a `pooling` of its projected parts (docs/methods/dual.md#generalised-pooling).
 With heads (docs/methods/dual.md#heads) the retrieval vector goes through a `cross` head, and `uni` heads add vectors for image-image and
 text-text similarity. The heads belong to the matcher, so they are evaluated, saved and registered with it.
 """
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from itm.matchers.encoders.build import Encoder, build_image_encoder, build_text_encoder, options_of
+from itm.matchers.encoders.poolings import Pooling, build_pooling, read_poolings
 from itm.matchers.norms import masked_mean
 from itm.matchers.relations import COSINE_SMOOTHING, cosine_relations
 from itm.types import Captions, Encoded, Images, Matcher, Options, Relations
@@ -66,14 +68,19 @@ class DualEncoder(Matcher):
         text: Options | None = None,
         width: int = 128,
         heads: dict[str, bool] | None = None,
+        pooling: dict[str, Options] | None = None,
     ) -> None:
-        """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}. Raises ValueError as they do."""
+        """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}; `pooling` names one a side, e.g.
+        {"image": {"kind": "gpo"}}, in the place of the encoder's own vector. Raises ValueError as they do."""
         super().__init__()
+        poolings = read_poolings(pooling)
         image, text, heads = image or {"kind": self.image_kind}, text or {"kind": "pooled_gru"}, read_heads(heads)
         self.image_encoder = build_image_encoder(**image)
         self.text_encoder = build_text_encoder(vocab_size=vocab_size, **text)
-        self.image_linear = nn.Linear(_pooled_width(self.image_encoder), width)
-        self.text_linear = nn.Linear(_pooled_width(self.text_encoder), width)
+        self.image_pooling = build_pooling(**poolings["image"]) if "image" in poolings else None
+        self.text_pooling = build_pooling(**poolings["text"]) if "text" in poolings else None
+        self.image_linear = nn.Linear(_pooled_width(self.image_encoder, self.image_pooling), width)
+        self.text_linear = nn.Linear(_pooled_width(self.text_encoder, self.text_pooling), width)
         self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
         self.vector_width, self.uni_width = width, width if heads["uni"] else 0
         self.options = {
@@ -81,16 +88,17 @@ class DualEncoder(Matcher):
             "text": {"kind": text["kind"], **options_of(self.text_encoder, text)},
             "width": width,
             "heads": heads,
+            **({"pooling": poolings} if poolings else {}),
         }
 
     def layers(self) -> list[nn.Module]:
         return [self.image_encoder, self.text_encoder]
 
     def encode_images(self, images: Images) -> Encoded:
-        return self.image_heads(self.image_linear(_pooled(self.image_encoder(images))))
+        return self.image_heads(_vector(self.image_encoder(images), self.image_linear, self.image_pooling))
 
     def encode_captions(self, captions: Captions) -> Encoded:
-        return self.text_heads(self.text_linear(_pooled(self.text_encoder(captions))))
+        return self.text_heads(_vector(self.text_encoder(captions), self.text_linear, self.text_pooling))
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) cosines."""
@@ -114,7 +122,8 @@ class DualEncoder(Matcher):
         self.check_relations()
         left, right = self.image_encoder(images), self.text_encoder(captions)
         parts = _projected(left, self.image_linear), _projected(right, self.text_linear)
-        encoded = self.image_heads(self.image_linear(_pooled(left))), self.text_heads(self.text_linear(_pooled(right)))
+        vectors = _vector(left, self.image_linear, self.image_pooling), _vector(right, self.text_linear, self.text_pooling)
+        encoded = self.image_heads(vectors[0]), self.text_heads(vectors[1])
         return *encoded, cosine_relations(*parts, COSINE_SMOOTHING)
 
 
@@ -135,13 +144,24 @@ def _pooled(encoded: Encoded) -> Tensor:
     return masked_mean(encoded.parts, encoded.mask)
 
 
+def _vector(encoded: Encoded, linear: nn.Linear, pooling: Pooling | None) -> Tensor:
+    """(N,width). A pooling that is asked for reads the projected parts, as VSE-infinity has it."""
+    if pooling is None:
+        return linear(_pooled(encoded))
+    assert encoded.parts is not None
+    mask = encoded.mask if encoded.mask is not None else encoded.parts.new_ones(encoded.parts.shape[:2], dtype=torch.bool)
+    return pooling(linear(encoded.parts), mask)
+
+
+def _pooled_width(encoder: Encoder, pooling: Pooling | None) -> int:
+    if pooling is not None and not encoder.width:
+        raise ValueError(f"pooling needs parts, and the encoder {type(encoder).__name__} gives one vector only: leave pooling out")
+    return int(encoder.width if pooling is not None else encoder.vector_width or encoder.width)
+
+
 def _projected(encoded: Encoded, linear: nn.Module) -> Encoded:
     """The parts of an encoder in the common space."""
     parts = encoded.parts
     assert parts is not None
     mask = encoded.mask if encoded.mask is not None else parts.new_ones(parts.shape[:2], dtype=torch.bool)
     return Encoded(parts=linear(parts), mask=mask)
-
-
-def _pooled_width(encoder: Encoder) -> int:
-    return int(encoder.vector_width or encoder.width)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors.torch import load_model, save_model
@@ -17,7 +17,7 @@ from itm.config import Part
 from itm.data import files
 from itm.data.formats import check_format
 from itm.data.preprocess import Inputs
-from itm.kinds import build_part, find_part
+from itm.kinds import MissingPackage, build_part, check_allowed, find_part, origins
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS
 from itm.types import Matcher, Options
@@ -28,7 +28,7 @@ FORMAT = 1
 def build_matcher(part: Part, inputs: Inputs) -> Matcher:
     """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
     options = _with_image_size(part, inputs.image.size)
-    matcher: Matcher = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
+    matcher = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
     matcher.inputs = inputs
     return matcher
 
@@ -38,16 +38,16 @@ def _with_image_size(part: Part, size: int) -> Options:
     usual = find_part(MATCHERS, part.kind, "model").image_kind
     given = part.options.get("image") or {}
     kind = given.get("kind", usual) if isinstance(given, dict) else None
-    if kind not in IMAGE_ENCODERS or "image_size" in given:
+    if kind is None or (kind not in IMAGE_ENCODERS and ":" not in kind) or "image_size" in given:
         return part.options
     if "image_size" not in inspect.signature(find_part(IMAGE_ENCODERS, kind, "image encoder")).parameters:
         return part.options
     return {**part.options, "image": {"kind": kind, **given, "image_size": size}}
 
 
-def take_weights(matcher: Matcher, uri: str) -> None:
+def take_weights(matcher: Matcher, uri: str, allow: Iterable[str] = ()) -> None:
     """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
-    other = load_matcher_folder(uri)
+    other = load_matcher_folder(uri, allow)
     if other.kind != matcher.kind:
         raise ValueError(
             f"{uri} holds a {other.kind!r}, model.kind is {matcher.kind!r}: take model.kind and model.options from its config.json"
@@ -69,7 +69,9 @@ def save_matcher(matcher: Matcher, folder: str | Path) -> None:
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
         matcher.inputs.save(written)
-        config = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        config: dict[str, object] = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        if packages := origins(config):
+            config["packages"] = packages
         (written / "config.json").write_text(json.dumps(config, indent=1))
         if local:
             _replace(written, Path(target))
@@ -107,14 +109,23 @@ def _upload(written: Path, target: str) -> None:
         files.write_atomic(files.join(target, *path.relative_to(written).parts), path.read_bytes())
 
 
-def load_matcher_folder(folder: str | Path) -> Matcher:
-    """The matcher of a folder or URI, in evaluation mode, with its `inputs`. Raises ValueError naming what is missing, NewerFormat."""
+def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> Matcher:
+    """The matcher of a folder or URI, in evaluation mode, with its `inputs`.
+
+    Raises ValueError naming what is missing, NewerFormat, and, before anything is imported, for a part of a package that is not in `allow`.
+    """
     with files.local_copy(folder) if files.is_remote(folder) else contextlib.nullcontext(Path(files.absolute(folder))) as path:
         for name in ("config.json", "model.safetensors"):
             if not (path / name).exists():
                 raise ValueError(f"{folder} is no matcher folder: {name} is missing; `itm train` and `itm import` make one")
         config = json.loads((path / "config.json").read_text())
         check_format(f"{folder}/config.json", config, FORMAT)
-        matcher = build_matcher(Part(kind=config["kind"], options=config["options"]), Inputs.load(path))
+        part = Part(kind=config["kind"], options=config["options"])
+        check_allowed(part.model_dump(), allow, f"{folder}/config.json")
+        try:
+            matcher = build_matcher(part, Inputs.load(path))
+        except MissingPackage as error:
+            made = "; ".join(f"{name} of {origin}" for name, origin in config.get("packages", {}).items())
+            raise MissingPackage(f"{folder}/config.json: {error}" + f" (the folder was made with {made})" * bool(made)) from None
         load_model(matcher, str(path / "model.safetensors"))
     return matcher.eval()

@@ -45,16 +45,17 @@ class CUSA(Method):
     def __init__(self, matcher: Matcher, *, csa: Choice = True, usa: Choice = True, gather: Gather = False, **ranking: Choice) -> None:
         """Raises ValueError for options that cannot run together or that the matcher cannot serve."""
         super().__init__()
-        refuse_unknown(ranking, (*self.ranking_terms, "csa", "usa", "gather"), "method 'cusa'")
+        own = [name for name in ranking if ":" in name]  # terms of the user's own, by import path
+        refuse_unknown(ranking, (*own, *self.ranking_terms, "csa", "usa", "gather"), "method 'cusa'")
         if gather not in (True, False, "official"):
             raise ValueError(f"method cusa: gather is true, false or official, not {gather!r}")
         self.matcher, self.gather = matcher, gather
         if ranking.get(ITC) is None:
             ranking[ITC] = not any(ranking.values())
-        self.ranking = [name for name in self.ranking_terms if _on(ranking.get(name))]
+        self.ranking = [name for name in (*self.ranking_terms, *own) if _on(ranking.get(name))]
         for name in self.ranking:
             term = build_term("contrastive" if name == ITC else name, _given(ranking[name]), f"method cusa, {name}")
-            self.add_module(name, term)
+            self.add_module(_module_name(name), term)
         self.csa = read_options(CSAOptions, _given(csa), "method cusa, csa") if _on(csa) else None
         self.usa = read_options(USAOptions, _given(usa), "method cusa, usa") if _on(usa) else None
         if not (self.ranking or self.csa or self.usa):
@@ -66,7 +67,7 @@ class CUSA(Method):
     @property
     def terms(self) -> dict[str, Term]:
         """The ranking terms that are on, by name."""
-        found = {name: self.get_submodule(name) for name in self.ranking}
+        found = {name: self.get_submodule(_module_name(name)) for name in self.ranking}
         return {name: term for name, term in found.items() if isinstance(term, Term)}
 
     def temperature(self, name: str) -> tuple[Tensor, Tensor]:
@@ -158,6 +159,11 @@ def check_teacher(vectors: Tensor | None, rows: int, side: str) -> Tensor:
     if bool(bad.any()):
         raise ValueError(f"{side} teacher vectors of rows {bad.nonzero().flatten().tolist()[:8]} are zero or not finite: rebuild the store")
     return vectors
+
+
+def _module_name(term: str) -> str:
+    """What a module may be called: without the dots of an import path."""
+    return term.replace(".", "_")
 
 
 def _on(choice: Choice) -> bool:

@@ -1,4 +1,5 @@
 """Loss terms by name, for every method that ranks the scores of a batch. A new term costs one file and one line here.
+A term of one's own is named package.module:Name.
 
 method: {kind: matching, options: {loss: <term>, <option of the term>: ...}}
 method: {kind: cusa, options: {<term>: {<option of the term>: ...}, csa: ..., usa: ...}}
@@ -12,13 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from itm.config import Strict
-from itm.kinds import find_part
+from itm.kinds import Kinds, find_part
 from itm.types import Batch, Matcher, Options
-
-TERMS = {
-    "contrastive": "itm.methods.contrastive:ContrastiveTerm",
-    "triplet": "itm.methods.triplet:TripletTerm",
-}
 
 Read = TypeVar("Read", bound=Strict)
 
@@ -43,9 +39,19 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say what its loss is")
 
 
+TERMS: Kinds[Term] = Kinds(
+    "itm.methods.terms:Term",
+    {
+        "contrastive": "itm.methods.contrastive:ContrastiveTerm",
+        "triplet": "itm.methods.triplet:TripletTerm",
+        "sigmoid": "itm.methods.sigmoid:SigmoidTerm",
+    },
+)
+
+
 def build_term(name: str, options: Options, what: str, alone: bool = False) -> Term:
     """Raises ValueError for an unknown term, naming the near one, and for an unknown or wrong option. alone: it is the only loss."""
-    part: type[Term] = find_part(TERMS, name, "loss term")
+    part = find_part(TERMS, name, "loss term")
     return part(read_options(part.choices, {**part.alone, **options} if alone else options, what))
 
 

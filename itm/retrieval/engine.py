@@ -13,6 +13,7 @@ from itm.evaluation.dataset import Names, encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
 from itm.precision import computing
 from itm.retrieval.index import load_index
+from itm.types import Matcher
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Hits:
 def search(
     text: str | None = None,
     *,
-    model: str,
+    model: str | Matcher,
     shards: str,
     image: str | None = None,
     k: int = 5,
@@ -54,12 +55,13 @@ def search(
 ) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`.
 
+    model: a URI as in `itm.load_matcher`, or a matcher that was loaded.
     Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
     where = resolve_device(device)
-    matcher = itm.load_matcher(model)
+    matcher = itm.load_matcher(model) if isinstance(model, str) else model
     split = load_index(matcher, shards, index or files.join(shards, "index"), where)
     if text is not None:
         scores = score_matrix(matcher, split.images, encode_texts(matcher, [text], device=where), device=where)[:, 0]

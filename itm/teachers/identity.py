@@ -16,7 +16,7 @@ from torch import nn
 from itm.config import Part
 from itm.data.records import Caption, Json
 from itm.data.shards import Sample
-from itm.device import resolve_device
+from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
 from itm.precision import computing
 from itm.teachers import TEACHERS
@@ -66,7 +66,8 @@ class VectorTeacher(Teacher):
 def build_teacher(part: Part, modality: Modality) -> Teacher:
     """Build a recipe's teacher for a modality. Raises ValueError for an unknown kind or option, or the other modality."""
     given = {"modality": modality} if "modality" in inspect.signature(find_part(TEACHERS, part.kind, "teacher")).parameters else {}
-    teacher: Teacher = build_part(TEACHERS, part.kind, part.options, "teacher", **given)
+    teacher = build_part(TEACHERS, part.kind, part.options, "teacher", **given)
+    assert isinstance(teacher, Teacher)  # the base of the table, which a table cannot import
     if teacher.modality != modality:
         raise ValueError(f"teachers.{modality}: {part.kind!r} is a teacher of {teacher.modality}s, not of {modality}s")
     return teacher
@@ -81,7 +82,10 @@ def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: in
     """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
     vectors = np.zeros((len(payloads), teacher.width), np.float32)
-    with computing("fp32", teacher.device):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
+    with (
+        sized_by("teachers.batch_size", batch_size),
+        computing("fp32", teacher.device),
+    ):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
         _embed_rows(teacher, payloads, order, batch_size, vectors)
     return vectors
 

@@ -21,16 +21,18 @@ class MatcherTeacher(Teacher):
     """One vector per row of any matcher: `vector` (dual encoders: the retrieval vector; late interaction: the global mean), or
     `uni`, the uni-modal head of a CUSA student. `auto` takes `uni` where there is one.
 
+    `allow`: packages that the matcher may name parts of (see `itm.load_matcher`).
+
     The weights are in the identity, so a registry alias that has moved makes another store.
     """
 
-    def __init__(self, uri: str, modality: Modality, tap: Literal["auto", "vector", "uni"] = "auto") -> None:
+    def __init__(self, uri: str, modality: Modality, tap: Literal["auto", "vector", "uni"] = "auto", allow: Sequence[str] = ()) -> None:
         import itm
 
         if tap not in ("auto", "vector", "uni"):
             raise ValueError(f"tap {tap!r}; known: auto, vector, uni")
         self.modality, self.tap = modality, tap
-        matcher: Matcher = itm.load_matcher(uri)
+        matcher: Matcher = itm.load_matcher(uri, allow=allow)
         self.module = matcher
         self.inputs = matcher.inputs
         self.prepare = _text_payload if modality == "text" else _IMAGE[self.inputs.image.kind]

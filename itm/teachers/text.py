@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import inspect
 import json
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from itm.data.records import Caption
 from itm.data.text import clean_caption
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, tensors_sha256
 
 _CLEANING = "cusa-1"  # raise the number when clean_caption changes
 
@@ -141,6 +143,45 @@ def _dense_layers(path: str, revision: str | None) -> nn.Module:
         linear.load_state_dict({name.removeprefix("linear."): tensor for name, tensor in weights.items()})
         layers += [linear, activation]
     return nn.Sequential(*layers)
+
+
+class TextTeacher(Teacher):
+    """The least that a text teacher of one's own needs: subclass it and give `vectors(texts) -> (N, D)`.
+
+    The identity holds the class, the hash of its source file and its attributes that JSON can say; override it where vectors depend on
+    anything else, such as the weights of a model that was downloaded.
+    """
+
+    modality: Modality = "text"
+
+    def vectors(self, texts: list[str]) -> np.ndarray:
+        """texts: captions as they stand -> (N, D), any float type."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it makes vectors of texts")
+
+    prepare = staticmethod(partial(_text_payload, clean=False, prefix=""))  # of no object: it travels without the model
+
+    def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
+        return np.asarray(self.vectors([payload.decode() for payload in payloads]), np.float32)
+
+    def _width(self) -> int:
+        return int(self.embed([b"a photo"]).shape[1])
+
+    def _identity(self) -> dict[str, Any]:
+        source = Path(inspect.getfile(type(self))).read_bytes()
+        own = {name: value for name, value in vars(self).items() if name not in ("width", "device")}
+        return {
+            "kind": type(self).__name__,
+            "model": type(self).__module__,
+            "revision": f"source {hashlib.sha256(source).hexdigest()[:12]}",
+            "weights_sha256": None if self.module is None else tensors_sha256(self.module),
+            "options": {name: value for name, value in own.items() if isinstance(value, str | int | float | bool | None)},
+            "width": self.width,
+            "dtype": "fp32",
+        }
+
+    # Found when they are asked for, so that a subclass with an __init__ of its own need not call this one; attributes to whoever asks.
+    width = cast(int, cached_property(_width))
+    identity = cast(dict[str, Any], cached_property(_identity))
 
 
 class MiniLMTeacher(HFTextTeacher):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from itm.data import files
+from itm.kinds import origins
 
 LONGEST_PARAM = 6000  # characters; MLflow's limits
 LONGEST_TAG = 8000
@@ -36,6 +37,15 @@ class DatasetRef:
     digest: str
     source: str
     context: str = "training"
+
+
+def packages_used(choices: Mapping[str, object]) -> dict[str, str]:
+    """The tag `packages`: import path, version and source hash of each part of a user's own package that a recipe names and that is loaded.
+
+    {} where there is none.
+    """
+    found = "; ".join(f"{path} of {origin}" for path, origin in origins(choices).items())
+    return {"packages": found} if found else {}
 
 
 def git_commit() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -23,7 +22,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,11 +40,13 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, tracking_uri
+from itm.kinds import import_paths, origins
+from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, packages_used, plain_name, shorten, texts, tracking_uri
+from itm.tracking.loggers import Logger
+from itm.tracking.package import save_package
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
-REQUIREMENTS = ("torch", "transformers", "numpy", "pyarrow", "pillow", "simplejpeg", "safetensors", "pydantic", "pyyaml")
 _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
 
@@ -63,11 +63,12 @@ class Tracker:
     As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
     """
 
-    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool) -> None:
+    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
         self.run_id = run_id
         self.uri = uri
         self._client = client(uri)
         self._owner = owner
+        self._loggers = loggers
         if owner:
             self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
         self._pending: deque[Any] = deque()
@@ -98,9 +99,12 @@ class Tracker:
         return tracker
 
     @classmethod
-    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False) -> Tracker:
-        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs."""
-        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics)
+    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
+        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
+
+        loggers: they are told what this tracker is told.
+        """
+        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
@@ -109,9 +113,13 @@ class Tracker:
         self._pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
         while len(self._pending) > _MOST_PENDING:
             self._pending.popleft().wait()
+        for logger in self._loggers:
+            logger.metrics(values, step)
 
     def tags(self, values: Mapping[str, object]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
+        for logger in self._loggers:
+            logger.tags(values)
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
         """Record lineage: metadata only, nothing is read or copied."""
@@ -128,6 +136,8 @@ class Tracker:
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a file, or a folder with its name, to the run's artifacts (below `folder`)."""
         self._client.log_artifact(self.run_id, str(path), folder)
+        for logger in self._loggers:
+            logger.artifact(str(path))
 
     def flush(self) -> None:
         """Wait until every metric is stored. Raises MlflowException if one could not be."""
@@ -139,6 +149,8 @@ class Tracker:
         if self._monitor:
             self._monitor.finish()
             self._monitor = None
+        for logger in self._loggers:
+            logger.close()
         self.flush()
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -196,8 +208,9 @@ def register_matcher(
     """Log a matcher folder as a pyfunc model of the run and register it under `name`; returns the version.
 
     The package is `artifacts/matcher` (the folder as it is), `code` (the file of the pyfunc model) as text and explicit requirements: no
-    pickle. Metrics and tags become tags of the version, for searching and for the gate. The same weights of the same
-    run are registered once: a second call only refreshes the tags. Raises ValueError if the folder holds no matcher.
+    pickle. A package of the user's own that the matcher names becomes a requirement at the version loaded here; one that pip could not
+    find elsewhere travels as code. Metrics and tags become tags of the version, for searching and for the gate. The same weights of the
+    same run are registered once: a second call only refreshes the tags. Raises ValueError if the folder holds no matcher.
     """
     folder = Path(folder)
     missing = [part for part in ("config.json", "model.safetensors") if not (folder / part).exists()]
@@ -205,9 +218,12 @@ def register_matcher(
         raise ValueError(
             f"{folder} is not a matcher folder: {', '.join(missing)} missing; train first, or point to the run that was trained"
         )
+    config = json.loads((folder / "config.json").read_text())
+    if unseen := {path for _, path in import_paths(config)} - set(origins(config)):
+        raise ValueError(f"{folder} names {', '.join(sorted(unseen))}, not loaded here: itm.load_matcher(folder, allow=[...]) comes first")
     door = client()
     file_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **(tags or {}), **(metrics or {})})
+    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **packages_used(config), **(tags or {}), **(metrics or {})})
     for version in _versions(door, name):
         if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
@@ -228,20 +244,8 @@ def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics
     run = door.get_run(run_id)
     model = door.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id, model_type="retrieval")
     try:
-        with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings(action="ignore"):
-            import mlflow.pyfunc  # slow and full of warnings about its own type hints
-            from mlflow.models import Model
-
-            package = Path(scratch) / "model"
-            mlflow.pyfunc.save_model(
-                str(package),
-                python_model=str(code),
-                artifacts={"matcher": str(folder.absolute())},
-                code_paths=[str(Path(__file__).parents[1])],
-                signature=_signature(),
-                pip_requirements=[f"{part}=={importlib.metadata.version(part).partition('+')[0]}" for part in REQUIREMENTS],
-                mlflow_model=Model(run_id=run_id, model_id=model.model_id),
-            )
+        with tempfile.TemporaryDirectory() as scratch:
+            package = save_package(Path(scratch) / "model", folder, code, run_id, str(model.model_id))
             door.log_model_artifacts(model.model_id, str(package))
     except BaseException:
         door.finalize_logged_model(model.model_id, "FAILED")
@@ -250,15 +254,6 @@ def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics
     for metric, value in metrics.items():
         door.log_metric(run_id, plain_name(metric), float(value), model_id=model.model_id)
     return str(model.model_id)
-
-
-def _signature() -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    columns = [ColSpec(AnyType(), "image", required=False), ColSpec("string", "text", required=False)]
-    return ModelSignature(Schema([*columns]), None, ParamSchema([ParamSpec("output", "string", "vectors")]))
 
 
 def promote(name: str, version: str, metric: str, value: float, min_gain: float = 0.0, comparable: str = "") -> Promotion:

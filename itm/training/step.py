@@ -15,10 +15,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from itm.config import Train
 from itm.data.moving import Mover
+from itm.device import sized_by
 from itm.distributed import rank
 from itm.precision import lowered, products, repeatable, resolve_precision
 from itm.training.optim import own_kernels, set_rate
 from itm.types import Batch
+
+_SMALLER = (
+    " with twice train.accumulate, or keep the batch and set train.cache_chunk to a fraction of it, "
+    "train.checkpoint_activations=true or train.precision=bf16"
+)
 
 
 class Step:
@@ -38,7 +44,7 @@ class Step:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
-        with products(self.precision), repeatable(self.train.deterministic):
+        with products(self.precision), repeatable(self.train.deterministic), sized_by("train.batch_size", self.train.batch_size, _SMALLER):
             return self._step(batches, number)
 
     def _step(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:

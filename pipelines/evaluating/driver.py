@@ -16,7 +16,7 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, check_protocol, run_protocol
+from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import content, output_of, stored, track
@@ -44,12 +44,12 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    check_protocol(protocol)
+    find_protocol(protocol)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
-    matchers = [itm.load_matcher(uri) for uri in members]
-    screener = itm.load_matcher(how.screen_matcher) if how.screen and how.screen_matcher else None
+    matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
+    screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri)
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
@@ -112,7 +112,7 @@ def score_type(matchers: Sequence[Any], precision: str) -> str:
 
 def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
     """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
-    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" for p in encoded.problems)
+    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems)
     if out + rejected != manifest.samples:
         raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
     return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}

@@ -1,12 +1,10 @@
-"""Protocols of `itm evaluate` that ask the matcher itself and not its scores: sts (rated sentence pairs), isd and isda (relations)."""
+"""Protocols of `itm evaluate` that ask the matcher itself and not its scores: sts, isd, isda, and any `MatcherProtocol` of a user's own."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-from dataclasses import asdict
-from typing import Any
 
 import itm
 from itm.config import Recipe
@@ -14,61 +12,53 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
-from itm.evaluation.relations import isd_of_split
-from itm.evaluation.sentence_pairs import read_pairs, sts
+from itm.evaluation.protocols import MatcherProtocol, Question
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import output_of, stored, track
 
-MOST_PAIRS = 64  # relation blocks of so many pairs are held at once
 
-
-def probe(args: argparse.Namespace, recipe: Recipe | None) -> Json:
+def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> Json:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
-    name, uris = args.protocol, list(args.matcher or [])
+    uris, by_pairs = list(args.matcher or []), protocol.reads == "pairs"
     if len(uris) > 1:
         raise ValueError(f"protocol {name} is of one matcher, not of an ensemble: name one --matcher")
-    if (name == "sts") != bool(args.pairs):
-        raise ValueError("protocol sts needs --pairs FILE" if name == "sts" else "--pairs is for --protocol sts")
-    if recipe is None and (name != "sts" or not uris):
-        raise ValueError(f"protocol {name} needs -c RECIPE" + " or --matcher FOLDER" * (name == "sts"))
+    if by_pairs != bool(args.pairs):
+        raise ValueError(f"protocol {name} needs --pairs FILE" if by_pairs else f"--pairs is for --protocol sts, {name} reads a split")
+    if recipe is None and (not by_pairs or not uris):
+        raise ValueError(f"protocol {name} needs -c RECIPE" + " or --matcher FOLDER" * by_pairs)
     if recipe is None:
         uri, output = uris[0], args.output or f"{args.pairs[0]}.evaluation.json"
     else:
         uri = uris[0] if uris else files.join(recipe.folder, "matcher")
         output = output_of(recipe, uris, args.split or recipe.data.test_split, name)
-    matcher = itm.load_matcher(uri)
+    matcher = itm.load_matcher(uri, allow=args.allow if recipe is None else recipe.allowed)
     identity = {"format": FORMAT, "matcher_hash": weights_hash(matcher), "protocol_name": name, "matcher": uri}
-    result = _sts(args, recipe, matcher, identity, output) if name == "sts" else _isd(args, recipe, matcher, identity, output)
+    asked, about = _question(args, recipe, name, by_pairs)
+    identity |= about
+    if done := stored(output, identity):
+        return done
+    outcome = protocol.measure(matcher, asked)
+    where = {} if by_pairs else {"split_uri": asked.split_uri}
+    numbers = {"protocol": outcome.protocol, "metrics": outcome.metrics, "chance": outcome.chance, "counts": outcome.counts}
+    result = identity | {"score_type": protocol.score_type} | where | outcome.details | numbers
+    files.write_atomic(output, json.dumps(result, indent=1).encode())
     if recipe is not None and not uris:
         track(recipe, result, output)
     return result
 
 
-def _sts(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
-    columns = args.pair_columns.split(",") if args.pair_columns else None
-    hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
-    identity = identity | {"split": "sts", "split_hash": hashes, "pairs": args.pairs, "columns": columns}
-    if done := stored(output, identity):
-        return done
-    pairs = [read_pairs(path, columns, recipe.data.max_reject_rate if recipe else 0.01) for path in args.pairs]
-    outcome = sts(matcher, pairs, recipe.evaluation.batch_size if recipe else 256, resolve_device())
-    bad = [[file.path, line, reason] for file in pairs for line, reason in file.bad]
-    return _written(output, identity | {"score_type": "cosine of captions, fp32", "rejected_rows": bad} | asdict(outcome))
-
-
-def _isd(args: argparse.Namespace, recipe: Recipe | None, matcher: Any, identity: Json, output: str) -> Json:
+def _question(args: argparse.Namespace, recipe: Recipe | None, name: str, by_pairs: bool) -> tuple[Question, Json]:
+    """What the protocol reads, and what of it the result depends on."""
+    size = recipe.evaluation.batch_size if recipe else Question.batch_size
+    rejected = recipe.data.max_reject_rate if recipe else Question.max_reject_rate
+    if by_pairs:
+        columns = args.pair_columns.split(",") if args.pair_columns else None
+        hashes = "+".join(hashlib.sha256(files.read_bytes(path)).hexdigest()[:12] for path in args.pairs)
+        asked = Question(pairs=args.pairs, columns=columns, batch_size=size, max_reject_rate=rejected, device=resolve_device())
+        return asked, {"split": name, "split_hash": hashes, "pairs": args.pairs, "columns": columns}
     assert recipe is not None
     split = args.split or recipe.data.test_split
-    split_uri = files.absolute(files.join(recipe.data.root, split))
-    identity = identity | {"split": split, "split_hash": read_manifest(split_uri).fingerprint()}
-    if done := stored(output, identity):
-        return done
-    annotated = identity["protocol_name"] == "isda"
-    outcome = isd_of_split(matcher, split_uri, annotated, min(recipe.evaluation.batch_size, MOST_PAIRS), resolve_device())
-    return _written(output, identity | {"score_type": "relation blocks, fp32", "split_uri": split_uri} | asdict(outcome))
-
-
-def _written(output: str, result: Json) -> Json:
-    files.write_atomic(output, json.dumps(result, indent=1).encode())
-    return result
+    uri = files.absolute(files.join(recipe.data.root, split))
+    asked = Question(split_uri=uri, batch_size=size, max_reject_rate=rejected, device=resolve_device())
+    return asked, {"split": split, "split_hash": read_manifest(uri).fingerprint()}

@@ -70,7 +70,8 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
 
     A matcher is named by the last words of its folder and a digest of its whole name, an ensemble by all its members.
     """
-    words = ["evaluation"] + [split] * (split != recipe.data.test_split) + [protocol] * (protocol != recipe.evaluation.protocol)
+    words = ["evaluation"] + [split] * (split != recipe.data.test_split)
+    words += [re.sub(r"[^\w.-]", "-", protocol)] * (protocol != recipe.evaluation.protocol)
     if len(matchers) > 1:
         words += [re.sub(r"\W+", "_", uri.removesuffix("/matcher").rsplit("/", 1)[-1])[:40] for uri in matchers]
     if matchers:
@@ -92,9 +93,11 @@ def track(recipe: Recipe, result: Json, output: str) -> None:
     receipt = files.join(recipe.folder, "run.json")
     if not files.exists(receipt):
         return
+    from itm.tracking.loggers import loggers_of
     from itm.tracking.registry import Tracker
 
-    with Tracker.resume(json.loads(files.read_bytes(receipt))["run_id"]) as tracker:
+    run_id = json.loads(files.read_bytes(receipt))["run_id"]
+    with Tracker.resume(run_id, loggers=loggers_of(recipe, run_id)) as tracker:
         flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
         tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
         tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Any
+
+from itm.kinds import local_packages
 
 # Token auth and usage reports are for clusters that ask for them; worker niceness 15 would starve Ray on a busy machine.
 QUIET = {
@@ -23,6 +26,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 STORE_BYTES = 512 << 20
+_sent: list[Path] | None = None  # the user's packages that the session of `connect` sends to its workers; None = no such session
 
 
 def quiet() -> None:
@@ -32,18 +36,28 @@ def quiet() -> None:
 
 
 def connect() -> None:
-    """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other."""
+    """Idempotent. A local instance gets at least 4 logical CPUs: on fewer, actors and readers would wait for each other.
+
+    Packages that parts were imported from by path, and that are not installed, travel to the workers. Ray sends them when a session
+    starts: one of ours that started without them starts again; whoever started Ray himself has sent them himself.
+    """
+    global _sent
     quiet()
     import ray
 
+    packages = local_packages()
+    if ray.is_initialized() and _sent is not None and not set(packages) <= set(_sent):
+        ray.shutdown()
     if not ray.is_initialized():
+        _sent = packages
+        env: dict[str, Any] = {"runtime_env": {"py_modules": [str(package) for package in packages]}} if packages else {}
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(logging_level=logging.WARNING)
+            ray.init(logging_level=logging.WARNING, **env)
         else:
             cpus = max(4, os.cpu_count() or 1)
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
             silent: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent)
+            ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent, **env)
     set_up_data()
 
 

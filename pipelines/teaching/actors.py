@@ -60,7 +60,7 @@ class Prepare:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
-                unreadable += [[sample.key, sample.reason]] if sample.what != "caption" else []
+                unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []
                 continue
             for row in [sample] if self.modality == "image" else sample.captions:
                 payload, problem = self._row(row)

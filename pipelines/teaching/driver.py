@@ -152,12 +152,13 @@ def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
 
 def _track(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> None:
     """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
-    from itm.tracking.lineage import DatasetRef
+    from itm.tracking.lineage import DatasetRef, packages_used
     from itm.tracking.registry import Tracker
 
     params = {f"teacher.{name}": value for name, value in identity.items()} | {"split": job.split, "modality": job.modality, "store": uri}
     data = [DatasetRef(job.split, job.manifest.fingerprint(), job.split_uri, "teaching")]
     name, tags = f"teach {job.split} {sidecar.teacher_id(identity)}", {"stage": "teach", "teacher_id": sidecar.teacher_id(identity)}
+    tags |= packages_used(job.part.model_dump(mode="json"))
     with Tracker.start(job.recipe.registry.experiment, name, params, tags, data) as tracker:
         if counts["rows_scored"]:
             counts["rows_per_second"] = counts["rows_scored"] / counts["seconds"]

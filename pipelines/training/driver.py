@@ -16,10 +16,10 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
-from itm.tracking.lineage import DatasetRef, git_commit
+from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
 from pipelines.training import FORMAT
-from pipelines.training.group import run_group
+from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
 from pipelines.training.preparation import prepare
 from pipelines.training.worker import work
@@ -43,6 +43,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     if finished:
         print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
         return finished
+    check_gpus(recipe)
     job = prepare(recipe, manifest)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
@@ -79,7 +80,7 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
             recipe.registry.experiment,
             recipe.name,
             recipe.flat(),
-            {"stage": "train", **about},
+            {"stage": "train", **about, **packages_used(recipe.model_dump(mode="json"))},
             [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
             system_metrics=True,
         )

@@ -11,6 +11,7 @@ import torch
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json
+from itm.device import resolve_device
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.stream import PrepareActor
 from pipelines.training.job import Job
@@ -66,6 +67,41 @@ def check_room(recipe: Recipe, cpus: float) -> None:
             f"train.workers={train.workers} and their decoding actors need {wanted:g} CPUs, the cluster has {cpus:g}: "
             "set data.decode=trainer, or start another node"
         )
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Before a run is recorded: raises ValueError where a training asks for GPUs that are not there, and are not to come."""
+    train = recipe.train
+    if not train.use_gpu:
+        return
+    if not train.workers:
+        try:
+            resolve_device("cuda")
+        except ValueError as error:
+            raise ValueError(f"train.use_gpu=true: {error}; set train.use_gpu=false") from None
+        return
+    from pipelines.on_ray.session import connect
+
+    connect()
+    import ray
+
+    least, there = train.min_workers or train.workers, max(ray.cluster_resources().get("GPU", 0.0), _most_gpus())
+    if there < least:
+        asked = f"train.min_workers={least}" if train.min_workers else f"train.workers={least}"
+        raise ValueError(
+            f"train.use_gpu=true and {asked} need {least} GPUs, the cluster has {there:g} and would wait for ever: "
+            f"set train.workers={int(there)}" + ("" if there else " with train.use_gpu=false") + ", or add nodes"
+        )
+
+
+def _most_gpus() -> float:
+    """GPUs that an autoscaling cluster may grow to; 0 where it says nothing."""
+    from ray._private.state import state
+
+    try:
+        return float((state.get_max_resources_from_cluster_config() or {}).get("GPU", 0))
+    except Exception:  # no public interface tells it; without an answer there is what there is
+        return 0.0
 
 
 def worker_entry(config: Json) -> Json:

@@ -52,6 +52,5 @@ def build_method(recipe: Recipe, inputs: Inputs) -> Method:
     torch.manual_seed(recipe.seed)
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
-        take_weights(matcher, files.join(recipe.folder, START))
-    method: Method = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
-    return method
+        take_weights(matcher, files.join(recipe.folder, START), recipe.allowed)
+    return build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)

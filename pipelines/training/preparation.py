@@ -20,6 +20,7 @@ from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
 from itm.precision import warn_if_slow
 from itm.teachers.stores import store_for
+from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
 from itm.types import Matcher
@@ -45,6 +46,7 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
+    check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
     if train.compile and not train.use_gpu:
@@ -71,8 +73,8 @@ def started_from(recipe: Recipe) -> Matcher:
     """The matcher that the run fine-tunes, as it was when the run began."""
     kept = files.join(recipe.folder, START)
     if not files.exists(files.join(kept, "config.json")):
-        save_matcher(itm.load_matcher(str(recipe.train.start)), kept)
-    return itm.load_matcher(kept)
+        save_matcher(itm.load_matcher(str(recipe.train.start), allow=recipe.allowed), kept)
+    return itm.load_matcher(kept, allow=recipe.allowed)
 
 
 def captions_of(split: str, manifest: Manifest) -> Iterator[str]:

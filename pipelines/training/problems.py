@@ -25,7 +25,7 @@ class Problems:
             self._adopt(folder, ranks)
 
     def _read(self, uri: str) -> None:
-        self.rows |= dict.fromkeys(files.read_bytes(uri).decode().splitlines())
+        self.rows |= dict.fromkeys(line for line in files.read_bytes(uri).decode().split("\n") if line)
 
     def _adopt(self, folder: str, ranks: int) -> None:
         lists = {name: re.fullmatch(r"quarantine-(\d+)\.jsonl", name) for name in files.sizes(folder, ".jsonl")}

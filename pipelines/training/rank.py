@@ -12,6 +12,7 @@ from torch import Tensor
 
 from itm.data.plan import Position
 from itm.distributed import rank, world_size
+from itm.tracking.loggers import loggers_of
 from itm.tracking.registry import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.step import Step
@@ -54,7 +55,7 @@ class Rank:
             state,
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
-            Tracker.resume(job.run_id, job.tracking_uri) if rank() == 0 else None,
+            Tracker.resume(job.run_id, job.tracking_uri, loggers=loggers_of(job.recipe, job.run_id)) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )
 

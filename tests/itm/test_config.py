@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from itm.config import Part, Recipe, Strict, Train, load_recipe, parse_recipe, resolve_recipe
-from itm.kinds import build_part
+from itm.kinds import Kinds, build_part
 from tests.support.made_before import recorded, unpack
 
 MINIMAL = {"name": "x", "model": {"kind": "dual"}}
@@ -180,7 +180,7 @@ def test_missing_recipe_and_broken_yaml_name_the_file(tmp_path):
 
 
 def test_a_part_refuses_an_unknown_option_and_names_the_near_one():
-    table = {"d": "fractions:Fraction"}
+    table = Kinds("fractions:Fraction", {"d": "fractions:Fraction"})
     with pytest.raises(ValueError, match="did you mean 'numerator'"):
         build_part(table, "d", {"numeratr": 1}, "number")
     with pytest.raises(ValueError, match="unknown number 'c'"):

@@ -235,3 +235,18 @@ def test_a_matcher_that_reads_other_images_cannot_join_an_ensemble(tmp_path):
     seen = [EncodedSplit(Encoded(), Encoded(), n) for n in names]
     with pytest.raises(ValueError, match="only one of the matchers 1 and 2 can read 1 images, e.g. 'b'"):
         evaluate.agreed(seen, "split")
+
+
+def test_captions_without_a_word_are_quarantined_and_counted_and_the_rest_is_scored(tmp_path):
+    recipe, rows = small_run(tmp_path, data={"root": str(tmp_path / "shards"), "max_reject_rate": 0.5}), records(12)
+    rows[2] = replace(rows[2], captions=[replace(c, text="...") if n == 1 else c for n, c in enumerate(rows[2].captions)])
+    rows[5] = replace(rows[5], captions=[replace(c, text="!?") for c in rows[5].captions])
+    write_split(tmp_path / "shards" / "test", rows)
+    result = evaluate.evaluate(recipe)
+    assert (result["rows_in"], result["rows_out"], result["rows_rejected"]) == (12, 11, 1)
+    whole = sum(len(row.captions) for row in rows)
+    split = encode_split(itm.load_matcher(f"{recipe.folder}/matcher"), str(tmp_path / "shards" / "test"))
+    assert len(split.captions) == whole - len(rows[5].captions) - 1 == len(split.names.caption_ids)
+    assert rows[5].key not in split.names.image_keys
+    told = [(p.key, p.what) for p in split.problems]
+    assert told == [(rows[2].key, "caption"), *[(rows[5].key, "caption")] * len(rows[5].captions), (rows[5].key, "sample")]

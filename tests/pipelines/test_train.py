@@ -236,3 +236,11 @@ def test_two_workers_on_one_shard_survive_the_death_of_one_bit_for_bit(tmp_path:
     assert whole["steps"] == killed["steps"] == 60
     assert whole["best"] == killed["best"]
     assert same(final(tmp_path, "whole", 60), final(tmp_path, "killed", 60))
+
+
+@pytest.mark.e2e
+def test_more_workers_than_gpus_are_refused_before_a_run_is_recorded(ray_local: Any, tmp_path: Path) -> None:
+    splits(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.workers=2 need 2 GPUs, the cluster has 0 .* with train\.use_gpu=false, or add nodes"):
+        train(recipe(tmp_path, workers=2, use_gpu=True))
+    assert not (tmp_path / "runs" / "run" / "started.json").exists()

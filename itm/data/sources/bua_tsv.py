@@ -6,13 +6,14 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Caption, Json, Problem, Record, Regions
+from itm.data.records import Json, Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
 from itm.kinds import build_part
 
@@ -64,7 +65,7 @@ class BuaTsv(Source):
             regions = read_row(self._row(place))
         except ValueError as error:
             return Problem(key, "", "source", f"{self.files[place[0]]} at byte {place[1]}: {error}")
-        captions = [Caption(c.id or f"{key}#{n}", c.text, c.meta) for n, c in enumerate(listing.captions)]
+        captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(listing.captions)]
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": listing.path, **listing.meta})
 
     def _index(self, number: int, file: Path) -> None:

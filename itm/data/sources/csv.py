@@ -16,7 +16,10 @@ class CsvPairs(ListedImages):
     """One row a caption (repeated paths are the same image), or several caption columns a row.
 
     `path`: a file name with `{split}`, a mapping split: file, or one file, all train unless `split_column` says more.
-    `delimiter`: default a tab for .tsv and a comma otherwise. Raises ValueError naming the columns there are.
+    `delimiter`: default a tab for .tsv and a comma otherwise. `quoting`: whether `"` begins a quoted cell; default no between tabs, where
+    it is a character like any other, and yes otherwise. A row is a line: where captions hold the delimiter unquoted, and the only caption
+    column is the last one, the rest of the line is the caption. A caption that cannot be told (a short row, cells too many) is
+    quarantined with its line. Raises ValueError naming the columns there are, and the line where a quoted cell does not end.
     """
 
     def __init__(
@@ -27,9 +30,12 @@ class CsvPairs(ListedImages):
         caption_columns: list[str] | str = "caption",
         split_column: str | None = None,
         delimiter: str | None = None,
+        quoting: bool | None = None,
     ) -> None:
         captions = [caption_columns] if isinstance(caption_columns, str) else list(caption_columns)
         self.image, self.captions, self.split, self.delimiter = image_column, captions, split_column, delimiter
+        self.quoting = quoting
+        self.quotes_are_text = False
         paths = paths_by_split(path)
         rows: dict[str, list[_Row]] = {}
         for split, file in paths.items():
@@ -38,20 +44,50 @@ class CsvPairs(ListedImages):
         super().__init__(image_root, {split: group_by_path(r) for split, r in rows.items()}, paths.values())
 
     def identity(self) -> Json:
-        columns = {"image": self.image, "captions": self.captions, "split": self.split, "delimiter": self.delimiter}
+        columns: Json = {"image": self.image, "captions": self.captions, "split": self.split, "delimiter": self.delimiter}
+        if self.quotes_are_text:  # where there is no quote, quoting changes nothing
+            columns["quotes"] = "text"
         return super().identity() | {"columns": columns}
 
     def _rows(self, path: Path, split: str) -> Iterator[tuple[str, _Row]]:
         delimiter = self.delimiter or ("\t" if path.suffix == ".tsv" else ",")
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            table = csv.DictReader(stream, delimiter=delimiter, skipinitialspace=True)
-            named = [name.strip() for name in table.fieldnames or []]
-            table.fieldnames = named
-            wanted = [self.image, *self.captions, *([self.split] if self.split else [])]
-            if missing := [name for name in wanted if name not in named]:
-                raise ValueError(
-                    f"{path} has no column {', '.join(missing)}; it has {', '.join(named)} (set image_column, caption_columns)"
-                )
-            for row in table:
-                captions = [Caption("", row[name] or "") for name in self.captions]
-                yield row[self.split] if self.split else split, (row[self.image], captions, {})
+        quoted = delimiter != "\t" if self.quoting is None else self.quoting
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        self.quotes_are_text |= not quoted and any('"' in line for line in lines)
+        header, *rows = [(n, cells) for n, line in enumerate(lines, 1) if (cells := _cells(path, n, line, delimiter, quoted))] or [(1, [])]
+        named = [name.strip() for name in header[1]]
+        wanted = [self.image, *self.captions, *([self.split] if self.split else [])]
+        if missing := [name for name in wanted if name not in named]:
+            raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(named)} (set image_column, caption_columns)")
+        for number, cells in rows:
+            if len(cells) > len(named) and self.captions == named[-1:] and not (quoted and '"' in lines[number - 1]):
+                cells = [cell.lstrip() for cell in lines[number - 1].split(delimiter, len(named) - 1)]
+            yield self._row(dict(zip(named, cells, strict=False)), f"{path} line {number}", split, len(cells) - len(named))
+
+    def _row(self, cells: dict[str, str], where: str, split: str, surplus: int) -> tuple[str, _Row]:
+        """Its split and row. surplus: cells beyond the header's; below 0 the last columns have none."""
+        image = cells.get(self.image, "")
+        if not image:
+            raise ValueError(f"{where} names no image: its column {self.image} is empty")
+        fault = None if surplus <= 0 else f"{where} has {surplus} cells more than the header: quote the caption, or use another delimiter"
+        if self.split and not cells.get(self.split):
+            fault = fault or f"{where} has no {self.split}"
+        captions = []
+        for name in self.captions:
+            unread = fault or (None if name in cells else f"{where} has no {name}")
+            captions.append(Caption("", "" if unread else cells[name], unread=unread))
+        chosen = cells[self.split] if self.split and not fault else split  # cells that were shifted name no split
+        return chosen, (image, captions, {})
+
+
+def _cells(path: Path, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
+    """The cells of one line. Raises ValueError naming it when a quoted cell does not end in it."""
+    if not quoted:
+        return [cell.lstrip() for cell in line.split(delimiter)] if line else []
+    try:
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {number}: a quoted cell does not end with the line ({error}); put each row on one line, double the quotes "
+            'inside a quoted cell, or set the option quoting=false where `"` is text'
+        ) from None

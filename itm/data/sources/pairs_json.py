@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from itm.data.records import Caption, Json
-from itm.data.sources.source import ListedImages, group_by_path, paths_by_split, read_json
+from itm.data.sources.source import ListedImages, caption_of, field_of, group_by_path, paths_by_split, read_json
 
 
 class PairsJson(ListedImages):
@@ -25,8 +25,10 @@ def _rows(path: Path) -> Iterator[tuple[str, list[Caption], Json]]:
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of pairs, not a {type(rows).__name__}")
     for number, row in enumerate(rows):
+        where = f"{path} row {number}"
+        said = field_of(row, "caption", where)
         image = row.get("image_path", row.get("image"))
-        if not image or "caption" not in row:
-            raise ValueError(f"{path} row {number} needs `image` (or `image_path`) and `caption`; it has {', '.join(row)}")
-        texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-        yield image, [Caption("", text) for text in texts], {"image_id": row["image_id"]} if "image_id" in row else {}
+        if not image:
+            raise ValueError(f"{where} needs `image` (or `image_path`) and `caption`; it has {', '.join(row)}")
+        captions = [caption_of(text, where) for text in (said if isinstance(said, list) else [said])]
+        yield image, captions, {"image_id": row["image_id"]} if "image_id" in row else {}

@@ -124,6 +124,23 @@ def unique_keys(paths: list[str]) -> list[str]:
     return keys
 
 
+def caption_of(said: object, where: str, caption_id: str = "") -> Caption:
+    """A caption from the value of an annotation file; what is no text becomes one that says so, and is quarantined. where: file and row."""
+    if isinstance(said, str):
+        return Caption(caption_id, said)
+    found = "null" if said is None else f"of type {type(said).__name__}, no text"
+    return Caption(caption_id, "", unread=f"{where}: the caption is {found}")
+
+
+def field_of(row: object, name: str, where: str) -> Any:
+    """A field that every row of an annotation file must have. Raises ValueError naming file, row and field, with the fields there are."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}, not an object with `{name}`")
+    if name not in row:
+        raise ValueError(f"{where} has no `{name}`; it has {', '.join(row) or 'no field at all'}")
+    return row[name]
+
+
 def read_json(path: Path) -> Any:
     """Raises ValueError naming the file when it is missing or no JSON."""
     try:

@@ -10,19 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from itm.kinds import build_part
+from itm.kinds import Kinds, build_part
 from itm.types import Encoded, Options
-
-IMAGE_ENCODERS = {
-    "conv": "itm.matchers.encoders.towers:ConvTower",
-    "hf_vision": "itm.matchers.encoders.towers:HFVision",
-    "regions": "itm.matchers.encoders.regions:RegionProjection",
-}
-TEXT_ENCODERS = {
-    "gru": "itm.matchers.encoders.gru:WordGRU",
-    "pooled_gru": "itm.matchers.encoders.towers:PooledGRU",
-    "hf_text": "itm.matchers.encoders.towers:HFText",
-}
 
 
 class Encoder(nn.Module):
@@ -42,16 +31,32 @@ class Encoder(nn.Module):
         def __call__(self, rows: Any) -> Encoded: ...
 
 
+IMAGE_ENCODERS: Kinds[Encoder] = Kinds(
+    "itm.matchers.encoders.build:Encoder",
+    {
+        "conv": "itm.matchers.encoders.towers:ConvTower",
+        "hf_vision": "itm.matchers.encoders.towers:HFVision",
+        "regions": "itm.matchers.encoders.regions:RegionProjection",
+    },
+)
+TEXT_ENCODERS: Kinds[Encoder] = Kinds(
+    "itm.matchers.encoders.build:Encoder",
+    {
+        "gru": "itm.matchers.encoders.gru:WordGRU",
+        "pooled_gru": "itm.matchers.encoders.towers:PooledGRU",
+        "hf_text": "itm.matchers.encoders.towers:HFText",
+    },
+)
+
+
 def build_image_encoder(kind: str, **options: Any) -> Encoder:
     """Raises ValueError for an unknown kind or option."""
-    encoder: Encoder = build_part(IMAGE_ENCODERS, kind, options, "image encoder")
-    return encoder
+    return build_part(IMAGE_ENCODERS, kind, options, "image encoder")
 
 
 def build_text_encoder(kind: str, *, vocab_size: int, **options: Any) -> Encoder:
     """`vocab_size` comes from the tokenizer. Raises ValueError for an unknown kind or option."""
-    encoder: Encoder = build_part(TEXT_ENCODERS, kind, options, "text encoder", vocab_size=vocab_size)
-    return encoder
+    return build_part(TEXT_ENCODERS, kind, options, "text encoder", vocab_size=vocab_size)
 
 
 def options_of(encoder: Encoder, given: Options) -> Options:

@@ -169,3 +169,16 @@ def test_inputs_come_back_from_their_folder(tmp_path: Path) -> None:
     assert torch.equal(images.pixels, inputs.images(raw).pixels)
     with pytest.raises(ValueError, match="image 1: cannot decode"):
         again.images([raw[0], b"x"])
+
+
+@pytest.mark.parametrize("crop", ["center", "random", "squash"])
+def test_grey_of_16_bits_is_scaled_and_not_cut_off(crop):
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    wide, narrow = io.BytesIO(), io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint16)).save(wide, "PNG")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(narrow, "PNG")
+    eight, sixteen = (np.asarray(decode(data.getvalue()), np.int64) for data in (narrow, wide))
+    assert sixteen.shape == (64, 64, 3)
+    assert np.abs(sixteen - eight).max() <= 1
+    made = [augment(data.getvalue(), ImageInput(size=16, crop=crop), draw(0, 0, "k")).astype(int) for data in (narrow, wide)]
+    assert np.abs(made[0] - made[1]).max() <= 1

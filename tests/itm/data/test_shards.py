@@ -81,7 +81,7 @@ def test_img2dataset_and_clip_benchmark_layouts_are_read_as_they_are(tmp_path):
     assert [s.name for s in manifest.shards] == ["2.tar", "10.tar"]
     assert (manifest.samples, manifest.captions, manifest.rejected) == (4, 6, 0)
     texts = {s.key: [c.text for c in s.captions] for shard in ("2", "10") for s in read_samples(str(folder / f"{shard}.tar"))}
-    assert texts == {"s0": ["first", "second"], "s1": ["from txt"], "s2": ["alone"], "s3": ["list", "wins"]}
+    assert texts == {"s0": ["first", "second"], "s1": ["from json"], "s2": ["alone"], "s3": ["list", "wins"]}
     (folder / "nshards.txt").write_text("3")
     with pytest.raises(ValueError, match=r"2 tars but its nshards\.txt says 3"):
         read_manifest(str(folder))
@@ -95,11 +95,58 @@ def test_an_empty_caption_is_dropped_and_named_and_a_sample_of_only_those_is_rej
     assert [c.text for c in sample.captions] == ["good"]
     assert [(p.key, p.what, p.reason) for p in problems] == [
         ("a", "caption", "caption a#1 is empty"),
-        ("b", "sample", "no usable caption: caption b#0 is empty"),
-        ("c", "sample", "no caption"),
-        ("d", "sample", "no caption"),
+        ("b", "sample", "no usable caption: caption b#0 is empty (members: .jpg, .json)"),
+        ("c", "sample", "no caption (members: .jpg)"),
+        ("d", "sample", "no caption (members: .json, .jpg)"),
     ]
     assert [row.key for row in index_shard(uri)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "said", ["one", "Trail shoes\nsize 42", "a cat\u2028on a mat", "one\r\ntwo", "\u0085 next", ["a cup", "a mug\nof tea"]]
+)
+def test_a_json_caption_is_one_caption_whatever_it_holds_and_a_list_is_several(tmp_path, said):
+    about = json.dumps({"caption": said}).encode()
+    uri = tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", str(said).encode()), ("a.json", about)])
+    (sample,) = read_samples(uri)
+    assert [c.text for c in sample.captions] == (said if isinstance(said, list) else [said])
+
+
+def test_lines_of_a_txt_end_at_newlines_only(tmp_path):
+    text = "\ufeffa cat\u2028on a mat\r\nsecond\x0b line\nthird\n"
+    (sample,) = read_samples(tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", text.encode())]))
+    assert [c.text for c in sample.captions] == ["a cat\u2028on a mat", "second\x0b line", "third"]
+
+
+def test_members_of_other_kinds_are_named_where_a_sample_lacks_what_they_might_have_been(tmp_path):
+    contents = [
+        ("1.jpg", b"x"),
+        ("1.cap", b"a dog"),
+        ("2.img", b"x"),
+        ("2.txt", b"a cat"),
+        ("3.jpg", b"x"),
+        ("3.json", b'{"text": "a cat"}'),
+    ]
+    contents += [("README.md", b"x"), ("._4.jpg", b"x"), ("5.jpg", b"x"), ("5.txt", b"kept"), ("5.cls", b"7"), ("5.left.png", b"x")]
+    samples, problems = split(read_samples(tar_of(tmp_path / "x.tar", contents)))
+    assert [(s.key, s.captions[0].text) for s in samples] == [("5", "kept")]
+    told = {p.key: (p.what, p.reason) for p in problems}
+    assert told["1"] == ("sample", "no caption (members: .jpg, 1.cap)")
+    assert told["2"] == ("sample", "no image and no regions (members: .txt, 2.img)")
+    assert told["3"] == ("sample", "no caption (members: .jpg, .json, the json has text)")
+    assert told["README"][0] == told[""][0] == "member"
+    assert "README.md; the kinds are" in told["README"][1]
+    assert "._4.jpg" in told[""][1]
+    assert len(problems) == 5
+
+
+def test_keys_with_dots_are_samples_and_counted(tmp_path):
+    names = ["trip_v1.5_0001", "trip_v1.5_0002", "22.05", "plain"]
+    contents = [member for name in names for member in ((f"{name}.jpg", name.encode()), (f"{name}.txt", f"at {name}".encode()))]
+    uri = tar_of(tmp_path / "x.tar", contents)
+    assert [(s.key, s.image.decode(), s.captions[0].text) for s in read_samples(uri)] == [(name, name, f"at {name}") for name in names]
+    for row, name in zip(index_shard(uri), names, strict=True):
+        assert read_range(uri, row.start, row.end).key == row.key == name
 
 
 def test_a_second_sample_of_the_same_key_is_a_problem_and_the_first_is_kept(tmp_path):

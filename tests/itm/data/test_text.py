@@ -146,3 +146,7 @@ def test_missing_sources_are_named():
         build_tokenizer(Text())
     with pytest.raises(ValueError, match="holds no Hugging Face tokenizer"):
         HFTokenizer("/nowhere/at/all")
+
+
+def test_a_caption_of_punctuation_gives_a_vocabulary_no_word_and_stops_nothing():
+    assert WordVocabulary.from_captions(["a man", "...", "!?"]).word2idx == WordVocabulary.from_captions(["a man"]).word2idx

@@ -42,8 +42,8 @@ def test_eccv_is_refused_on_a_split_that_is_not_coco():
         run_protocol("eccv", scored())
 
 
-def test_an_unknown_protocol_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown protocol 'coco'; known: auto, flickr30k-1k"):
+def test_an_unknown_protocol_is_refused_with_the_near_one():
+    with pytest.raises(ValueError, match="unknown protocol 'coco'; did you mean 'coco-5k'"):
         run_protocol("coco", scored())
 
 

@@ -13,19 +13,22 @@ import pytest
 import torch
 
 import itm
-from itm.config import Part
+from itm.config import Part, Train
 from itm.data import sidecar
 from itm.data.records import Caption, Record
 from itm.data.shards import Manifest, write_manifest, write_shard
 from itm.device import resolve_device
 from itm.evaluation.scoring import score_matrix
+from itm.kinds import build_part
 from itm.matchers.late.uarda_pruned import Pruning
+from itm.methods import METHODS
 from itm.precision import computing, repeatable
-from itm.teachers.identity import build_teacher
+from itm.teachers.identity import build_teacher, embed_in_batches
+from itm.training.switches import build_step
 from pipelines import search
 from pipelines.teaching import driver as teach
 from pipelines.teaching.recompute import ACROSS_DEVICES, TOLERANCE, verify
-from tests.support.every_matcher import KINDS, captions_of, images_of, matcher_of
+from tests.support.every_matcher import KINDS, batch_of, captions_of, images_of, matcher_of
 from tests.support.registry_world import matcher_folder, picture
 from tests.support.small_teaching import pack, recipe, scenes, score_here
 from tests.support.small_training import recipe as training_recipe, splits
@@ -187,6 +190,56 @@ def test_the_registered_model_runs_on_the_device(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv("ITM_DEVICE", "cpu")
         model.load_context(context)
         assert not next(model.matcher.parameters()).is_cuda
+
+
+def test_a_tile_that_does_not_fit_is_halved_and_scoring_goes_on(device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher, images, captions = matcher_of("sgr"), images_of(7), captions_of([5, 3, 7, 4])
+    want, whole, tried = score_matrix(matcher, images, captions), type(matcher).score, []
+
+    def small(self: Any, left: Any, right: Any) -> Any:
+        tried.append(len(left))
+        if len(left) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return whole(self, left, right)
+
+    monkeypatch.setattr(type(matcher), "score", small)
+    with pytest.warns(UserWarning, match=r"out of memory with 7 images a tile; going on with evaluation.block=3"):
+        got = score_matrix(matcher, images, captions, device="cuda", block=7)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert tried[:3] == [7, 3, 1]
+    monkeypatch.setattr(type(matcher), "score", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(ValueError, match="with one image and 4 captions a tile: use a device with more memory or --precision bf16"):
+        score_matrix(matcher, images, captions, device="cuda")
+
+
+def test_what_does_not_fit_names_the_setting_and_a_value_to_try(tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    matcher = matcher_of("scan")
+    monkeypatch.setattr(type(matcher), "encode_images", full)
+    with pytest.raises(ValueError, match=r"out of memory with evaluation.batch_size=256: try evaluation.batch_size=128 \(CUDA"):
+        score_matrix(matcher, images_of(3), captions_of([3, 4, 5]), device="cuda")
+    method = build_part(METHODS, "matching", {"loss": "triplet"}, "method", matcher=matcher)
+    step = build_step(method, Train(batch_size=6), lambda _: 1e-3, 0, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"train.batch_size=6: try train.batch_size=3 with twice .* train.cache_chunk"):
+        step([batch_of(6)], 0)
+    part = Part(kind="matcher", options={"uri": str(matcher_folder(tmp_path / "m"))})
+    teacher = build_teacher(part, "text").to("cuda")
+    monkeypatch.setattr(teacher, "embed", full)
+    with pytest.raises(ValueError, match=r"with teachers.batch_size=64: try teachers.batch_size=32"):
+        embed_in_batches(teacher, [b"a red circle"], 64)
+
+
+def test_training_without_a_gpu_is_refused_before_a_run_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines.train import train
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    splits(tmp_path)
+    with pytest.raises(ValueError, match=r"train.use_gpu=true: device 'cuda' was asked for, but .*; set train.use_gpu=false"):
+        train(training_recipe(tmp_path, use_gpu=True))
+    assert not (tmp_path / "mlflow.db").exists()
+    assert not (tmp_path / "runs" / "run" / "started.json").exists()
 
 
 def test_a_loaded_matcher_lies_where_it_was_asked_for(tmp_path: Path) -> None:

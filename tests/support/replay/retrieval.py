@@ -13,7 +13,7 @@ import torch
 
 from itm.evaluation.dataset import names_of
 from itm.evaluation.metrics import KS, rank_queries, retrieval_metrics
-from itm.evaluation.protocols import Scored, cxc, eccv, folds, same_label_metrics
+from itm.evaluation.protocols import ECCV, CxC, Scored, folds, same_label_metrics
 from tests.support.replay import Case, Check
 
 # Their names for the two directions.
@@ -157,7 +157,7 @@ def _hash_world(path: Path, kind: str) -> Iterator[Check]:
     scored = Scored(torch.from_numpy(scores), names)
     whole = retrieval_metrics(scored.scores, names.positives, tie="lower_index")
     fold, _ = folds(scored, 5, "lower_index")
-    wider = eccv(scored, "lower_index").metrics | cxc(scored, "lower_index").metrics
+    wider = ECCV().measure(scored, "lower_index").metrics | CxC().measure(scored, "lower_index").metrics
     want = dict(zip(data["metric_names"].tolist(), data[f"{kind}_values"], strict=True))
     for name, values in want.items():
         group, _, metric = name.rpartition("_") if "map_at_r" not in name else ("eccv", "", "map_at_r")

@@ -51,7 +51,7 @@ def test_pairs_lists_join_the_rows_of_an_image_and_accept_lists_of_captions(phot
     assert "No such file" in problem.reason
     assert said(source, "val") == {"c": ["x", "y"]}
     save(photos / "bad.json", [{"image": "c.png"}])
-    with pytest.raises(ValueError, match="row 0 needs"):
+    with pytest.raises(ValueError, match="row 0 has no `caption`; it has image"):
         PairsJson({"train": str(photos / "bad.json")})
     with pytest.raises(ValueError, match="no split 'test'"):
         list(source.records("test"))
@@ -137,3 +137,101 @@ def test_keys_are_stems_made_longer_where_they_collide():
     assert keys[:4] == ["a_b", "c", "y_c", "y_c-3"]
     assert len(set(keys)) == 5
     assert all(key and not set("./ ") & set(key) for key in keys)
+
+
+def faults(source, split: str = "train") -> list[str]:
+    return [fault for r in source.records(split) if isinstance(r, Record) for c in r.captions if (fault := c.fault())]
+
+
+def test_a_quote_between_tabs_is_text_and_swallows_no_row(photos):
+    lines = ["image\tcaption", 'a.jpg\t"Stop" sign', 'b.jpeg\t"A man says hello', 'c.png\ta child with a "kite', 'a.jpg\tsaid ""twice""']
+    (photos / "t.tsv").write_text("\n".join(lines) + "\n")
+    source = CsvPairs(str(photos / "t.tsv"), str(photos))
+    assert said(source) == {"a": ['"Stop" sign', 'said ""twice""'], "b": ['"A man says hello'], "c": ['a child with a "kite']}
+    quoting = CsvPairs({"train": str(photos / "t.tsv")}, str(photos), quoting=False)
+    assert quoting.identity() == source.identity()
+    (photos / "t.tsv").write_text('image\tcaption\na.jpg\t"one\ttwo"\n')
+    assert said(CsvPairs(str(photos / "t.tsv"), str(photos), quoting=True)) == {"a": ["one\ttwo"]}
+
+
+@pytest.mark.parametrize("cell", ['"A man says hello', '"Stop" sign', '"on two\nlines"'])
+def test_a_quoted_cell_that_does_not_end_with_its_line_is_refused_by_line_and_may_be_text(photos, cell):
+    (photos / "t.csv").write_text(f"image,caption\na.jpg,first\nb.jpeg,{cell}\nc.png,last\n")
+    with pytest.raises(ValueError, match=r"t\.csv line 3: a quoted cell does not end with the line .*quoting=false"):
+        CsvPairs(str(photos / "t.csv"), str(photos))
+    if "\n" not in cell:
+        assert said(CsvPairs(str(photos / "t.csv"), str(photos), quoting=False)) == {"a": ["first"], "b": [cell], "c": ["last"]}
+
+
+def test_unquoted_commas_belong_to_a_caption_in_the_last_column(photos):
+    (photos / "t.csv").write_text('image,caption\na.jpg,"a dog, running"\nb.jpeg,a crowd of 1,000, and a dog \nc.png,two cats\n')
+    expected = {"a": ["a dog, running"], "b": ["a crowd of 1,000, and a dog "], "c": ["two cats"]}
+    assert said(CsvPairs(str(photos / "t.csv"), str(photos))) == expected
+
+
+def test_cells_that_cannot_be_told_are_quarantined_with_their_line(photos):
+    (photos / "t.csv").write_text('image,caption,split\na.jpg,a dog,train\na.jpg,one, two,train\nb.jpeg,a cat\nc.png,"x", y,z,train\n')
+    source = CsvPairs(str(photos / "t.csv"), str(photos), split_column="split")
+    assert [fault.partition("t.csv ")[2] for fault in faults(source)] == [
+        "line 3 has 1 cells more than the header: quote the caption, or use another delimiter",
+        "line 4 has no split",
+        "line 5 has 2 cells more than the header: quote the caption, or use another delimiter",
+    ]
+    assert source.splits == ["train"]
+    assert [c.text for c in next(source.records("train")).captions] == ["a dog", ""]
+    (photos / "t.csv").write_text("image,first,second\na.jpg,x,y\nb.jpeg,x\n")
+    both = CsvPairs(str(photos / "t.csv"), str(photos), caption_columns=["first", "second"])
+    assert said(both) == {"a": ["x", "y"], "b": ["x", ""]}
+    assert [fault.partition("t.csv ")[2] for fault in faults(both)] == ["line 3 has no second"]
+
+
+def test_a_null_caption_is_quarantined_with_file_and_row_and_its_image_keeps_the_others(photos):
+    rows = [{"image": "a.jpg", "caption": None}, {"image": "a.jpg", "caption": ["a cat", 7]}]
+    source = PairsJson(save(photos / "null.json", rows), str(photos))
+    assert said(source) == {"a": ["", "a cat", ""]}
+    assert [fault.partition("null.json ")[2] for fault in faults(source)] == [
+        "row 0: the caption is null",
+        "row 1: the caption is of type int, no text",
+    ]
+    notes = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 1, "image_id": 1, "caption": None}]}
+    assert faults(CocoCaptions(save(photos / "captions.json", notes), str(photos)))[0].endswith("annotation 0: the caption is null")
+    image = {"filename": "a.jpg", "split": "train", "imgid": 0, "sentences": [{"raw": None, "sentid": 0}]}
+    (fault,) = faults(Karpathy(save(photos / "dataset.json", {"images": [image]}), str(photos)))
+    assert fault.endswith("image 0 sentence 0: the caption is null")
+
+
+@pytest.mark.parametrize(
+    ("source", "rows", "message"),
+    [
+        (PairsJson, [["a.jpg", "a dog"]], r"x\.json row 0 is a list, not an object with `caption`"),
+        (PairsJson, [{"image": "a.jpg", "text": "a"}], r"x\.json row 0 has no `caption`; it has image, text"),
+        (Karpathy, {"images": [{"filename": "a.jpg", "split": "train", "sentences": []}]}, r"x\.json image 0 has no `imgid`"),
+        (Karpathy, {"images": [{"filename": "a.jpg", "split": "t", "imgid": 1}]}, r"x\.json image 0 has no `sentences`"),
+        (
+            Karpathy,
+            {"images": [{"filename": "a.jpg", "split": "t", "imgid": 1, "sentences": [{"raw": "a"}]}]},
+            r"sentence 0 has no `sentid`",
+        ),
+        (CocoCaptions, {"images": [{"id": 1}], "annotations": []}, r"x\.json image 0 has no `file_name`; it has id"),
+        (
+            CocoCaptions,
+            {
+                "images": [{"id": 1, "file_name": "a.jpg"}],
+                "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}],
+            },
+            r"annotation 0 is an object with a box.*captions_\*\.json",
+        ),
+    ],
+)
+def test_a_field_that_is_missing_is_named_with_file_and_row(photos, source, rows, message):
+    with pytest.raises(ValueError, match=message):
+        source(save(photos / "x.json", rows))
+
+
+def test_one_coco_id_for_two_images_is_refused_and_one_image_listed_twice_is_one(photos):
+    notes = [{"id": 1, "image_id": 1, "caption": "one"}, {"id": 2, "image_id": 1, "caption": "two"}]
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "c.png"}]
+    with pytest.raises(ValueError, match=r"the image id 1 is of a\.jpg and of c\.png"):
+        CocoCaptions(save(photos / "x.json", {"images": images, "annotations": notes}))
+    again = CocoCaptions(save(photos / "x.json", {"images": images[:1] * 2, "annotations": notes}), str(photos))
+    assert said(again) == {"a": ["one", "two"]}
