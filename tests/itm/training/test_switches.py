@@ -32,7 +32,7 @@ from itm.training.optim import moving_average
 from itm.training.recompute import recompute_activations
 from itm.training.step import Step
 from itm.training.switches import build_step
-from itm.types import Batch, SoftLabels
+from itm.types import Batch, Matcher, SoftLabels
 from pipelines.train import train
 from tests.support.every_matcher import TOWER, WORDS, batch_of, captions_of, images_of, matcher_of
 from tests.support.joint_matcher import Crossed
@@ -171,6 +171,17 @@ def test_a_missing_compiler_is_said_before_the_start(tmp_path: Path) -> None:
     ):
         train(recipe(tmp_path, compile=True))
     assert not (tmp_path / "runs/run/started.json").exists()
+
+
+def test_a_matcher_that_declares_no_layers_is_refused_where_they_are_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"train\.checkpoint_activations: matcher 'bare' declares no layers\(\)"):
+        recompute_activations(Bare())
+    with pytest.raises(ValueError, match=r"train\.compile: matcher 'bare' declares no layers\(\)"):
+        compile_encoders(Bare())
+
+
+class Bare(Matcher):
+    kind = "bare"
 
 
 @pytest.mark.e2e
