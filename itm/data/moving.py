@@ -93,8 +93,7 @@ def parts_of(batch: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Batch
 
 def dense_order(x: Tensor) -> list[int]:
     """The axes of a tensor from the slowest in memory to the fastest: pixels stay channels last on their way."""
-    strides = x.stride()
-    return sorted(range(x.dim()), key=lambda k: (-strides[k], k))
+    return sorted(range(x.dim()), key=lambda k: (-x.stride()[k], k))
 
 
 def places(tensors: list[Tensor]) -> tuple[list[int], int]:

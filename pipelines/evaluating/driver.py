@@ -135,7 +135,7 @@ def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: in
 
     connect()
     gpu = ray.cluster_resources().get("GPU", 0) > 0
-    task: Any = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)  # Ray's types stop at the first default
+    task: Any = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
     shared = ray.put(matcher.cpu())
     try:
         return ray.get([task.remote(shared, *shard, batch_size, None, "cuda" if gpu else "cpu") for shard in shards])

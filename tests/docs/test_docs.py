@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from itm.config import Part, Recipe
 from itm.data.sources import SOURCES
-from itm.evaluation.protocols import PROTOCOLS
+from itm.evaluation import PROTOCOLS
 from itm.kinds import find_part, options_of
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS, TEXT_ENCODERS
@@ -28,7 +28,6 @@ from itm.methods.terms import TERMS
 from itm.teachers import TEACHERS
 from itm.teachers.shuffled import Shuffle
 from pipelines.cli import STAGES
-from pipelines.evaluating import PROBES
 from tests.support import ROOT
 from tests.support.docs_pages import keys, pages, parser_of
 from tests.support.documents import DOCS, NAMES, commands, section
@@ -68,7 +67,7 @@ def test_every_option_of_a_term_or_rule_is_named(page: str, heading: str, model:
 
 def test_every_protocol_is_named() -> None:
     text = section("kinds.md", "Protocols")
-    assert {name for name in (*PROTOCOLS, *PROBES) if f"| `{name}` |" not in text} == set()
+    assert {name for name in PROTOCOLS if f"| `{name}` |" not in text} == set()
 
 
 def test_every_key_of_a_recipe_is_named_and_explained() -> None:

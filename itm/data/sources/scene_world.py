@@ -56,6 +56,7 @@ class World:
 WORLDS = {
     "main": World("main", 6, 6, MIXED_KINDS, (3000, 500, 1000)),
     "equiv": World("equiv", 4, 4, ("full",) * 5, (1500, 300, 600)),
+    "small": World("small", 3, 3, ("full",) * 5, (1500, 300, 600)),
     "tiny": World("tiny", 4, 4, MIXED_KINDS, (200, 50, 50)),
 }
 

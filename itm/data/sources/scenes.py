@@ -1,7 +1,8 @@
 """Scenes: a synthetic compositional world that is unlimited, reproducible, and knows which caption holds for which image.
 
 A scene is two coloured shapes and one relation. Worlds: `main` (6 x 6, five kinds of captions: for comparing methods), `equiv`
-(4 x 4, full captions only: similarity is relevance, for judging soft labels), `tiny` (4 x 4, 300 images: plumbing).
+(4 x 4, full captions only: similarity is relevance, for judging soft labels), `small` (3 x 3 of the same: 162 scenes, so that most
+pairs of a batch of 128 meet another of their scene), `tiny` (4 x 4, 300 images: plumbing).
 """
 
 from __future__ import annotations

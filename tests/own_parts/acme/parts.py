@@ -18,6 +18,7 @@ from itm.matchers.dual import DualEncoder
 from itm.matchers.encoders.poolings import Pooling
 from itm.matchers.encoders.towers import PooledGRU
 from itm.methods.matching import Matching
+from itm.methods.terms import Term
 from itm.tracking.loggers import Logger
 
 
@@ -32,6 +33,13 @@ class Reader(PooledGRU):
 class Largest(Pooling):
     def forward(self, parts: Tensor, mask: Tensor) -> Tensor:
         return parts.masked_fill(~mask.unsqueeze(-1), -torch.inf).amax(1)
+
+
+class Squared(Term):
+    """The squared distance of scores to 1 for positive pairs and to 0 for others."""
+
+    def forward(self, scores: Tensor, positives: Tensor, step: int) -> Tensor:
+        return (scores - positives.to(scores.dtype)).square().mean()
 
 
 class Training(Matching):
