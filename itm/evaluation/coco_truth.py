@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def data_folder() -> Path:
     return Path(spec.origin).parent / "data"
 
 
-def relevance(truth: str, image_keys: Sequence[str], caption_ids: Sequence[str], metas: Sequence[Mapping[str, Any]] = ()) -> WiderTruth:
+def relevance(truth: str, image_keys: Sequence[str], caption_ids: Sequence[str], metas: Sequence[Mapping[str, object]] = ()) -> WiderTruth:
     """truth: `eccv` or `cxc`. Ids are COCO's: caption annotation ids, and image ids from metadata (`cocoid`, `image_id`) or the key.
 
     Raises ValueError when ids are no numbers or most queries of the truth are missing from the split.
@@ -70,10 +69,10 @@ def _positives(path: Path, queries: list[int], gallery: list[int]) -> tuple[Tens
     return truth, absent, (sum(int(name) in row_of for name in listed), len(listed))
 
 
-def _image_id(key: str, meta: Mapping[str, Any]) -> int:
+def _image_id(key: str, meta: Mapping[str, object]) -> int:
     for name in ("cocoid", "image_id"):
         if str(meta.get(name, "")).isdigit():
-            return int(meta[name])
+            return int(str(meta[name]))
     digits = re.findall(r"\d+", key)
     return _number(digits[-1] if digits else key, "image key")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
@@ -35,8 +35,8 @@ class Names:
     caption_ids: list[str]
     caption_image: Tensor
     texts: list[str] = field(default_factory=list)
-    image_metas: list[dict[str, Any]] = field(default_factory=list)
-    caption_metas: list[dict[str, Any]] = field(default_factory=list)
+    image_metas: list[Json] = field(default_factory=list)
+    caption_metas: list[Json] = field(default_factory=list)
     image_shards: list[str] = field(default_factory=list)
 
     @property
@@ -88,7 +88,7 @@ def names_of(images: int, caption_image: Tensor, image_keys: list[str] | None = 
 
 
 def join_names(pieces: Sequence[Names]) -> Names:
-    joined: dict[str, Any] = {}
+    joined: Json = {}
     for name in Names.__dataclass_fields__:
         joined[name] = [row for piece in pieces for row in getattr(piece, name)] if name != "caption_image" else None
     starts = torch.tensor([0, *(len(p.image_keys) for p in pieces)]).cumsum(0)

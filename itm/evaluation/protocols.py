@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from itm.data.formats import Json
 from itm.evaluation import PROTOCOLS, coco_truth
 from itm.evaluation.dataset import Names
 from itm.evaluation.metrics import (
@@ -29,7 +30,7 @@ from itm.evaluation.metrics import (
     retrieval_metrics,
 )
 from itm.kinds import build_part
-from itm.types import Encoded
+from itm.types import Encoded, Matcher
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Outcome:
     metrics: dict[str, float]
     chance: dict[str, float]
     counts: dict[str, int] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Json = field(default_factory=dict)
 
 
 class Protocol:
@@ -87,7 +88,7 @@ class MatcherProtocol(Protocol, ABC):
     """Which numbers are compared, in words."""
 
     @abstractmethod
-    def measure(self, matcher: Any, asked: Question) -> Outcome:
+    def measure(self, matcher: Matcher, asked: Question) -> Outcome:
         """matcher: as `itm.load_matcher` gives it. Raises ValueError when it cannot answer, or nothing can be measured."""
 
 
@@ -205,7 +206,7 @@ class TextToText(ScoreProtocol):
         return _one_modality("t2t", vectors, scored.names.caption_image, tie, title)
 
 
-def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Any:
+def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Json:
     """Cosine retrieval by label: one set against itself without the query, or against a gallery (vectors (G,D), labels (G,)).
 
     vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, `queries`,

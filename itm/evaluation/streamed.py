@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from itm.evaluation.metrics import Positives, Ranking, Streamed, in_order, pairs_of, ranking_of, ranks_of
-from itm.evaluation.tiles import Spread, Tile, TileStore, read_tile
+from itm.evaluation.tiles import Job, Spread, Tile, TileStore, read_tile
 
 
 class TiledScores(Streamed):
@@ -74,7 +73,7 @@ class TiledScores(Streamed):
         tiles, counts = torch.unique_consecutive(number[order], return_counts=True)
         parts = order.split(counts.tolist())
 
-        def jobs() -> Iterator[tuple[Any, ...]]:
+        def jobs() -> Iterator[Job]:
             for tile, part in zip(tiles.tolist(), parts, strict=True):
                 i, j = divmod(tile, across)
                 local = (row[part] - i * self._steps[0]).numpy(), (place[part] - j * self._steps[1]).numpy()
@@ -95,7 +94,7 @@ class TiledScores(Streamed):
             (block, slice(a, b), *tile) for block, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b for tile in self._tiles(block)
         ]
 
-        def jobs() -> Iterator[tuple[Any, ...]]:
+        def jobs() -> Iterator[Job]:
             for block, part, tile, columns in work:
                 asked = (row[part] - block * self._steps[0]).numpy(), column[part].numpy(), own[part].numpy()
                 yield self.store.tile_uri(tile), self.turned, asked, self._gallery[columns].numpy(), tie

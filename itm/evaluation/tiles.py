@@ -33,7 +33,8 @@ FORMAT = 1
 # Pairs a tile, so that a lost one costs seconds to minutes: one product a pair, attention a pair, a joint forward a pair.
 PRODUCT_PAIRS, ATTENTION_PAIRS, FORWARD_PAIRS = 1 << 24, 1 << 18, 1 << 14
 
-Spread = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+Job = tuple[Any, ...]
+Spread = Callable[[Callable[..., Any], Iterable[Job]], Iterator[Any]]
 Tile = tuple[int, int]
 
 
@@ -181,7 +182,7 @@ def read_tile(uri: str) -> np.ndarray:
 
 def _blocks(store: TileStore, todo: Iterable[Tile], encoded: Sequence[tuple[Encoded, Encoded]], put: Any) -> Iterator[tuple[Tile, Any]]:
     """Each tile with handles of the image block and its caption block; an image block lives as long as its row of tiles."""
-    held: dict[int, Any] = {}
+    held: dict[int, object] = {}
     row, block = -1, None
     for i, j in todo:
         rows, columns = store.grid.span((i, j))

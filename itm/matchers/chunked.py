@@ -28,7 +28,7 @@ def slices(rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, start + chunk) for start in range(0, rows, chunk))
 
 
-def seen_by_checkpoint(run: Callable[..., Made], *given: Any, **options: Any) -> Made:
+def seen_by_checkpoint(run: Callable[..., Made], *given: object, **options: Any) -> Made:
     """`checkpoint` puts back the generators of the devices of the tensors that it is given, and does not look into a `Rows`: it gets one
     tensor of each beside it. Without, the second pass on a GPU would drop other units than the first."""
     shown = [next(iter(rows.present().values())) for rows in given if isinstance(rows, Rows)]

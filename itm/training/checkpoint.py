@@ -15,7 +15,6 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +26,7 @@ from itm.data.formats import check_format
 from itm.data.plan import Position
 from itm.distributed import rank
 from itm.training.step import Step
+from itm.types import Options
 
 KEPT, FORMAT = 2, 1
 
@@ -53,7 +53,7 @@ class State:
     pairs: int = 0
     used: int = 0
     rejected: int = 0
-    losses: tuple[dict[str, Any], ...] = ()
+    losses: tuple[Options, ...] = ()
 
     def to_json(self) -> bytes:
         return json.dumps({"format": FORMAT, **asdict(self)}).encode()
@@ -78,7 +78,7 @@ def save_checkpoint(root: str, state: State, step: Step) -> None:
         module = step.gathered(kind)
         if rank() == 0:
             write_weights(f"{name}.{kind}.safetensors", module)
-    optimizer: dict[str, Any] = {"optimizer": step.optimizer_state()}
+    optimizer: Options = {"optimizer": step.optimizer_state()}
     if rank():
         return
     if step.average is not None:

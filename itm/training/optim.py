@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.optim import Adam, Adamax, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from itm.config import Train
-from itm.types import Reports
+from itm.types import Options, Reports
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
 
 
 def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -30,11 +29,11 @@ def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, o
 def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
     groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
     # One kernel for all weights instead of a dozen; its last digits are those of a GPU, and CPU runs keep theirs.
-    fused: dict[str, Any] = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
-    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)  # type: ignore[call-arg]
+    fused: Options = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
+    return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)
 
 
-def own_kernels(saved: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+def own_kernels(saved: Options, optimizer: Optimizer) -> Options:
     """A saved state with the choice of kernels of this optimiser: a run may go on on another kind of device."""
     groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
     return saved | {"param_groups": [group | {k: own[k] for k in ("fused", "foreach") if k in own} for group, own in groups]}

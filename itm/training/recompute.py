@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,11 +41,11 @@ def _recompute(module: nn.Module) -> None:
     module.forward = partial(_again_at_rest, norms, run) if norms else partial(_again, run)
 
 
-def _again(run: Callable[..., Any], *given: Any, **named: Any) -> Any:
+def _again(run: Callable[..., object], *given: object, **named: object) -> object:
     return seen_by_checkpoint(partial(run, **named), *given) if torch.is_grad_enabled() else run(*given, **named)
 
 
-def _again_at_rest(norms: list[_BatchNorm], run: Callable[..., Any], *given: Any, **named: Any) -> Any:
+def _again_at_rest(norms: list[_BatchNorm], run: Callable[..., object], *given: object, **named: object) -> object:
     if not torch.is_grad_enabled():
         return run(*given, **named)
     return seen_by_checkpoint(partial(run, **named), *given, context_fn=lambda: (contextlib.nullcontext(), _at_rest(norms)))

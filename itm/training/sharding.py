@@ -10,7 +10,6 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from itm.distributed import all_reduce_sum, rank, world_size
 from itm.matchers.encoders.build import layers_of
 from itm.training.optim import build_optimizer, own_kernels
 from itm.training.step import Step
-from itm.types import Batch, Method
+from itm.types import Batch, Method, Options
 
 
 class ShardedStep(Step):
@@ -71,11 +70,11 @@ class ShardedStep(Step):
         weights = self.copy.state_dict() if self.copy is not None else {}
         set_model_state_dict(self.modules[kind], weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def optimizer_state(self) -> Options:
         saved = self.optimizer.state_dict()
         return saved | {"state": {n: {name: _whole(v) for name, v in state.items()} for n, state in saved["state"].items()}}
 
-    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+    def load_optimizer_state(self, saved: Options) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {n: {name: _share(v, parameters[n]) for name, v in state.items()} for n, state in saved["state"].items()}
         self.optimizer.load_state_dict(own_kernels(saved | {"state": state}, self.optimizer))
@@ -85,15 +84,19 @@ class ShardedStep(Step):
         parameters = [p for p in self.plain.parameters() if p.grad is not None]
         scalars = [p for p in parameters if not isinstance(p, DTensor)]
         if scalars:
-            means = all_reduce_sum(torch.stack([p.grad for p in scalars])) / world_size()  # type: ignore[misc]
+            means = all_reduce_sum(torch.stack(_gradients(scalars))) / world_size()
             for parameter, mean in zip(scalars, means, strict=True):
                 parameter.grad = mean
         if self.train.clip_norm is not None:
             groups = scalars, [p for p in parameters if isinstance(p, DTensor)]
-            norms = [get_total_norm([p.grad for p in group]) for group in groups if group]  # type: ignore[misc]
+            norms = [get_total_norm(_gradients(group)) for group in groups if group]
             total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
             for group in groups:
                 clip_grads_with_norm_(group, self.train.clip_norm, total)
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def _shard(method: Method, device: torch.device) -> None:
@@ -116,7 +119,7 @@ def _broadcast(buffers: Iterable[Tensor]) -> None:
             buffer.copy_(values.view_as(buffer))
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """A meeting of the ranks for what is sharded; the whole tensor comes to the main memory of rank 0."""
     if not isinstance(value, DTensor):
         return value
@@ -124,7 +127,7 @@ def _whole(value: Any) -> Any:
     return whole.cpu() if rank() == 0 else None
 
 
-def _share(value: Any, parameter: Tensor) -> Any:
+def _share(value: object, parameter: Tensor) -> object:
     """This rank's share of the optimiser's state of a sharded parameter."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value

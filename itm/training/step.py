@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from itm.device import sized_by
 from itm.distributed import rank
 from itm.precision import lowered, products, repeatable, resolve_precision
 from itm.training.optim import own_kernels, set_rate
-from itm.types import Batch
+from itm.types import Batch, Options
 
 _SMALLER = (
     " with twice train.accumulate, or keep the batch and set train.cache_chunk to a fraction of it, "
@@ -92,12 +91,12 @@ class Step:
         """`read` fills a module with whole weights."""
         read(self.modules[kind])
 
-    def optimizer_state(self) -> dict[str, Any]:
+    def optimizer_state(self) -> Options:
         """The optimiser's state dict with whole tensors, for rank 0 alone; with fp16 also the scale of the losses."""
         scale = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
         return self.optimizer.state_dict() | scale
 
-    def load_optimizer_state(self, saved: dict[str, Any]) -> None:
+    def load_optimizer_state(self, saved: Options) -> None:
         saved = dict(saved)
         if scale := saved.pop("scaler", None):
             self.scaler.load_state_dict(scale)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from itm.config import Part
+from itm.data.preprocess import ImageInput, Inputs
+from itm.data.text import WordVocabulary
 from itm.distributed import gather_ragged_rows, gather_rows, rank, world_size
-from itm.types import Batch, Captions, Encoded, Images, positives_from_ids
+from itm.matchers.folder import build_matcher
+from itm.types import Batch, Captions, Encoded, Images, Matcher, positives_from_ids
 
 
 def test_stacking_pads_ragged_parts_with_masked_zeros():
@@ -41,3 +46,30 @@ def test_gathering_at_world_size_one_is_the_identity():
     assert (world_size(), rank()) == (1, 0)
     assert gather_rows(x) is x
     assert gather_ragged_rows(x) is x
+
+
+def test_a_matcher_without_abilities_has_defaults_and_says_what_it_lacks():
+    class Bare(Matcher):
+        kind = "bare"
+
+    bare, one = Bare(), Encoded(vector=torch.ones(1, 2))
+    assert (bare.joint, bare.prunes, bare.recompute, bare.fuse_tiles, bare.layers(), bare.cuts_tiles(one)) == (False,) * 4 + ([], False)
+    assert bare.training_terms(torch.zeros(1, 1), torch.ones(1, 1).bool(), 1) == {}
+    assert bare.attention(one, one) is None
+    for ask, message in (
+        (lambda: bare.score(one, one), "Bare does not say how it scores"),
+        (lambda: bare.pairs(one, one), "Bare has no joint encoder"),
+        (lambda: bare.check_relations(), "Bare offers one vector a side"),
+        (lambda: bare.inputs, "made without inputs"),
+    ):
+        with pytest.raises((NotImplementedError, ValueError), match=message):
+            ask()
+
+
+def test_the_inputs_of_a_matcher_follow_its_weights_and_leave_those_they_were_made_of():
+    inputs = Inputs(ImageInput(size=8), WordVocabulary.from_captions(["a red square"]))
+    matcher = build_matcher(Part(kind="dual", options={"width": 4}), inputs)
+    assert matcher.inputs.captions(["a square"]).tokens.device.type == "cpu"
+    around = torch.nn.ModuleDict({"matcher": matcher}).to("meta")
+    assert around["matcher"].inputs.captions(["a square"]).tokens.device.type == "meta"
+    assert inputs.captions(["a square"]).tokens.device.type == "cpu"

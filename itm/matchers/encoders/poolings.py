@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from itm.kinds import Kinds, build_part
 from itm.matchers.norms import masked_mean
+from itm.types import Options
 
 
 class Pooling(nn.Module):
@@ -42,7 +43,7 @@ def build_pooling(kind: str, **options: Any) -> Pooling:
     return build_part(POOLINGS, kind, options, "pooling")
 
 
-def read_poolings(given: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def read_poolings(given: Mapping[str, Options] | None) -> dict[str, Options]:
     """{"image": {"kind": ...}, "text": {"kind": ...}} or a part of it. Raises ValueError for another side or a side without a kind."""
     found = {side: dict(part) for side, part in (given or {}).items()}
     if wrong := set(found) - {"image", "text"}:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from itm.device import send
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.norms import masked_mean
-from itm.types import Captions, Encoded, Images
+from itm.types import Captions, Encoded, Images, Options
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP_PIXELS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -101,7 +101,7 @@ class HFVision(Encoder):
         self,
         *,
         path: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: Options | None = None,
         freeze: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
@@ -158,7 +158,7 @@ class HFText(Encoder):
         *,
         vocab_size: int,
         path: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: Options | None = None,
         freeze: bool = False,
         pool: Literal["mean", "first", "last"] = "mean",
     ) -> None:
@@ -195,7 +195,7 @@ def pool_tokens(parts: Tensor, mask: Tensor, pool: str) -> Tensor:
     return parts[torch.arange(len(parts), device=parts.device), position]
 
 
-def load_backbone(path: str | None, config: dict[str, Any] | None, inner: str, what: str) -> Any:
+def load_backbone(path: str | None, config: Options | None, inner: str, what: str) -> Any:
     """A Hugging Face model in float32; of a two-tower checkpoint (CLIP, SigLIP) the tower whose configuration is `inner`."""
     from transformers import AutoConfig, AutoModel
 
@@ -214,9 +214,9 @@ def load_backbone(path: str | None, config: dict[str, Any] | None, inner: str, w
         raise ValueError(f"{what}: path={path!r} holds no model: {error}") from None
 
 
-def as_config(model: Any) -> dict[str, Any]:
+def as_config(model: Any) -> Options:
     """The JSON-able configuration of a Hugging Face model, without what only concerns its file."""
-    found: dict[str, Any] = model.config.to_diff_dict()
+    found: Options = model.config.to_diff_dict()
     for key in ("architectures", "transformers_version", "dtype", "_name_or_path"):
         found.pop(key, None)
     return {"model_type": model.config.model_type, **found}
@@ -266,7 +266,7 @@ def _pixel_statistics(path: str | None) -> tuple[tuple[float, ...], tuple[float,
     return tuple(found.get("image_mean", IMAGENET[0])), tuple(found.get("image_std", IMAGENET[1]))
 
 
-def load_clip(path: str | None, config: dict[str, Any] | None) -> Any:
+def load_clip(path: str | None, config: Options | None) -> Any:
     """CLIPModel in float32, by `path` or by `config` of CLIPConfig. Raises ValueError unless exactly one is given and holds one."""
     from transformers import CLIPConfig, CLIPModel
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from itm.config import Train
-from itm.kinds import build_part
+from itm.kinds import build_part, find_part
+from itm.matchers import MATCHERS
 from itm.methods import METHODS
 from itm.training.optim import build_optimizer
 from itm.training.step import Step
@@ -50,6 +51,16 @@ def train(name: str, kind: str, options: dict[str, Any]) -> dict[str, torch.Tens
     if name == "uarda":
         assert all(int(state.updates) == 3 for state in method.matcher.thresholds.values())
     return {key: value for key, value in losses.items() if key not in ("loss", "separation")}
+
+
+@pytest.mark.parametrize("kind", ["scan", "uarda", "uniter", "sgr"])
+def test_an_unknown_option_is_refused_with_the_near_one_from_a_recipe_and_in_code(kind: str):
+    asked = {"scan": "lambda_lsee", "uarda": "directions", "uniter": "hiden", "sgr": "sim_dimm"}[kind]
+    with pytest.raises(ValueError, match=rf"model '{kind}' has no option '{asked}'; did you mean '\w+'\?"):
+        build_part(MATCHERS, kind, {asked: 1}, "model", vocab_size=WORDS)
+    if kind != "sgr":  # its options are plain keyword arguments, which Python checks
+        with pytest.raises(ValueError, match=rf"{kind.upper()} has no option '{asked}'; did you mean"):
+            find_part(MATCHERS, kind, "model")(vocab_size=WORDS, **{asked: 1})
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -15,6 +15,7 @@ from itm.matchers.encoders.build import Encoder
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SGR
 from itm.methods.cusa import CUSA
+from itm.methods.iais import IAIS
 from itm.methods.matching import Matching
 from itm.training.cached import check_cached
 from itm.training.optim import build_optimizer
@@ -62,6 +63,8 @@ METHODS: dict[str, Any] = {
     "csa and usa": lambda: CUSA(dual(uni=True)),
     "csa and usa, own heads": lambda: CUSA(scan(), itc=False, triplet={"hardest": True}),
     "late interaction": lambda: Matching(scan(), loss="triplet", hardest=True),
+    "relations of late interaction": lambda: IAIS(scan(), schedule="constant"),
+    "relations of a dual encoder": lambda: IAIS(dual(), schedule="constant"),
 }
 
 

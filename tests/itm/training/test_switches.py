@@ -32,9 +32,10 @@ from itm.training.optim import moving_average
 from itm.training.recompute import recompute_activations
 from itm.training.step import Step
 from itm.training.switches import build_step
-from itm.types import Batch, SoftLabels
+from itm.types import Batch, Matcher, SoftLabels
 from pipelines.train import train
-from tests.support.every_matcher import TOWER, batch_of, captions_of, images_of, matcher_of
+from tests.support.every_matcher import TOWER, WORDS, batch_of, captions_of, images_of, matcher_of
+from tests.support.joint_matcher import Crossed
 from tests.support.small_training import die_at, final, recipe, same, splits
 
 pytestmark = [
@@ -59,8 +60,9 @@ MATCHERS: dict[str, Any] = {
 
 def method_of(name: str) -> nn.Module:
     torch.manual_seed(2)
-    if name == "iais":
-        return IAIS(matcher_of("uniter"), ranking={"hard_negatives": 2}).double().train()
+    if name in ("iais", "iais of one's own"):
+        matcher = matcher_of("uniter") if name == "iais" else Crossed(vocab_size=WORDS)
+        return IAIS(matcher, ranking={"hard_negatives": 2}).double().train()
     return Matching(MATCHERS[name](), loss="triplet", margin=0.5).double().train()
 
 
@@ -88,7 +90,7 @@ def bytes_saved(method: nn.Module) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("name", ["hf", "resnet", "dual", "clip", "saf", "sgr", "uarda", "uniter", "iais"])
+@pytest.mark.parametrize("name", ["hf", "resnet", "dual", "clip", "saf", "sgr", "uarda", "uniter", "iais", "iais of one's own"])
 def test_recomputed_activations_change_no_gradient_no_dropout_no_statistic_and_save_memory(name: str) -> None:
     plain, saving = method_of(name), method_of(name)
     recompute_activations(saving.matcher)
@@ -114,7 +116,13 @@ def ragged(rows: int, longest: int) -> Batch:
 
 @pytest.mark.parametrize(
     ("name", "backend", "recompute", "chunk"),
-    [("vit", "aot_eager", True, 4), ("bert", "eager", False, None), ("dual", "eager", False, None), ("uniter", "eager", False, None)],
+    [
+        ("vit", "aot_eager", True, 4),
+        ("bert", "eager", False, None),
+        ("dual", "eager", False, None),
+        ("uniter", "eager", False, None),
+        ("iais of one's own", "aot_eager", True, None),
+    ],
 )
 def test_compiled_layers_change_no_number_no_name_and_are_compiled_once(
     name: str, backend: str, recompute: bool, chunk: int | None, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +173,17 @@ def test_a_missing_compiler_is_said_before_the_start(tmp_path: Path) -> None:
     assert not (tmp_path / "runs/run/started.json").exists()
 
 
+def test_a_matcher_that_declares_no_layers_is_refused_where_they_are_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"train\.checkpoint_activations: matcher 'bare' declares no layers\(\)"):
+        recompute_activations(Bare())
+    with pytest.raises(ValueError, match=r"train\.compile: matcher 'bare' declares no layers\(\)"):
+        compile_encoders(Bare())
+
+
+class Bare(Matcher):
+    kind = "bare"
+
+
 @pytest.mark.e2e
 def test_a_run_with_switches_ends_like_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -189,6 +208,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     "dual": {"accumulate": 2, "ema": 0.9},
     "cusa": {"checkpoint_activations": True, "clip_norm": 0.1, "ema": 0.9},
     "iais": {},
+    "iais of one's own": {},
 }
 
 
