@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch comes with the first matcher
+    from itm.types import Matcher
 
 __version__ = "0.1.0"
 
 
-def load_matcher(uri: str | Path, device: str = "cpu", allow: Iterable[str] = ()) -> Any:
+def load_matcher(uri: str | Path, device: str = "cpu", allow: Iterable[str] = ()) -> Matcher:
     """A matcher in eval mode on `device` (auto, cpu, cuda, ...), with `.inputs` that turn raw images and texts into its input types.
 
     `uri` is a matcher folder, or `models:/name@alias`, `models:/name/version`, `runs:/...` in the model registry. `allow`: packages whose
