@@ -169,7 +169,7 @@ def run_method(
     return method, matcher, losses
 
 
-def _any_vectors(vectors: Tensor, rows: int, side: str) -> Tensor:
+def _any_vectors(vectors: Tensor, rows: int, side: str, known: Tensor | None = None) -> Tensor:
     return vectors.reshape(rows, -1)
 
 
