@@ -43,7 +43,7 @@ $(VENV)/.docs: $(READY)
 
 docs: $(VENV)/.docs  ## the site of docs/ into site/; pages made from the code are made again, every warning is an error
 	$(BIN)/python -m tests.support.docs_pages
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # without -q, under which warnings do not count
 
 golden: $(READY)  ## replay the authors' numbers below GOLDEN=<folder>, one line a case
 	$(BIN)/python -m tests.support.replay $(GOLDEN)
