@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
+import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 HELP = "auto (a GPU where there is one), cpu, cuda, cuda:1, or any other device of torch (default: auto)"
 
 
@@ -34,6 +40,19 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.index is not None and device.index >= (count := torch.cuda.device_count()):
         raise ValueError(f"device {str(name)!r} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+def keep_kernels_apart() -> None:
+    """To be called before torch.compile: the kernels that it keeps on disk get a folder for each set of CPU instructions.
+
+    The cache does not ask for which set a kernel was made. One made for AVX-512 gives wrong numbers where a machine that shares the folder,
+    or a setting such as ATEN_CPU_CAPABILITY, has AVX2 only. A TORCHINDUCTOR_CACHE_DIR of the user's own stays.
+    """
+    import torch
+
+    usual = str(Path(tempfile.gettempdir()) / f"torchinductor_{re.sub(r'[^A-Za-z0-9_-]', '_', getpass.getuser())}")
+    if (os.environ.get(CACHE) or usual).startswith(usual):  # unset, torch's own choice, or ours from a process with another set
+        os.environ[CACHE] = f"{usual}_{torch.backends.cpu.get_cpu_capability()}"
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

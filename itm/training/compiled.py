@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from itm.device import keep_kernels_apart
 from itm.matchers.encoders.build import layers_of
 from itm.types import Matcher
 
@@ -26,6 +27,7 @@ def compile_encoders(matcher: Matcher, run_again: Collection[nn.Module] = ()) ->
     # Rows that happen to be as many as words would get a graph for just that case, and a recomputation might find another one than its
     # first pass did.
     torch.fx.experimental._config.use_duck_shape = False
+    keep_kernels_apart()
     for module in _compilable(matcher, run_again):
         module.compile(dynamic=True, backend=BACKEND)
 

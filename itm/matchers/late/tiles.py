@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from itm.device import keep_kernels_apart
 from itm.matchers.late.base import gram, parts_of
 from itm.types import Encoded
 
@@ -35,6 +36,7 @@ def form_of(function: Callable[P, Tensor], fused: bool) -> Callable[P, Tensor]:
 
 @functools.cache
 def _fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    keep_kernels_apart()
     return torch.compile(function, dynamic=True)
 
 
