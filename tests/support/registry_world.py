@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import socket
 import subprocess
 import time
 import urllib.error
@@ -44,18 +43,6 @@ def tiny_matcher(seed: int = 0, part: Part | None = None):
 def matcher_folder(folder: Path, seed: int = 0, part: Part | None = None) -> Path:
     save_matcher(tiny_matcher(seed, part), folder)
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; the system hands them out above the range of Ray's workers."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> None:

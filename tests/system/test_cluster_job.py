@@ -18,7 +18,8 @@ from itm.config import load_recipe
 from itm.tracking.registry import client, find_version
 from pipelines.cli import RECIPES
 from pipelines.submit import submit
-from tests.support.registry_world import free_ports, wait_for
+from tests.support.ports import free_ports
+from tests.support.registry_world import wait_for
 
 pytest_plugins = ["tests.support.registry_fixtures"]
 pytestmark = pytest.mark.e2e

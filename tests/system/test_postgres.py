@@ -33,7 +33,8 @@ from pipelines.register import register
 from pipelines.train import train
 from tests.support import ROOT
 from tests.support.noise_split import small_split
-from tests.support.registry_world import free_ports, wait_for
+from tests.support.ports import free_ports
+from tests.support.registry_world import wait_for
 from tests.support.s3_server import BUCKET, s3_server
 from tests.support.small_training import recipe, splits
 

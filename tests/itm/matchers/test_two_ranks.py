@@ -6,20 +6,18 @@ convolutions of `dual` normalise before anything is gathered, hence over their o
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from itm.methods.matching import Matching
 from itm.types import Batch
 from tests.support.every_matcher import captions_of, images_of, matcher_of
+from tests.support.ranks import joined, spawn_ranks
 
 NAMES = ["vse", "scan", "sgr", "saf", "uarda"]
 WORLD, ROWS = 2, 3
@@ -47,23 +45,16 @@ def run(module: nn.Module, given: Batch) -> tuple[float, dict[str, Tensor]]:
 
 
 def worker(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
-    whole, own = batch(), slice(rank * ROWS, (rank + 1) * ROWS)
-    mine = Batch(whole.images[own], whole.captions[own])
-    got = {name: run(DistributedDataParallel(method(name, True), find_unused_parameters=True), mine) for name in NAMES}
-    torch.save(got, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined(rank, port, WORLD):
+        whole, own = batch(), slice(rank * ROWS, (rank + 1) * ROWS)
+        mine = Batch(whole.images[own], whole.captions[own])
+        got = {name: run(DistributedDataParallel(method(name, True), find_unused_parameters=True), mine) for name in NAMES}
+        torch.save(got, folder / f"{rank}.pt")
 
 
 @pytest.mark.e2e
 def test_two_gathering_ranks_equal_one_process(tmp_path: Path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(worker, (port, tmp_path), nprocs=WORLD)
+    spawn_ranks(worker, WORLD, tmp_path)
     for name in NAMES:
         want_loss, want = run(method(name, False), batch())
         for rank in range(WORLD):

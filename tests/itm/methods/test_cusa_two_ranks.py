@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +12,7 @@ from itm.matchers.dual import cosines
 from itm.methods.cusa import CUSA
 from itm.methods.matching import Matching
 from itm.types import Batch, Captions, Encoded, Images, Matcher, SoftLabels
+from tests.support.ranks import joined, spawn_ranks
 
 ROWS, WORLD = 3, 2
 IDS = torch.tensor([0, 1, 2, 1, 4, 0])
@@ -80,26 +77,19 @@ def run(module, b):
 
 
 def worker(rank, port, names, queue):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
-    b, own = batch(), slice(rank * ROWS, (rank + 1) * ROWS)
-    mine = Batch(b.images[own], b.captions[own], b.teacher[own])
-    for name in names:
-        losses, grads = run(DistributedDataParallel(method(name, True)), mine)
-        queue.put((name, rank, {k: v.item() for k, v in losses.items()}, {k: v.tolist() for k, v in grads.items()}))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined(rank, port, WORLD):
+        b, own = batch(), slice(rank * ROWS, (rank + 1) * ROWS)
+        mine = Batch(b.images[own], b.captions[own], b.teacher[own])
+        for name in names:
+            losses, grads = run(DistributedDataParallel(method(name, True)), mine)
+            queue.put((name, rank, {k: v.item() for k, v in losses.items()}, {k: v.tolist() for k, v in grads.items()}))
 
 
 @pytest.mark.e2e
 def test_two_gathering_ranks_equal_one_process_on_the_whole_batch():
     names = ["each", "dot", "parts", "triplet"]
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(worker, (port, names, queue), nprocs=WORLD)
+    spawn_ranks(worker, WORLD, names, queue)
     before = torch.get_default_dtype()
     try:
         wanted = {name: run(method(name, False), batch()) for name in names}

@@ -17,7 +17,8 @@ import itm
 from itm.tracking.lineage import LONGEST_PARAM
 from itm.tracking.registry import DatasetRef, Tracker, client, download, find_version, promote
 from tests.support import ROOT
-from tests.support.registry_world import TEXTS, free_ports, matcher_folder, register_matcher, tiny_matcher, wait_for
+from tests.support.ports import free_ports
+from tests.support.registry_world import TEXTS, matcher_folder, register_matcher, tiny_matcher, wait_for
 
 pytest_plugins = ["tests.support.registry_fixtures"]
 pytestmark = pytest.mark.e2e

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing import spawn
 
 from itm.config import Part, Train
 from itm.data.plan import Position
@@ -36,6 +33,7 @@ from itm.types import Batch, Matcher, SoftLabels
 from pipelines.train import train
 from tests.support.every_matcher import TOWER, WORDS, batch_of, captions_of, images_of, matcher_of
 from tests.support.joint_matcher import Crossed
+from tests.support.ranks import joined, spawn_ranks
 from tests.support.small_training import die_at, final, recipe, same, splits
 
 pytestmark = [
@@ -243,34 +241,28 @@ def ends_of(step: Step) -> dict[str, Tensor]:
 
 
 def worker(number: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=number, world_size=WORLD)
-    for name in SHARDED:
-        found: dict[str, Any] = {}
-        for kind, shard in (("ddp", False), ("fsdp", True)):
-            step = step_of(name, shard)
-            losses = advance(step, 0, SAVED)
-            save_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
-            losses += advance(step, SAVED, LAST)
-            share = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in step.plain.parameters())
-            found[kind] = losses, ends_of(step), share
-        for kind, shard in (("ddp", True), ("fsdp", False)):
-            torch.distributed.barrier()
-            step = step_of(name, shard)
-            load_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
-            found[f"resumed from {kind}"] = advance(step, SAVED, LAST), ends_of(step), 0
-        torch.save(found, folder / f"{name}-{number}.pt")
-    torch.distributed.destroy_process_group()
+    with joined(number, port, WORLD):
+        warnings.simplefilter("ignore")
+        for name in SHARDED:
+            found: dict[str, Any] = {}
+            for kind, shard in (("ddp", False), ("fsdp", True)):
+                step = step_of(name, shard)
+                losses = advance(step, 0, SAVED)
+                save_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
+                losses += advance(step, SAVED, LAST)
+                share = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in step.plain.parameters())
+                found[kind] = losses, ends_of(step), share
+            for kind, shard in (("ddp", True), ("fsdp", False)):
+                torch.distributed.barrier()
+                step = step_of(name, shard)
+                load_checkpoint(str(folder / name / kind), State(Position(SAVED), ""), step)
+                found[f"resumed from {kind}"] = advance(step, SAVED, LAST), ends_of(step), 0
+            torch.save(found, folder / f"{name}-{number}.pt")
 
 
 @pytest.mark.e2e
 def test_sharded_ranks_compute_save_and_resume_as_ddp_does(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(worker, (port, tmp_path), nprocs=WORLD)
+    spawn_ranks(worker, WORLD, tmp_path)
     for name in SHARDED:
         for number in range(WORLD):
             found = torch.load(tmp_path / f"{name}-{number}.pt")

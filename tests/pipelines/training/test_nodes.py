@@ -17,8 +17,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import spawn
 
 from itm.config import Recipe
 from itm.data.shards import read_manifest
@@ -28,7 +26,8 @@ from pipelines.train import train
 from pipelines.training.job import Job
 from pipelines.training.preparation import prepare
 from pipelines.training.worker import work
-from tests.support.registry_world import free_ports
+from tests.support.ports import free_ports
+from tests.support.ranks import joined, spawn_ranks
 from tests.support.small_training import final, recipe, same, splits
 
 pytest_plugins = ["tests.support.registry_fixtures"]
@@ -128,10 +127,8 @@ def training(cluster: Cluster, log: Path, path: Path, code: str = TRAIN, **envir
 
 def one_of_two(rank: int, port: int, job: Job) -> None:
     """What a worker of Ray Train does, without Ray."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    work(job, torch.device("cpu"), lambda done, loss: None)
-    dist.destroy_process_group()
+    with joined(rank, port, 2):
+        work(job, torch.device("cpu"), lambda done, loss: None)
 
 
 def train_without_ray(choices: Recipe) -> None:
@@ -140,7 +137,7 @@ def train_without_ray(choices: Recipe) -> None:
     alone = choices.model_copy(update={"train": choices.train.model_copy(update={"workers": 0})})
     with Tracker.start("tests", choices.name) as tracker:
         job = replace(job, recipe=alone, run_id=tracker.run_id, tracking_uri=tracker.uri)
-        spawn(one_of_two, (*free_ports(1), job), nprocs=2)
+        spawn_ranks(one_of_two, 2, job)
 
 
 def test_another_node_takes_over_from_one_that_dies_bit_for_bit(cluster: Cluster, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from itm.matchers.encoders.towers import CLIP_PIXELS, Normalise
 from itm.methods.cusa import CUSA
 from itm.training.optim import learning_rate
 from itm.types import Batch, Captions, Encoded, Images, Matcher, SoftLabels
+from tests.support.ranks import joined, spawn_ranks
 from tests.support.replay import Case, Check
 
 TERMS = {"itc": "contrastive", "csa": "cross_modal", "usa": "uni_modal"}
@@ -249,32 +250,17 @@ def _intermediate(method: CUSA, matcher: Given, arrays: dict[str, np.ndarray]) -
 def run_ranks(arrays: dict[str, np.ndarray], config: dict[str, Any], dtype: torch.dtype, world: int) -> list[dict[str, Any]]:
     """The results of each of `world` processes that gather, in rank order."""
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    with socket_port() as port:
-        torch.multiprocessing.spawn(_rank_main, (world, port, arrays, config, dtype, queue), nprocs=world, join=True)
+    spawn_ranks(_rank_main, world, world, arrays, config, dtype, queue)
     return [got for _, got in sorted((queue.get() for _ in range(world)), key=lambda pair: pair[0])]
 
 
-@contextmanager
-def socket_port() -> Iterator[int]:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    yield port
-
-
 def _rank_main(
-    rank: int, world: int, port: int, arrays: dict[str, np.ndarray], config: dict[str, Any], dtype: torch.dtype, queue: Any
+    rank: int, port: int, world: int, arrays: dict[str, np.ndarray], config: dict[str, Any], dtype: torch.dtype, queue: Any
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    own = {name: np.split(value, world)[rank] if name.startswith("in_") else value for name, value in arrays.items()}
-    method, matcher, losses = run_method(own, config, dtype, gather="official")
-    queue.put((rank, measure(method, matcher, losses, own)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined(rank, port, world):
+        own = {name: np.split(value, world)[rank] if name.startswith("in_") else value for name, value in arrays.items()}
+        method, matcher, losses = run_method(own, config, dtype, gather="official")
+        queue.put((rank, measure(method, matcher, losses, own)))
 
 
 def _text(path: Path) -> Iterator[Check]:

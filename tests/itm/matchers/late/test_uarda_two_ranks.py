@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from itm.matchers.late.uarda import UARDA
@@ -18,6 +15,7 @@ from itm.matchers.late.uarda_threshold import RelevanceThreshold
 from itm.methods.matching import Matching
 from itm.types import Batch
 from tests.support.late_worlds import SMALL, captions_of, images_of
+from tests.support.ranks import joined, spawn_ranks
 
 WORLD, ROWS = 2, 9
 CHUNKS = (None, 4)
@@ -40,18 +38,14 @@ def states(own: UARDA) -> dict[str, Tensor]:
 
 
 def worker(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD)
-    found = {}
-    for chunk in CHUNKS:
-        own = matcher()
-        method = DistributedDataParallel(Matching(own, loss="triplet"), find_unused_parameters=True)
-        torch.stack(list(method(batch(rank), chunk=chunk).values())).sum().backward()
-        found[chunk] = states(own)
-    torch.save(found, folder / f"{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with joined(rank, port, WORLD):
+        found = {}
+        for chunk in CHUNKS:
+            own = matcher()
+            method = DistributedDataParallel(Matching(own, loss="triplet"), find_unused_parameters=True)
+            torch.stack(list(method(batch(rank), chunk=chunk).values())).sum().backward()
+            found[chunk] = states(own)
+        torch.save(found, folder / f"{rank}.pt")
 
 
 def of_one_rank() -> dict[str, Tensor]:
@@ -72,10 +66,7 @@ def of_one_rank() -> dict[str, Tensor]:
 
 @pytest.mark.e2e
 def test_two_ranks_without_gather_move_the_thresholds_as_one_does_with_the_samples_of_both(tmp_path: Path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    spawn(worker, (port, tmp_path), nprocs=WORLD)
+    spawn_ranks(worker, WORLD, tmp_path)
     wanted = of_one_rank()
     assert all(int(value) == 1 for name, value in wanted.items() if name.endswith("updates"))
     for rank in range(WORLD):
