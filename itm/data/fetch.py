@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from itm.data import files
 from itm.data.arrow import Columns, to_table
+from itm.data.formats import Json
 from itm.data.manifest import CHANGED, Manifest, SampleIndex
 from itm.data.plan import Plan
-from itm.data.records import Caption, Json, Problem
+from itm.data.records import Caption, Problem
 from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 

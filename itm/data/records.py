@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from itm.data.formats import Json
+
 if TYPE_CHECKING:
     import PIL.Image
 
-Json = dict[str, object]
-"""An object of a JSON file, or one to be written: metadata, identities, receipts."""
 IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
 # A crafted file of a few KB can claim gigapixels; 64 M pixels is above any camera still in use.
 MAX_PIXELS = 64_000_000

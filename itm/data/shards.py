@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.manifest import (
     CHANGED,
     FOREIGN,
@@ -27,7 +28,7 @@ from itm.data.manifest import (
     read_receipt,
     write_manifest,
 )
-from itm.data.records import IMAGE_FORMATS, Caption, Json, Problem, Record, Regions
+from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
 
 REGIONS = "regions.npz"

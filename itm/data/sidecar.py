@@ -24,8 +24,7 @@ import pyarrow as pa
 from pyarrow import fs, ipc
 
 from itm.data import files
-from itm.data.formats import NewerFormat, check_format
-from itm.data.records import Json
+from itm.data.formats import Json, NewerFormat, check_format
 
 FORMAT = 1
 REMEDY = "run `itm teach` with this recipe (finished shards are kept)"

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from itm.config import Part
-from itm.data.records import Caption, Json
+from itm.data.formats import Json
+from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part

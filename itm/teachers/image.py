@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from itm.data.formats import Json
 from itm.data.preprocess import decode
-from itm.data.records import Json
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from itm.config import Part, Strict
-from itm.data.records import Json
+from itm.data.formats import Json
 from itm.data.shards import Manifest
 from itm.data.sidecar import Sidecar, Store
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Json, Problem, Record, Regions
+from itm.data.formats import Json
+from itm.data.records import Problem, Record, Regions
 from itm.data.sources.source import ListedImages, Source, unique_keys
 from itm.kinds import build_part
 

@@ -6,7 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from itm.data.records import Caption, Json
+from itm.data.formats import Json
+from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, group_by_path, paths_by_split
 
 _Row = tuple[str, list[Caption], Json]

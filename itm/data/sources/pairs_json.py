@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from itm.data.records import Caption, Json
+from itm.data.formats import Json
+from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, caption_of, field_of, group_by_path, paths_by_split, read_json
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Caption, Json, Problem, Record, Regions
+from itm.data.formats import Json
+from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import Source, unique_keys
 
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from itm.data.records import Json
+from itm.data.formats import Json
 from itm.data.sources.scene_world import Form, World, form_of, slots_of, world_named
 
 _WORDS = {

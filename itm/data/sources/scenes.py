@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from itm.data.records import Caption, Json, Record, Regions
+from itm.data.formats import Json
+from itm.data.records import Caption, Record, Regions
 from itm.data.sources import scene_render as draw
 from itm.data.sources.scene_language import caption_meta, caption_slots, relevance, say, scene_truth_caption, scene_truth_image
 from itm.data.sources.scene_world import World, form_of, world_named

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from itm.data import files
-from itm.data.records import Caption, Json, Problem, Record
+from itm.data.formats import Json
+from itm.data.records import Caption, Problem, Record
 
 _FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from itm.data import files
-from itm.data.records import Caption, Json, Problem, Record, Regions
+from itm.data.formats import Json
+from itm.data.records import Caption, Problem, Record, Regions
 from itm.data.sources.source import Source, read_json, unique_keys
 
 Annotation = dict[str, Any]
