@@ -134,17 +134,23 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
 
 
 def encode_shard(
-    matcher: Matcher, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Matcher,
+    shard_uri: str,
+    sha256: str,
+    batch_size: int = 256,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
 ) -> EncodedSplit:
     """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
 
-    Raises ValueError when the shard has another sha256.
+    precision: of `itm.precision`; fp32 is the score of record. Raises ValueError when the shard has another sha256.
     """
     problems: list[Problem] = []
     samples: list[Sample] = []
     images: list[Encoded] = []
     where = resolve_device(device)
-    with scoring_mode(matcher, where), computing("fp32", where):
+    with scoring_mode(matcher, where), computing(precision, where):
         for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
             good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
             samples += good
