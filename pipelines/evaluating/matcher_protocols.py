@@ -41,7 +41,8 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     identity |= about
     if done := stored(output, identity):
         return done
-    outcome = at_gpu(_measured, protocol, matcher.cpu(), asked) if gpus_elsewhere() else protocol.measure(matcher, asked)
+    away = not by_pairs and gpus_elsewhere()  # a file of pairs may be on this machine alone
+    outcome = at_gpu(_measured, protocol, matcher.cpu(), asked) if away else protocol.measure(matcher, asked)
     where = {} if by_pairs else {"split_uri": asked.split_uri}
     numbers = {"protocol": outcome.protocol, "metrics": outcome.metrics, "chance": outcome.chance, "counts": outcome.counts}
     result = identity | {"score_type": protocol.score_type} | where | outcome.details | numbers
@@ -52,7 +53,7 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
 
 
 def _measured(protocol: MatcherProtocol, matcher: Matcher, asked: Question) -> Outcome:
-    """On a worker, whose device is another one than the driver's. Files of pairs must be where every machine sees them."""
+    """On a worker, whose device is another one than the driver's."""
     return protocol.measure(matcher, replace(asked, device=resolve_device()))
 
 

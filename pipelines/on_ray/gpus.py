@@ -20,6 +20,7 @@ from itm.device import resolve_device
 LABEL = "itm/gpus"
 PATIENCE, LINE, LOOK = 900.0, 60.0, 2.0
 """Seconds: how long GPUs are waited for, between two lines about it, and between two looks."""
+_missed = False  # GPUs have not come in time: this process waits for no more of them than it needs
 FINEST = 10_000  # Ray counts resources in ten-thousandths
 
 
@@ -54,11 +55,13 @@ def awaited(wanted: int, least: int = 1) -> int:
 
     Raises ValueError when fewer than `least` are there after PATIENCE seconds.
     """
+    global _missed
     from ray.autoscaler.sdk import request_resources
 
+    wished = least if _missed else wanted
     began, said, asked = time.monotonic(), -LINE, False
     try:
-        while (there := gpus_there()) < wanted and (waited := time.monotonic() - began) < PATIENCE:
+        while (there := gpus_there()) < wished and (waited := time.monotonic() - began) < PATIENCE:
             request_resources(bundles=[{"GPU": 1}] * wanted)  # each time: a request of another job takes its place
             asked = True
             if waited - said >= LINE:
@@ -73,7 +76,8 @@ def awaited(wanted: int, least: int = 1) -> int:
             f"asked for {wanted} GPUs, {there} are there after {PATIENCE:.0f} s, although the node label {LABEL} promises "
             f"{most_gpus()}: `ray status` says what the autoscaler waits for; correct the label where it promises too much"
         )
-    if there < wanted:
+    if there < wished:
+        _missed = True
         print(f"going on with {there} of {wanted} GPUs: the others have not come in {PATIENCE:.0f} s", flush=True)
     return min(there, wanted)
 

@@ -44,13 +44,14 @@ def validate(here: Rank, done: int) -> None:
         return
     with here.clock.stopped(), here.step.whole() as method, as_written(recipe.train.compile):
         broadcast(method.buffers())  # running statistics, and their moving average, are those of rank 0
-        metrics = metrics_of(here, method.matcher)
+        matcher: Any = method.matcher
+        metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
         here.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
-            write_weights(best_uri(job.checkpoints, best), method.matcher)
+            write_weights(best_uri(job.checkpoints, best), matcher)
             here.state = replace(here.state, best=best)
 
 
