@@ -47,6 +47,7 @@ STAGES = {
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
 RECIPES = Path(__file__).parent / "recipes"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -75,11 +75,17 @@ def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
     return _write(uri, ((_members_of(record), len(record.captions)) for record in records))
 
 
-def copy_samples(uri: str, samples: Iterable[Sample], split: str) -> ShardInfo:
-    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte."""
+def copy_samples(
+    uri: str, samples: Iterable[Sample], split: str, beside: Callable[[Sample], Mapping[str, bytes]] | None = None
+) -> ShardInfo:
+    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte.
+
+    beside: further members of a sample, by extension.
+    """
     split_of = lambda s: s.meta.get("split") or split
-    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s.regions) for s in samples)
-    return _write(uri, ((_members_of(record, regions), len(record.captions)) for record, regions in rows))
+    further = beside or (lambda _: {})
+    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s) for s in samples)
+    return _write(uri, ((_members_of(record, s.regions) | dict(further(s)), len(s.captions)) for record, s in rows))
 
 
 def _format_of(image: bytes | None) -> str:
