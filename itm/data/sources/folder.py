@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -12,16 +12,12 @@ from itm.data.records import Caption, Problem, Record
 from itm.data.sources.photos import open_photos
 from itm.data.sources.pictures import SUFFIXES, as_stored, image_format
 from itm.data.sources.source import Source, caption_of, unique_keys
+from itm.data.sources.splits import SPLIT_NAMES, in_order
 from itm.data.sources.tables import Row, normal, read_rows, text_lines
 
 CAPTION_COLUMNS = ("caption", "captions", "text")
 """What a column of captions is called where nobody says; of several the user has to choose."""
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
-_SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
 
 
 @dataclass
@@ -89,9 +85,9 @@ class ImageFolder(Source):
         """The files that are no item, with the first split."""
         return [Problem(n, "", "source", reason, "member") for n, reason in self.over] if split == self.splits[0] else []
 
-    def about(self, split: str, index: int) -> Json:
-        photo, key = self.listings[split][index], self._keys[split][index]
-        return {"key": key, "image_id": key, "filename": photo.name, **photo.meta}
+    def abouts(self, split: str) -> Iterator[Json]:
+        for photo, key in zip(self.listings[split], self._keys[split], strict=True):
+            yield {"key": key, "image_id": key, "filename": photo.name, **photo.meta}
 
     def item(self, split: str, index: int) -> Record | Problem:
         photo, key = self.listings[split][index], self._keys[split][index]
@@ -117,7 +113,7 @@ class ImageFolder(Source):
         """Give the photos what the rows of a metadata file say; a row whose file is missing becomes a photo that is lost."""
         place, folder = self.photos.place(metadata), metadata.rpartition("/")[0]
         rows = list(read_rows(place, metadata, self.photos.read(metadata)))
-        columns = caption_columns(self.columns, {name for row in rows for name in row.cells}, place)
+        columns = caption_columns_of(self.columns, {name for row in rows for name in row.cells}, place)
         for row in rows:
             said = row.cells.get("file_name")
             if not isinstance(said, str) or not said:
@@ -136,7 +132,7 @@ class ImageFolder(Source):
         return {photo.text for photo in found.values() if photo.text}
 
 
-def caption_columns(chosen: list[str] | None, there: Iterable[str], where: str) -> list[str]:
+def caption_columns_of(chosen: list[str] | None, there: Iterable[str], where: str) -> list[str]:
     """The columns of captions of a table with the columns `there`. Raises ValueError naming `where` and what there is."""
     known = sorted(there)
     if chosen is not None:
@@ -172,10 +168,10 @@ def _by_split(photos: Iterable[_Photo], where: str) -> dict[str, list[_Photo]]:
     rows = list(photos)
     parts = [row.name.split("/") for row in rows]
     depth = 0
-    while len({tuple(p[: depth + 1]) for p in parts}) == 1 and parts[0][depth].lower() not in _SPLITS and len(parts[0]) > depth + 1:
+    while len({tuple(p[: depth + 1]) for p in parts}) == 1 and parts[0][depth].lower() not in SPLIT_NAMES and len(parts[0]) > depth + 1:
         depth += 1
     tops = {p[depth] if len(p) > depth + 1 else "" for p in parts}
-    splits = {top for top in tops if top.lower() in _SPLITS}
+    splits = {top for top in tops if top.lower() in SPLIT_NAMES}
     if not splits:
         return {"train": rows}
     if others := sorted(tops - splits):
@@ -185,5 +181,5 @@ def _by_split(photos: Iterable[_Photo], where: str) -> dict[str, list[_Photo]]:
         )
     listings: dict[str, list[_Photo]] = {}
     for row, part in zip(rows, parts, strict=True):
-        listings.setdefault(_SPLITS[part[depth].lower()], []).append(row)
-    return {split: listings[split] for split in ("train", "val", "test") if split in listings}
+        listings.setdefault(SPLIT_NAMES[part[depth].lower()], []).append(row)
+    return in_order(listings)

@@ -54,10 +54,10 @@ def _png(data: bytes, kind: str) -> bytes:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
             image.load()
-            if image.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA"):
-                image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
+            kept = image.mode in ("1", "L", "LA", "I;16", "RGB", "RGBA")
+            mode = image.mode if kept else "RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB"
             out = io.BytesIO()
-            image.save(out, "PNG")
+            image.convert(mode).save(out, "PNG")
     except Exception as error:  # PIL plugins raise almost anything on corrupt input
         raise ValueError(f"cannot be decoded: {error}") from None
     return out.getvalue()

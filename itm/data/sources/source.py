@@ -50,10 +50,10 @@ class Source(ABC):
         """What lies among the files of a split and is no item (a Mac's notes, a text of no image): listed, of what `member`."""
         return []
 
-    def about(self, split: str, index: int) -> Json:
-        """Key and metadata of an item, where the source can without reading its image."""
-        item = self.item(split, index)
-        return {"key": item.key, **(item.meta if isinstance(item, Record) else {})}
+    def abouts(self, split: str) -> Iterator[Json]:
+        """Key and metadata of every item, in order; a source that can gives them without reading an image."""
+        for item in self.records(split):
+            yield {"key": item.key, **(item.meta if isinstance(item, Record) else {})}
 
     def places(self, split: str, start: int, stop: int) -> list[Any]:
         """Where items [start, stop) are found, JSON-able: a process that has not looked through the data reads them by `at`."""
@@ -103,9 +103,9 @@ class ListedImages(Source):
     def uncaptioned(self, split: str) -> bool:
         return not any(row.captions for row in self.listings[split])
 
-    def about(self, split: str, index: int) -> Json:
-        row, key = self.listings[split][index], self._keys[split][index]
-        return {"key": key, "image_id": key, "filename": row.path, **row.meta}
+    def abouts(self, split: str) -> Iterator[Json]:
+        for row, key in zip(self.listings[split], self._keys[split], strict=True):
+            yield {"key": key, "image_id": key, "filename": row.path, **row.meta}
 
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]

@@ -15,26 +15,7 @@ from PIL import Image
 
 from itm.data.records import Problem, Record
 from itm.data.sources.folder import ImageFolder
-from itm.data.sources.source import Source
-
-
-def picture(seed: int = 0, form: str = "PNG", mode: str = "RGB") -> bytes:
-    channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
-    pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, channels), np.uint8).squeeze()
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, form)
-    return out.getvalue()
-
-
-def write(folder: Path, content: dict[str, bytes | str]) -> Path:
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
-    return folder
-
-
-def said(source: Source, split: str = "train") -> dict[str, list[str]]:
-    return {r.meta["filename"]: [c.text for c in r.captions] for r in source.records(split) if isinstance(r, Record)}
+from tests.support.pictures import picture, said, write
 
 
 def zipped(path: Path, content: dict[str, bytes], utf8: bool = True) -> str:
