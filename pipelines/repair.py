@@ -19,7 +19,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from itm.data import files
-from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, read_receipt, write_manifest, write_receipt
+from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, check_image, json_fault
 from itm.data.shards import Sample, copy_samples, read_scattered, scan_shard
 from pipelines.cli import script
@@ -68,7 +68,7 @@ def repair(split_uri: str, output: str) -> Manifest:
     if not shards:
         raise ValueError(f"{split_uri}: not one sample can be used; the reasons are in {files.join(output, QUARANTINE)}")
     rejected = sum(p.what == "sample" for p in problems)
-    manifest = Manifest(split=files.name_of(output), source=f"{MADE}{split_uri}", shards=shards, rejected=rejected)
+    manifest = manifest_of(files.name_of(output), f"{MADE}{split_uri}", shards, rejected)
     write_manifest(output, manifest)
     return manifest
 
