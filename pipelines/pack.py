@@ -27,6 +27,7 @@ from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
 from itm.data.sources.source import Source
 from itm.kinds import build_part
+from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
@@ -54,6 +55,13 @@ def others_passed_over(folder: str) -> int:
     uri = files.join(folder, QUARANTINE)
     rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
     return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What a packing that is stopped leaves behind."""
+    data = recipe_from(args).data
+    whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
+    return f"{whole:,} whole shards are kept in {data.root}"
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,6 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool) -> None:
 
 def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
-    from tqdm import tqdm
 
     from pipelines.on_ray.session import connect, core
 
@@ -161,7 +168,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
     pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
-    with tqdm(total=sum(job.stop - job.start for job in jobs), desc=title, unit="image", mininterval=1) as bar:
+    with Progress(title, sum(job.stop - job.start for job in jobs), "image") as progress:
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
@@ -169,7 +176,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
                 receipts[job.uri] = Receipt.model_validate_json(ray.get(done))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            bar.update(job.stop - job.start)
+            progress.update(job.stop - job.start)
     return receipts
 
 
