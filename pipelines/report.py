@@ -106,7 +106,7 @@ def _images(evaluation: Json) -> Iterable[Json]:
 def _data_uri(image: bytes) -> str:
     from PIL import Image
 
-    from itm.data.preprocess import decode  # with torch, which the command line must not wait for
+    from itm.data.pixels import decode
 
     picture = decode(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)

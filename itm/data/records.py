@@ -19,7 +19,7 @@ IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
 # A crafted file of a few KB can claim gigapixels; 64 M pixels is above any camera still in use.
 MAX_PIXELS = 64_000_000
 # PIL would also try formats that start other programs (EPS) or that no photograph comes in.
-_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_CAPTION = 20_000
 """Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
 MAX_REGION_BYTES = 64 << 20

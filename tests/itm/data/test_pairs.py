@@ -10,7 +10,8 @@ import pytest
 
 from itm.config import Text
 from itm.data.pairs import Pairs, Work
-from itm.data.preprocess import ImageInput, Inputs, decode, draw, fit
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, draw, fit
 from itm.data.text import build_tokenizer
 from tests.support.noise_split import every_sample, world
 
