@@ -154,6 +154,11 @@ def check_present(split_uri: str, manifest: Manifest) -> None:
             raise ValueError(f"{files.join(split_uri, shard.name)} {said}: {CHANGED}")
 
 
+def full_key(shard_uri: str, key: str) -> str:
+    """The name of a sample whose key other shards of the split use, too: `00003/000017`."""
+    return f"{files.name_of(shard_uri).removesuffix('.tar')}/{key}"
+
+
 def receipt_uri(shard_uri: str) -> str:
     return shard_uri.removesuffix(".tar") + ".index.json"
 

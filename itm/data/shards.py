@@ -58,13 +58,17 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions."""
+    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions.
+
+    states_image: the json gives the `image_id` of meta; else that is the key.
+    """
 
     key: str
     image: bytes | None
     regions: bytes | None
     captions: list[Caption]
     meta: Json
+    states_image: bool = True
 
 
 def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
@@ -328,14 +332,15 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], oth
     image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
     if not kept or (not image and REGIONS not in content):
         names = ", ".join([*(f".{extension}" for extension in parts), *(name.rpartition("/")[2] for name in others)])
-        fields = [name for name in meta if name != "image_id"] if not captions else []
+        fields = list(meta) if not captions else []
         names += f", the json has {', '.join(fields)}" if fields else ""
         reason = "no image and no regions" if kept else "no caption" if not captions else f"no usable caption: {faults[0]}"
         yield Problem(key, shard, "read", f"{reason} (members: {names})")
         return
     for fault in filter(None, faults):
         yield Problem(key, shard, "read", fault, "caption")
-    yield Sample(key, image or None, content.get(REGIONS), kept, meta)
+    stated = meta.get("image_id") is not None
+    yield Sample(key, image or None, content.get(REGIONS), kept, meta if stated else meta | {"image_id": key}, stated)
 
 
 def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]:
@@ -351,7 +356,7 @@ def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]
         raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]
+    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]
 
 
 def _caption(default_id: str, raw: object) -> Caption:
