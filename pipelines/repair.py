@@ -26,6 +26,7 @@ from itm.data.same_image import bytes_of
 from itm.data.shards import Sample, copy_samples, read_samples, read_scattered, scan_shard
 from pipelines.cli import script
 from pipelines.inspect import splits_below
+from pipelines.pack import kept_and_lost
 
 MADE = "repair of "
 CLAIM = "repair.json"  # written first: the shards here are copies
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         manifest = repair(uri, output)
         print(
             f"{output}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
-            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}"
+            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, output)}"
         )
 
 
@@ -124,7 +125,7 @@ def _usable(uri: str, taken: Taken, problems: list[Problem]) -> Iterator[Sample]
         fault = json_fault(item.meta, [c.meta for c in item.captions])
         if key in taken.owner or fault:
             reason = fault or f"a second sample of the same key; the first one is in {taken.owner[key]}"
-            problems.append(Problem(key, shard, "repair", reason))
+            problems.append(Problem(key, shard, "repair", reason, captions=len(item.captions)))
             continue
         faults = {"image": _fault(check_image, item.image), "regions": _fault(lambda data: read_regions(data, 1 << 16), item.regions)}
         image, regions = (None if faults[name] else getattr(item, name) for name in ("image", "regions"))
@@ -132,7 +133,8 @@ def _usable(uri: str, taken: Taken, problems: list[Problem]) -> Iterator[Sample]
         lost = clean.image is None and clean.regions is None
         reasons = "; ".join(f"{name}: {fault}" for name, fault in faults.items() if fault)
         if reasons:
-            problems.append(Problem(key, shard, "repair", reasons, "sample" if lost else "member"))
+            held = len(item.captions) if lost else 0
+            problems.append(Problem(key, shard, "repair", reasons, "sample" if lost else "member", held))
         if not lost:
             yield taken.add(clean, shard)
 

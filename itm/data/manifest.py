@@ -100,6 +100,14 @@ class Receipt(BaseModel):
         return sum(p.what in ("sample", "shard") for p in self.problems)
 
 
+def rejected_captions(folder: str) -> int:
+    """Captions that the quarantine table of a folder names, or whose sample it names; 0 where there is no table."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    said = [json.loads(row) for row in rows if row]
+    return sum(1 if row["what"] == "caption" else row.get("captions", 0) for row in said)
+
+
 def write_manifest(split_uri: str, manifest: Manifest) -> None:
     files.write_atomic(files.join(split_uri, NAME), manifest.model_dump_json(indent=1).encode())
 

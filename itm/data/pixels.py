@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
@@ -45,12 +46,22 @@ def decode(data: bytes, exif: bool = True) -> Image.Image:
         raise ValueError(f"cannot decode image: {error or type(error).__name__}") from None
 
 
-def traits(data: bytes) -> tuple[bool, bool]:
-    """Whether an image is turned by its EXIF orientation, and whether it may be transparent. Raises ValueError as `decode`."""
+@dataclass(frozen=True)
+class Traits:
+    """Of an image as it is stored: width and height, whether its EXIF orientation turns it, whether it may be transparent."""
+
+    width: int
+    height: int
+    turned: bool
+    transparent: bool
+
+
+def traits(data: bytes) -> Traits:
+    """Decodes the image whole. Raises ValueError as `decode`."""
     try:
         with open_image(data) as image:
             image.load()
-            return _orientation(image) in _TURN, image.has_transparency_data
+            return Traits(*image.size, _orientation(image) in _TURN, image.has_transparency_data)
     except Exception as error:
         raise ValueError(f"cannot decode image: {error or type(error).__name__}") from None
 

@@ -126,7 +126,9 @@ def read_scattered(uri: str) -> Iterator[Sample | Problem]:
     gathered: dict[str, dict[str, Member]] = {}
     for key, parts in groups:
         held = gathered.setdefault(key, {})
-        problems += [Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member") for e in parts if e in held]
+        for number, e in enumerate(second := [e for e in parts if e in held]):
+            lost = _count(tar, key, {name: parts[name] for name in second}) if number == 0 else 0
+            problems.append(Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member", lost))
         held |= {extension: member for extension, member in parts.items() if extension not in held}
     for key, parts in gathered.items():
         yield from _sample(tar, shard, key, parts, others.get(key, []))
@@ -256,10 +258,13 @@ def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spann
         span = (min(m.begin for m in parts.values()), max(m.end for m in parts.values()))
         scattered = len(held[key]) > 1 and not set.intersection(*held[key])
         if key in seen:
+            lost = _count(tar, key, parts)
             if not scattered:
-                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept"), span
+                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept", captions=lost), span
         elif scattered:
-            yield Problem(key, shard, "read", "members of this sample are not next to each other; sort the tar by name"), span
+            lost = sum(_count(tar, key, others_of_key) for name, others_of_key in groups if name == key)
+            reason = "members of this sample are not next to each other; sort the tar by name"
+            yield Problem(key, shard, "read", reason, captions=lost), span
         else:
             for item in _sample(tar, shard, key, parts, others.get(key, [])):
                 yield item, span
@@ -335,12 +340,21 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], oth
         fields = list(meta) if not captions else []
         names += f", the json has {', '.join(fields)}" if fields else ""
         reason = "no image and no regions" if kept else "no caption" if not captions else f"no usable caption: {faults[0]}"
-        yield Problem(key, shard, "read", f"{reason} (members: {names})")
+        yield Problem(key, shard, "read", f"{reason} (members: {names})", captions=len(captions))
         return
     for fault in filter(None, faults):
         yield Problem(key, shard, "read", fault, "caption")
     stated = meta.get("image_id") is not None
     yield Sample(key, image or None, content.get(REGIONS), kept, meta if stated else meta | {"image_id": key}, stated)
+
+
+def _count(tar: memoryview, key: str, parts: dict[str, Member]) -> int:
+    """Captions of a sample that is left out, as far as they can be read."""
+    content = {e: bytes(tar[m.start : m.start + m.size]) for e, m in parts.items() if e in ("json", "txt")}
+    try:
+        return len(_captions(key, content)[1])
+    except (ValueError, AttributeError, RecursionError):
+        return 0
 
 
 def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]:

@@ -275,7 +275,7 @@ def prepare(inputs: MatcherInputs, batch: list[Sample], shard: str, problems: li
             prepared.append(inputs.images([data]))
             good.append(sample)
         except ValueError as error:
-            problems.append(Problem(sample.key, shard, "evaluate", str(error)))
+            problems.append(Problem(sample.key, shard, "evaluate", str(error), captions=len(sample.captions)))
     return good, prepared
 
 

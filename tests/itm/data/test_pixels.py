@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from itm.data.pixels import decode, decode_jpeg, resized, traits
+from itm.data.pixels import Traits, decode, decode_jpeg, resized, traits
 from itm.data.preprocess import ImageInput, Inputs, augment, draw, fit, fit_quickly
 from itm.data.shards import Sample
 from itm.teachers.image import PixelPreparer, hsv_pyramid
@@ -105,7 +105,7 @@ def test_field_case_17_the_orientation_of_a_camera_is_applied_and_can_be_switche
     expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     np.testing.assert_array_equal(decode(data), expected)
     np.testing.assert_array_equal(decode(data, exif=False), stored.convert("RGB"))
-    assert traits(data) == (2 <= orientation <= 8, False)
+    assert traits(data) == Traits(60, 40, 2 <= orientation <= 8, False)
     for crop in ("center", "squash"):
         quick = fit_quickly(data, 20, crop).astype(int)
         assert np.abs(quick - fit(Image.fromarray(expected), 20, crop)).max() <= 1
@@ -149,7 +149,7 @@ def test_field_case_17_what_is_transparent_lies_over_white(mode: str) -> None:
         data = encoded(rgba.convert(mode))
     pixels = np.asarray(decode(data)).astype(int)
     assert np.abs(pixels - np.where(alpha == 255, 30, 255)[..., None]).max() <= 8
-    assert traits(data) == (False, True)
+    assert traits(data) == Traits(20, 20, False, True)
 
 
 @pytest.mark.parametrize("alpha", [255, 0, 100])
