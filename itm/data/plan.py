@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -109,6 +110,24 @@ class Plan:
                 f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), "
                 f"seed {self.seed} and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
             )
+
+
+def expected_same_image_share(pairs: int, images: int, batch: int) -> float:
+    """Expected share of the pairs of a batch whose image stands in another pair of that batch too, in [0, 1].
+
+    pairs: how many are shuffled together, of `images` images with equally many captions each; batch: pairs drawn of them, at most all.
+    To a loss that masks the diagonal only, such a pair has a caption of its own image among its negatives.
+    """
+    others, batch = pairs / images - 1, min(batch, pairs)
+    if others <= 0 or batch < 2:
+        return 0.0
+    if batch - 1 > pairs - 1 - others:
+        return 1.0
+
+    def ways(of: float) -> float:
+        return math.lgamma(of + 1) - math.lgamma(of - batch + 2)
+
+    return -math.expm1(ways(pairs - 1 - others) - ways(pairs - 1))
 
 
 @lru_cache(maxsize=4)
