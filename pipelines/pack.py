@@ -56,6 +56,7 @@ class Job:
     uri: str
     start: int
     stop: int
+    regions_dtype: str = "fp16"
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -79,14 +80,17 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     assert data.source is not None
     source = _source(data.source.model_dump_json())
     choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
+    if data.regions_dtype != "fp16":
+        choices["regions_dtype"] = data.regions_dtype
     made_from = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
     _claim(folder, made_from, choices, overwrite)
+    slices = [(start, min(start + data.shard_samples, count)) for start in range(0, count, data.shard_samples)]
     jobs = [
-        Job(data.source, split, data.image, made_from, files.join(folder, f"{n:05d}.tar"), start, min(start + data.shard_samples, count))
-        for n, start in enumerate(range(0, count, data.shard_samples))
+        Job(data.source, split, data.image, made_from, files.join(folder, f"{n:05d}.tar"), *items, data.regions_dtype)
+        for n, items in enumerate(slices)
     ]
     finished = files.exists(files.join(folder, NAME))
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
@@ -178,8 +182,12 @@ def pack_shard(job: Job) -> str:
 def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     """The usable records of a slice; the others, and dropped captions, are added to `problems`."""
     keys: set[str] = set()
-    for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
+    source = _source(job.source.model_dump_json())
+    source.regions_dtype = job.regions_dtype
+    for item in source.records(job.split, job.start, job.stop):
         if isinstance(item, Record):
+            if item.regions is not None:
+                item = replace(item, regions=replace(item.regions, whole=job.regions_dtype == "fp32"))
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]

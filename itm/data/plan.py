@@ -15,6 +15,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -110,6 +111,15 @@ class Plan:
                 f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), "
                 f"seed {self.seed} and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
             )
+
+
+def window_of(manifest: Manifest, shards: int, pairs: int | Literal["all"] | None) -> int:
+    """Shards that are shuffled together: as many as hold `pairs` pairs at the mean number a shard, or `shards` where that is unset."""
+    if pairs is None:
+        return shards
+    if pairs == "all":
+        return max(1, len(manifest.shards))
+    return min(max(1, len(manifest.shards)), math.ceil(pairs * len(manifest.shards) / max(1, manifest.captions)))
 
 
 def expected_same_image_share(pairs: int, images: int, batch: int) -> float:

@@ -35,6 +35,7 @@ class ImageInput:
 
     kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
     the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
+    exact: training pixels are those of evaluation (PIL), where a crop is not random.
     kind `regions`: the first `max_regions` rows of the region file, zero-padded; features not `region_width` wide (where set) are refused.
     """
 
@@ -44,10 +45,11 @@ class ImageInput:
     flip: bool = False
     max_regions: int = 36
     region_width: int | None = None
+    exact: bool = False
 
     @classmethod
     def of(cls, data: Data) -> ImageInput:
-        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions)
+        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exact=data.exact_pixels)
 
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
@@ -126,7 +128,7 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
     returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
-        pixels = fit_quickly(data, image.size, image.crop, out)
+        pixels = fit(decode(data), image.size, image.crop) if image.exact else fit_quickly(data, image.size, image.crop, out)
     else:
         picture = _decode_near(data, image.size)
         area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
@@ -246,7 +248,7 @@ class Inputs:
         """`inputs.json` and the tokenizer's files."""
         folder = Path(folder)
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "inputs.json").write_text(json.dumps({"image": asdict(self.image)}, indent=1))
+        (folder / "inputs.json").write_text(json.dumps({"image": _said(self.image)}, indent=1))
         self.tokenizer.save(folder / "tokenizer")
 
     @classmethod
@@ -258,6 +260,11 @@ class Inputs:
         said = json.loads(path.read_text())
         check_format(str(path), said, FORMAT)
         return cls(ImageInput(**said["image"]), load_tokenizer(Path(folder) / "tokenizer"))
+
+
+def _said(image: ImageInput) -> dict[str, Any]:
+    """Its fields; what came later than the file's format is left out at its default."""
+    return {name: value for name, value in asdict(image).items() if name != "exact" or value}
 
 
 def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:
