@@ -145,12 +145,18 @@ class Train(Strict):
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
     log_every: int = Field(10, ge=1, description="steps between logged losses")
+    log_shares: bool = Field(
+        False,
+        description="log each loss's share of the gradient too, as the norm of its own gradient; a backward pass a loss more, where logged",
+    )
     max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint; 0 = the first lost node ends the run")
 
     @model_validator(mode="after")
     def _check_workers(self) -> Train:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        if self.log_shares and self.shard_weights:
+            raise ValueError("log_shares needs whole weights, which shard_weights splits: switch one of them off")
         if self.precision == "fp16" and self.shard_weights:
             raise ValueError("precision=fp16 scales its losses by each worker's own gradients, which shard_weights splits: use bf16")
         return self
