@@ -147,7 +147,7 @@ class Train(Strict):
     log_every: int = Field(10, ge=1, description="steps between logged losses")
     log_shares: bool = Field(
         False,
-        description="log each loss's share of the gradient too, as the norm of its own gradient; a backward pass a loss more, where logged",
+        description="log the share of each loss in the gradient, by the norm of its own: a backward pass more for each, where logged",
     )
     max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint; 0 = the first lost node ends the run")
 

@@ -28,8 +28,8 @@ ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.
 class CusaNpyTeacher(Teacher):
     """Rows of `path`, one file or several (a split each), looked up by the image_id of a sample, or by a caption as it is or cleaned up.
 
-    An image is also found by the number that its name ends in (391895 and COCO_val2014_000000391895.jpg), where one row alone has it: the
-    precomputed regions of a photo are named otherwise than the photo.
+    An image whose name is a number, as precomputed regions have it, is also found as the one row whose name ends in that number (391895
+    and COCO_val2014_000000391895.jpg).
 
     Every process holds the vectors in memory as the file has them (15.9 GB for COCO train at width 37,632), while it fills the store.
     """
@@ -46,9 +46,8 @@ class CusaNpyTeacher(Teacher):
             raise ValueError(f"{', '.join(map(str, paths))}: vectors of widths {widths or 'none'}; all must have the same")
         self.width = widths[0]
         known = frozenset(self.vectors)
-        self.prepare = (
-            partial(_image_key, known=known, numbers=_numbers(known)) if modality == "image" else partial(_caption_key, known=known)
-        )
+        images = partial(_image_key, known=known, numbers=_numbers(known))
+        self.prepare = images if modality == "image" else partial(_caption_key, known=known)
         self.identity = {
             "kind": "cusa_npy",
             "model": "+".join(file.name for file in paths),
@@ -81,7 +80,7 @@ def _number(name: str) -> str:
 
 def _image_key(sample: Sample, known: frozenset[str], numbers: dict[str, str]) -> bytes:
     given = [str(sample.meta[name]) for name in ("image_id", "filename") if name in sample.meta] + [sample.key]
-    by_number = [numbers[number] for name in given if (number := _number(name)) in numbers]
+    by_number = [numbers[number] for name in given if name.isdigit() and (number := _number(name)) in numbers]
     return _found(given if known.intersection(given) else given + by_number, known, f"sample {sample.key!r}")
 
 

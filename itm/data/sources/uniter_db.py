@@ -32,7 +32,8 @@ class UniterDb(Source):
     several (COCO: train2014 and val2014).
 
     A caption is the annotation's own text where the database kept it, else its word pieces joined by `vocab` (the vocab.txt of
-    bert-base-cased, which is read where it is needed only). Raises ValueError for a folder that is no database, and when there is neither text nor `vocab`.
+    bert-base-cased, which is read where it is needed only).
+    Raises ValueError for a folder that is no database, and when there is neither text nor `vocab`.
     """
 
     def __init__(self, texts: dict[str, str | list[str]], images: str | list[str], vocab: str | None = None) -> None:
