@@ -61,7 +61,7 @@ def no_dropout(matcher: nn.Module) -> None:
 
 def check(about: dict[str, Any], name: str, got: Any, want: Any, tolerance: str = "") -> Check:
     value = got.detach().numpy() if isinstance(got, Tensor) else np.asarray(got)
-    return Check(name, value, want, atol=about["tolerance"][tolerance or name], rtol=0.0)
+    return Check(name, value, want, atol=about.get("tolerance", {}).get(tolerance or name, 1e-9), rtol=0.0)
 
 
 def captions_of(arrays: Arrays, prefix: str, at: int | None = None) -> Captions:
