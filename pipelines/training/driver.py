@@ -47,6 +47,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     job = prepare(recipe, manifest)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    share = job.course.same_image_share(manifest)
+    print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 
 from itm.data.arrow import Columns
@@ -51,6 +52,8 @@ def batches(here: Rank) -> Iterator[Batch]:
         left_out = [problem for problem in columns["problem"] if problem is not None]
         here.problems.add(left_out)
         here.unsaved += torch.tensor([rows - len(left_out), len(left_out)])
+        _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
+        here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
         yield to_batch(columns)
 
 
