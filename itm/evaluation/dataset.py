@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.ahead import ahead
 from itm.data.formats import Json
 from itm.data.records import Caption, Problem
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
@@ -145,8 +146,8 @@ def encode_shard(
     images: list[Encoded] = []
     where = resolve_device(device)
     with scoring_mode(matcher, where), computing("fp32", where):
-        for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
-            good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+        read = batches(read_samples(shard_uri, sha256), batch_size, limit, problems)
+        for good, prepared in ahead(prepare(matcher.inputs, batch, files.name_of(shard_uri), problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         try:

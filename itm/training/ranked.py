@@ -1,4 +1,4 @@
-"""DDP around a method. It looks for parameters without gradient, a walk over the graph and a message a step, only where there may be any."""
+"""DDP that looks for parameters without gradient, a walk over the graph and a message a step, only where there may be one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RankedStep(Step):
         return super()._step(batches, number)
 
     def _leaves_some(self, batch: Batch, number: int) -> bool:
-        """Whether any rank's losses leave a trainable parameter without gradient. A copy is tried, since a pass moves running statistics."""
+        """Whether any rank's losses leave a parameter without gradient. A copy is tried, since a pass moves running statistics."""
         method = copy.deepcopy(self.plain).train()
         with lowered(self.precision, self.device):
             losses = method(self.mover(batch), step=number, chunk=self.train.cache_chunk)

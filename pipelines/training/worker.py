@@ -11,16 +11,20 @@ from functools import partial
 import torch
 
 from itm.data.arrow import Columns
+from itm.data.buffers import Buffers
 from itm.data.collate import to_batch
 from itm.data.formats import Json
 from itm.data.pairs import Pairs
 from itm.distributed import rank
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
-from pipelines.on_ray.stream import stream, stream_here, work_of
+from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
+
+BESIDE = 7
+"""Batches in memory beside one a decoding thread: those that are ready, that of the step, and one that is being let go."""
 
 
 def work(job: Job, device: torch.device, report: Report) -> Json:
@@ -60,6 +64,6 @@ def columns_of(here: Rank) -> Iterator[Columns]:
     job, course, data = here.job, here.course, here.job.recipe.data
     items = work_of(rank(), here.first, course.steps, course.train.accumulate)
     pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores)
-    if course.train.workers:
-        return stream(pairs, items, data.decode, data.decode_workers)
-    return stream_here(pairs, items, data.decode_workers)
+    threads = decoders(data.decode_workers, course.train.use_gpu)
+    pairs.buffers = Buffers(threads + BESIDE)
+    return stream(pairs, items, data.decode, threads) if course.train.workers else stream_here(pairs, items, threads)

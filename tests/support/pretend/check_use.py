@@ -17,7 +17,7 @@ from itm.config import Part, Train
 from itm.data import sidecar
 from itm.data.records import Caption, Record
 from itm.data.shards import Manifest, write_manifest, write_shard
-from itm.device import resolve_device
+from itm.device import resolve_device, send
 from itm.evaluation.scoring import score_matrix
 from itm.kinds import build_part
 from itm.matchers.late.uarda_pruned import Pruning
@@ -167,6 +167,20 @@ def test_teaching_on_the_device_gives_the_vectors_of_the_cpu_and_verifies_on_eit
     assert [stores[kind].header.device for kind in ("cpu", "cuda")] == ["cpu", "cuda"]
     assert b'"device"' not in stores["cpu"].table.schema.metadata[b"itm"], "what a CPU writes is as it was"
     np.testing.assert_allclose(*(store.vectors.astype(np.float32) for store in stores.values()), atol=1e-3 if dtype == "fp16" else 1e-6)
+
+
+def test_pixels_of_a_teacher_are_normalised_on_the_device(tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
+    ViTModel(ViTConfig(**sizes, patch_size=16)).save_pretrained(tmp_path / "vit")
+    teacher = build_teacher(Part(kind="hf_vision", options={"path": str(tmp_path / "vit")}), "image")
+    pixels = [bytes(range(256)) * 12, bytes(reversed(range(256))) * 12]
+    want, sent = teacher.embed(pixels), []
+    teacher.to("cuda")
+    monkeypatch.setattr("itm.teachers.image.send", lambda x, device: sent.append(x.dtype) or send(x, device))
+    np.testing.assert_allclose(teacher.embed(pixels), want, atol=1e-5)
+    assert sent == [torch.float32, torch.uint8], "the scale, and the pixels as bytes"
 
 
 def test_a_batch_of_a_teacher_runs_on_the_device(tmp_path: Path, device: None) -> None:
