@@ -43,6 +43,16 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     return device
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether this process can't use its device any more: after a fault of a kernel or of the hardware every call fails as that one did.
+
+    A device that is only full is not lost.
+    """
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error:" in str(error))
+
+
 def cores() -> int:
     """CPU cores that this process may use: of the machine, of its affinity, and of its container's limit, which the others do not show."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
