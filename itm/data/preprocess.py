@@ -53,6 +53,10 @@ class ImageInput:
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
 
+    def said(self) -> dict[str, Any]:
+        """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
+        return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
+
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
         return {"pixels": (images, self.size, self.size, 3)} if self.kind == "pixels" else {}
@@ -220,7 +224,7 @@ class Inputs:
         """`inputs.json` and the tokenizer's files."""
         folder = Path(folder)
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "inputs.json").write_text(json.dumps({"image": _said(self.image)}, indent=1))
+        (folder / "inputs.json").write_text(json.dumps({"image": self.image.said()}, indent=1))
         self.tokenizer.save(folder / "tokenizer")
 
     @classmethod
@@ -232,11 +236,6 @@ class Inputs:
         said = json.loads(path.read_text())
         check_format(str(path), said, FORMAT)
         return cls(ImageInput(**said["image"]), load_tokenizer(Path(folder) / "tokenizer"))
-
-
-def _said(image: ImageInput) -> dict[str, Any]:
-    """The choices as inputs.json has them; those which files of earlier versions do not name, only where they are not the usual ones."""
-    return {name: value for name, value in asdict(image).items() if (name, value) not in (("exif", True), ("exact", False))}
 
 
 def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:
