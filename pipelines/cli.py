@@ -35,6 +35,7 @@ class Stage:
 STAGES = {
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
+    "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),
     "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),

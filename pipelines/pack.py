@@ -67,19 +67,44 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     data = recipe.data
     if data.source is None:
         raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    source = _source(data.source.model_dump_json())
+    source = open_source(data.source)
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
     return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
 
 
+def packed(recipe: Recipe) -> dict[str, Manifest] | None:
+    """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    assert recipe.data.source is not None
+    source = open_source(recipe.data.source)
+    manifests = {}
+    for split in source.splits:
+        folder = files.join(recipe.data.root, split)
+        claim = files.join(folder, CLAIM)
+        if not files.exists(files.join(folder, NAME)) or not files.exists(claim):
+            return None
+        if read_json(claim, FORMAT).get("made_from") != _digest(_choices(recipe, source, split)):
+            return None
+        manifests[split] = read_manifest(folder)
+    return manifests
+
+
+def _choices(recipe: Recipe, source: Source, split: str) -> Json:
+    """What the bytes of a split depend on."""
+    return {"source": source.identity(), "split": split, "shard_samples": recipe.data.shard_samples, "image": recipe.data.image}
+
+
+def _digest(choices: Json) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     data = recipe.data
     assert data.source is not None
-    source = _source(data.source.model_dump_json())
-    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
-    made_from = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+    source = open_source(data.source)
+    choices = _choices(recipe, source, split)
+    made_from = _digest(choices)
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
@@ -232,6 +257,11 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
                 raise ValueError(f"{folder}: key {key!r} is in {owner[key]} and in {receipt.info.name}; keys must be unique in a split")
             owner[key] = receipt.info.name
     return Manifest(split=files.name_of(folder), source=made_from, shards=shards, rejected=rejected)
+
+
+def open_source(part: Part) -> Source:
+    """Raises ValueError for an unknown kind or option, and as the source does."""
+    return _source(part.model_dump_json())
 
 
 @lru_cache(maxsize=2)

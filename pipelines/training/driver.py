@@ -59,6 +59,18 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     return done
 
 
+def finished(recipe: Recipe) -> Json | None:
+    """What run.json holds, if it is of this recipe and of the training split as it is now; else None."""
+    receipt = _read(files.join(recipe.folder, "run.json"))
+    if receipt is None:
+        return None
+    try:
+        _check_same(recipe.folder, (receipt,), recipe, read_manifest(files.join(recipe.data.root, recipe.data.train_split)))
+    except ValueError:  # another run, or no training split: `train` says which
+        return None
+    return receipt
+
+
 def located(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, for processes with another working directory."""
     data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
