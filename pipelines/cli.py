@@ -33,6 +33,7 @@ class Stage:
 
 
 STAGES = {
+    "init": Stage("look", "look at your photos and captions and write a first recipe for them"),
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
     "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),

@@ -187,7 +187,7 @@ def pack_shard(job: Job) -> str:
     """Make one shard and its receipt (returned as JSON). What was written is read back before it counts."""
     name = files.name_of(job.uri)
     problems: list[Problem] = []
-    info = write_shard(job.uri, _accepted(job, problems))
+    info = write_shard(job.uri, accepted(job, problems))
     problems = [replace(p, shard=name) for p in problems]
     index, unreadable, sha256 = scan_shard(job.uri)
     rejected = sum(p.what == "sample" for p in problems)
@@ -200,7 +200,7 @@ def pack_shard(job: Job) -> str:
     return receipt.model_dump_json()
 
 
-def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
+def accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     """The usable records of a slice; the others, and dropped captions, are added to `problems`."""
     keys: set[str] = set()
     for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
