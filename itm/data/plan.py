@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -109,6 +110,18 @@ class Plan:
                 f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), "
                 f"seed {self.seed} and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
             )
+
+
+def same_image_share(per_image: Mapping[int, int], shards: int, window: int) -> float:
+    """The expected share, among the pairs of two different rows of a batch, of those that show the same image.
+
+    per_image: captions of an image -> how many images have so many; shards, window: as of the plan. A batch is cut from the captions of
+    one window in random order, so its size does not matter; windows are taken to be as large as the mean one.
+    """
+    windows = max(1, -(-shards // window))
+    rows = sum(captions * images for captions, images in per_image.items()) / windows
+    siblings = sum(captions * (captions - 1) * images for captions, images in per_image.items()) / windows
+    return siblings / (rows * (rows - 1)) if rows > 1 else 0.0
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.plan import Plan, Position
+from itm.data.plan import Plan, Position, same_image_share
 
 
 def manifest(counts: list[int]) -> Manifest:
@@ -96,3 +96,18 @@ def test_planning_reads_counts_alone_so_ten_thousand_shards_cost_little() -> Non
     plan = Plan.of(manifest([5000] * 10_000), seed=0, batch=256, ranks=8)
     assert plan.batch_pairs(plan.steps_per_epoch - 1, 0, 7).shape == (256, 2)
     assert plan.pairs == 50_000_000
+
+
+@pytest.mark.parametrize("window", [2, 6])
+def test_the_share_of_same_image_pairs_is_that_of_the_batches_of_many_epochs(window: int) -> None:
+    """Six shards of four images with 1, 2, 3 and 6 captions: whose caption a row is follows from its number."""
+    owner = np.repeat(np.arange(4), (1, 2, 3, 6))
+    plan = Plan.of(manifest([12] * 6), seed=0, batch=8, window=window)
+    shares = []
+    for step in range(400 * plan.steps_per_epoch):
+        pairs = plan.batch_pairs(step, 0, 0)
+        image = pairs[:, 0] * 4 + owner[pairs[:, 1]]
+        shares.append(((image[:, None] == image).sum() - 8) / (8 * 7))
+    expected = same_image_share({1: 6, 2: 6, 3: 6, 6: 6}, shards=6, window=window)
+    assert abs(np.mean(shares) - expected) < 0.03 * expected
+    assert same_image_share({1: 50}, shards=6, window=window) == 0
