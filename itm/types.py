@@ -186,6 +186,9 @@ class ImageForm(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def crop(self) -> str: ...
+
 
 class Tokenizer(Protocol):
     """How captions become token ids: (N,L) int64 and their mask (N,L) bool."""

@@ -21,6 +21,7 @@ from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_
 from itm.data.records import Problem, check_image
 from itm.data.shards import REGIONS, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
+from itm.progress import over
 from pipelines.cli import script
 
 SIZED = 64  # images of a split that are decoded
@@ -91,12 +92,11 @@ def splits_below(uri: str) -> list[str]:
 
 def inspect(uri: str) -> Report:
     """Scan a split folder or one tar. What the manifest says otherwise is reported as a problem, too."""
-    from tqdm import tqdm
-
     report = Report(uri)
     shards = [uri] if uri.endswith(".tar") else list_shards(uri)
-    with ThreadPoolExecutor(8) as pool:  # reading and hashing release the GIL
-        for receipt, inside, sizes in tqdm(pool.map(_look, shards), total=len(shards), desc="inspect", unit="shard", mininterval=1):
+    pool = ThreadPoolExecutor(8)  # reading and hashing release the GIL
+    try:
+        for receipt, inside, sizes in over(pool.map(_look, shards), "inspect", len(shards), "shard"):
             report.infos.append(receipt.info)
             report.receipts.append(receipt)
             report.problems += receipt.problems
@@ -105,6 +105,8 @@ def inspect(uri: str) -> Report:
             for extension, size in inside:
                 report.members[extension] += 1
                 report.member_bytes[extension] += size
+    finally:
+        pool.shutdown(cancel_futures=True)  # who stops it does not wait for all shards
     report.layout = _layout(report, uri)
     report.problems += _against_manifest(uri, report.infos)
     return report

@@ -16,16 +16,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
-from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
+from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources import SOURCES
 from itm.data.sources.source import Source
 from itm.kinds import build_part
+from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
@@ -38,11 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for split, manifest in pack(recipe_from(args), overwrite=args.overwrite, splits=args.splits).items():
+    recipe = recipe_from(args)
+    for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
         print(
             f"{split}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
             f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}"
         )
+        if count := others_passed_over(files.join(recipe.data.root, split)):
+            print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
+
+
+def others_passed_over(folder: str) -> int:
+    """How many files of the source were no items, by the quarantine of a split."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What a packing that is stopped leaves behind."""
+    data = recipe_from(args).data
+    whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
+    return f"{whole:,} whole shards are kept in {data.root}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,7 @@ class Job:
     uri: str
     start: int
     stop: int
+    places: list[Any] | None = None  # of the items, where the source had to look through its data for them
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -109,17 +129,20 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
     _claim(folder, made_from, choices, overwrite)
-    jobs = [
-        Job(data.source, split, data.image, made_from, files.join(folder, f"{n:05d}.tar"), start, min(start + data.shard_samples, count))
-        for n, start in enumerate(range(0, count, data.shard_samples))
-    ]
+    jobs = []
+    for n, start in enumerate(range(0, count, data.shard_samples)):
+        stop = min(start + data.shard_samples, count)
+        uri, places = files.join(folder, f"{n:05d}.tar"), source.places(split, start, stop)
+        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places))
     finished = files.exists(files.join(folder, NAME))
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
         return read_manifest(folder)
     receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
     files.remove_abandoned(folder)
-    manifest = _close(folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate)
+    manifest = _close(
+        folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split)
+    )
     if manifest.samples + manifest.rejected != count:
         raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
     _track(recipe, folder, manifest)
@@ -163,7 +186,6 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool) -> None:
 
 def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
-    from tqdm import tqdm
 
     from pipelines.on_ray.session import connect, core
 
@@ -171,7 +193,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
     pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
-    with tqdm(total=sum(job.stop - job.start for job in jobs), desc=title, unit="image", mininterval=1) as bar:
+    with Progress(title, sum(job.stop - job.start for job in jobs), "image") as progress:
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
@@ -179,7 +201,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
                 receipts[job.uri] = Receipt.model_validate_json(ray.get(done))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            bar.update(job.stop - job.start)
+            progress.update(job.stop - job.start)
     return receipts
 
 
@@ -203,13 +225,15 @@ def pack_shard(job: Job) -> str:
 def accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
     """The usable records of a slice; the others, and dropped captions, are added to `problems`."""
     keys: set[str] = set()
-    for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
+    source = _source(job.source.model_dump_json())
+    bare = source.uncaptioned(job.split)
+    for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
         if isinstance(item, Record):
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
             item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
-            reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image)
+            reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image, bare)
             if not reason:
                 keys.add(item.key)
                 yield item
@@ -218,11 +242,11 @@ def accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
         problems.append(item)
 
 
-def _fault(record: Record, image: str) -> str | None:
-    """Why a record cannot be packed, or None."""
+def _fault(record: Record, image: str, bare: bool) -> str | None:
+    """Why a record cannot be packed, or None. bare: its split is of images without captions."""
     if fault := json_fault(record.key, record.meta, [c.meta for c in record.captions]):
         return fault
-    if not record.captions:
+    if not record.captions and not bare:
         return "no caption"
     if image == "regions" and record.regions is None:
         return "no regions, but the recipe says data.image: regions (scenes make them with regions: true)"
@@ -236,16 +260,16 @@ def _fault(record: Record, image: str) -> str | None:
     return None
 
 
-def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float) -> Manifest:
+def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float, passed_over: list[Problem]) -> Manifest:
     """Quarantine table and checks over all shards; the manifest, which is not written yet."""
-    problems = [p for receipt in receipts for p in receipt.problems]
+    problems = [*passed_over, *(p for receipt in receipts for p in receipt.problems)]
     quarantine = files.join(folder, QUARANTINE)
     if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     shards = [r.info for r in receipts if r.info.samples]
     rejected, samples = sum(r.rejected for r in receipts), sum(s.samples for s in shards)
     if rejected > max_reject_rate * (samples + rejected):
-        worst = next(p for p in problems if p.what != "caption")
+        worst = next(p for p in problems if p.what in ("sample", "shard"))
         raise ValueError(
             f"{folder}: {rejected:,} of {samples + rejected:,} samples rejected, more than data.max_reject_rate={max_reject_rate:g}; "
             f"the first: {worst.key}: {worst.reason}. All are in {quarantine}"
@@ -256,7 +280,7 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
             if key in owner:
                 raise ValueError(f"{folder}: key {key!r} is in {owner[key]} and in {receipt.info.name}; keys must be unique in a split")
             owner[key] = receipt.info.name
-    return Manifest(split=files.name_of(folder), source=made_from, shards=shards, rejected=rejected)
+    return manifest_of(files.name_of(folder), made_from, shards, rejected)
 
 
 def open_source(part: Part) -> Source:

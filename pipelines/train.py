@@ -37,6 +37,16 @@ def run(args: argparse.Namespace) -> None:
     print(f"matcher: {done['matcher']}")
 
 
+def kept(args: argparse.Namespace) -> str:
+    """What a training that is stopped leaves behind."""
+    from itm.data import files
+
+    recipe = recipe_from(args)
+    names = (files.name_of(uri).removesuffix(".json") for uri in files.list_files(files.join(recipe.folder, "checkpoints"), ".json"))
+    steps = [int(name) for name in names if name.isdigit()]
+    return f"the checkpoint of step {max(steps):,} is kept in {recipe.folder}" if steps else "there is no checkpoint yet"
+
+
 def train(recipe: Recipe, overwrite: bool = False) -> Json:
     """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
     from pipelines.training import driver
