@@ -90,7 +90,7 @@ def _raw(recipe: Recipe, name: str) -> Split:
         raise ValueError(f"the source has no split {name!r}; there are: {', '.join(source.splits)}")
     start = time.perf_counter()
     looked = min(count, SAMPLE)
-    records = list(accepted(Job(recipe.data.source, name, recipe.data.image, "", "plan", 0, looked), []))
+    records = list(accepted(Job(recipe.data.source, name, recipe.data.image, "", "plan", 0, looked), [], Counter()))
     shard = f"memory://itm-plan-{uuid.uuid4().hex}/00000.tar"
     size = write_shard(shard, records).bytes
     files.delete(shard)

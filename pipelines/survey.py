@@ -96,7 +96,7 @@ def _of_source(part: Part, image: str) -> Survey:
     for split in source.splits:
         seen.totals[split] = source.count(split)
         job = Job(part, split, image, "", "survey", 0, min(seen.totals[split], LOOKED_AT))
-        for record in accepted(job, seen.problems):
+        for record in accepted(job, seen.problems, Counter()):
             _add_record(seen, split, record)
         seen.lost[split] = min(seen.totals[split], LOOKED_AT) - seen.looked[split]
     return seen

@@ -115,6 +115,14 @@ def manifest_of(split: str, source: str, shards: list[ShardInfo], rejected: int)
     return Manifest(split=split, source=source, shards=shards, rejected=rejected, format=f"itm-{UNCAPTIONED if bare else FORMAT}")
 
 
+def rejected_captions(folder: str) -> int:
+    """Captions that the quarantine table of a folder names, or whose sample it names; 0 where there is no table."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    said = [json.loads(row) for row in rows if row]
+    return sum(1 if row["what"] == "caption" else row.get("captions", 0) for row in said)
+
+
 def write_manifest(split_uri: str, manifest: Manifest) -> None:
     files.write_atomic(files.join(split_uri, NAME), manifest.model_dump_json(indent=1).encode())
 
@@ -167,6 +175,11 @@ def check_present(split_uri: str, manifest: Manifest) -> None:
         if sizes[shard.name] != shard.bytes:
             said = f"has {sizes[shard.name]:,} bytes, its manifest says {shard.bytes:,}"
             raise ValueError(f"{files.join(split_uri, shard.name)} {said}: {CHANGED}")
+
+
+def full_key(shard_uri: str, key: str) -> str:
+    """The name of a sample whose key other shards of the split use, too: `00003/000017`."""
+    return f"{files.name_of(shard_uri).removesuffix('.tar')}/{key}"
 
 
 def receipt_uri(shard_uri: str) -> str:

@@ -71,6 +71,19 @@ def finished(recipe: Recipe) -> Json | None:
     return receipt
 
 
+def flow_line(done: Json) -> str:
+    """Pairs trained on and rejected, and the samples and captions that these were, each once; `done` = what run.json holds."""
+    folder = done["matcher"].removesuffix("/matcher")
+    lists = [uri for uri in files.list_files(folder, ".jsonl") if files.name_of(uri).startswith("quarantine-")]
+    rows = {line: json.loads(line) for uri in lists for line in files.read_bytes(uri).decode().split("\n") if line}
+    captions = sum(said["what"] == "caption" for said in rows.values())
+    samples = len({(said["shard"], said["key"]) for said in rows.values() if said["what"] != "caption"})
+    return (
+        f"{done['rows_in']:,} pairs = {done['rows_out']:,} trained on + {done['rows_rejected']:,} rejected "
+        f"({samples:,} images and {captions:,} captions of other images could not be used)"
+    )
+
+
 def located(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, for processes with another working directory."""
     data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
