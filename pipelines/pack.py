@@ -24,9 +24,8 @@ from itm.data.formats import Json, read_json
 from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, Record, check_image, json_fault
 from itm.data.shards import read_manifest, scan_shard, write_shard
-from itm.data.sources import SOURCES
+from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
-from itm.kinds import build_part
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
@@ -255,8 +254,7 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
 def _source(part: str) -> Source:
     """Built once a worker process: a source may have a large annotation file to read."""
     choice = Part.model_validate_json(part)
-    source: Source = build_part(SOURCES, choice.kind, choice.options, "source")
-    return source
+    return build_source(choice.kind, choice.options)
 
 
 if __name__ == "__main__":
