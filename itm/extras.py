@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
-EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",)}  # extra -> packages
+EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",), "hf": ("datasets",)}  # extra -> packages
 
 
 class MissingExtra(ModuleNotFoundError):
