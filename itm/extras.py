@@ -10,6 +10,7 @@ EXTRAS = {  # extra -> packages
     "tracking": ("mlflow",),
     "pipeline": ("ray", "mlflow"),
     "s3": ("boto3",),
+    "hf": ("datasets",),
     "lora": ("peft",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }

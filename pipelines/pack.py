@@ -36,9 +36,8 @@ from itm.data.manifest import (
 )
 from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
-from itm.data.sources import SOURCES
+from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
-from itm.kinds import build_part
 from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
@@ -142,7 +141,7 @@ def source_of(recipe: Recipe) -> Source:
     """Raises ValueError when the recipe names none."""
     if recipe.data.source is None:
         raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    return _source(recipe.data.source.model_dump_json())
+    return open_source(recipe.data.source)
 
 
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
@@ -332,8 +331,7 @@ def open_source(part: Part) -> Source:
 def _source(part: str) -> Source:
     """Built once a worker process: a source may have a large annotation file to read."""
     choice = Part.model_validate_json(part)
-    source: Source = build_part(SOURCES, choice.kind, choice.options, "source")
-    return source
+    return build_source(choice.kind, choice.options)
 
 
 if __name__ == "__main__":
