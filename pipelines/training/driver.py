@@ -62,6 +62,18 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     return done
 
 
+def finished(recipe: Recipe) -> Json | None:
+    """What run.json holds, if it is of this recipe and of the training split as it is now; else None."""
+    receipt = _read(files.join(recipe.folder, "run.json"))
+    if receipt is None:
+        return None
+    try:
+        _check_same(recipe.folder, (receipt,), recipe, read_manifest(files.join(recipe.data.root, recipe.data.train_split)))
+    except ValueError:  # another run, or no training split: `train` says which
+        return None
+    return receipt
+
+
 def flow_line(done: Json) -> str:
     """Pairs trained on and rejected, and the samples and captions that these were, each once; `done` = what run.json holds."""
     folder = done["matcher"].removesuffix("/matcher")
