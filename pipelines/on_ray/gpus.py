@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itm.device import resolve_device
+from pipelines.on_ray.errors import cause_of
 
 LABEL = "itm/gpus"
 PATIENCE, LINE, LOOK = 900.0, 60.0, 2.0
@@ -172,10 +173,8 @@ def fetched(promise: Any) -> Any:
 
     try:
         return ray.get(promise)
-    except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, Exception):
-            raise
-        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise cause_of(error) from error
 
 
 def gpus_elsewhere() -> bool:

@@ -20,8 +20,8 @@ from itm.training.compiled import as_written
 from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
-Report = Callable[[int, float], None]
-"""(steps done, loss), called on rank 0 at every logged step."""
+Report = Callable[[int, str], None]
+"""(steps done, what else there is to say), called on rank 0 at every logged step."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
@@ -34,7 +34,8 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
         here.tracker.metrics(values, step=done)
-        report(done, losses["loss"])
+        waited = here.waited / max(here.clock.here, 1e-9)
+        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
 
 
 def validate(here: Rank, done: int) -> None:
@@ -57,11 +58,10 @@ def validate(here: Rank, done: int) -> None:
 
 def metrics_of(here: Rank, matcher: Any) -> dict[str, float]:
     """Recalls on the validation split, on rank 0; {} on the others, which have done their share by then."""
-    recipe = here.job.recipe
-    asked: dict[str, Any] = {"device": here.step.device, "precision": here.step.precision}
-    split, limit = here.job.split(recipe.data.val_split), recipe.data.max_reject_rate
-    encoded = encode_over_ranks(matcher, split, batch_size=recipe.evaluation.batch_size, max_reject_rate=limit, **asked)
-    scores = score_over_ranks(matcher, encoded.images, encoded.captions, block=recipe.evaluation.block, **asked)
+    data, asked, where = here.job.recipe.data, here.job.recipe.evaluation, (here.step.device, here.step.precision)
+    split = here.job.split(data.val_split)
+    encoded = encode_over_ranks(matcher, split, asked.batch_size, data.val_images, data.max_reject_rate, *where)
+    scores = score_over_ranks(matcher, encoded.images, encoded.captions, asked.block, *where)
     return retrieval_metrics(scores, encoded.positives) if rank() == 0 else {}
 
 
@@ -94,7 +94,7 @@ def checkpoint(here: Rank, done: int) -> None:
 def finish(here: Rank) -> Json:
     """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split.
 
-    Returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected, rows_in, rows_out, rows_rejected.
+    Returns what rank 0 knows: steps, seconds, samples_per_s, best, same_image_share, rejected, rows_in, rows_out, rows_rejected.
     """
     matcher: Any = here.step.gathered(here.step.kept).matcher
     if here.tracker is None:
@@ -109,6 +109,7 @@ def finish(here: Rank) -> Json:
         "seconds": round(state.seconds, 2),
         "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
         "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
+        "same_image_share": here.same_image[0] / max(1, here.same_image[1]),
         "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
         "rows_in": state.pairs,
         "rows_out": state.used,

@@ -12,12 +12,13 @@ import torch
 
 import itm
 from itm.config import Part, Recipe
-from itm.data.shards import read_manifest
-from itm.evaluation.dataset import checked, encode_shard, shards_of
+from itm.data.shards import read_manifest, read_samples
+from itm.evaluation.dataset import checked, encode_samples, encode_split, shards_of
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.folder import save_matcher
+from itm.precision import computing
 from itm.tracking.registry import Tracker
 from itm.training.checkpoint import latest
 from pipelines.training.job import Job, build_method
@@ -33,7 +34,7 @@ TOWERS = {"image": {"in_width": 3, "width": 8}, "text": {"word_dim": 6, "width":
 UNITER = {"hidden": 16, "layers": 1, "heads": 2, "positions": 12, "region_dim": 3, "init_std": 0.25}
 RUNS: dict[str, tuple[Part | None, dict[str, Any]]] = {
     "dual": (None, {"ema": 0.5, "precision": "bf16"}),
-    "dual-sharded": (None, {"ema": 0.5, "shard_weights": True}),
+    "dual-sharded": (None, {"ema": 0.5, "shard_weights": True, "data": {"val_images": 10, "max_reject_rate": 0.2}}),
     "saf": (Part(kind="saf", options={**TOWERS, "sim_dim": 6, "regions": 3}), {}),
     "saf-sharded": (Part(kind="saf", options={**TOWERS, "sim_dim": 6, "regions": 3}), {"shard_weights": True}),
     "uniter": (Part(kind="uniter", options=UNITER), {}),
@@ -43,32 +44,36 @@ RUNS: dict[str, tuple[Part | None, dict[str, Any]]] = {
 
 def choices(root: Path, name: str) -> Recipe:
     model, given = RUNS[name]
-    data = {"image": "regions", "max_regions": 3} if model else {}
-    chosen = recipe(root, name=name, data=data, batch_size=3, steps=2, validate_every=1, checkpoint_every=2, log_every=2, **given)
+    given = {"data": {"image": "regions", "max_regions": 3} if model else {"max_reject_rate": 0.2}, **given}
+    chosen = recipe(root, name=name, batch_size=3, steps=2, validate_every=1, checkpoint_every=2, log_every=2, **given)
     return chosen.model_copy(update={"model": model}) if model else chosen
 
 
 def work_of_ranks(rank: int, port: int, jobs: list[Job], damaged: str) -> None:
     with joined(rank, port, 2):
         for job in jobs:
-            work(job, torch.device("cpu"), lambda done, loss: None)
+            work(job, torch.device("cpu"), lambda *said: None)
         matcher: Any = itm.load_matcher(f"{jobs[0].folder}/fresh")
         with pytest.raises(ValueError, match=r"00001\.tar has sha256"):
-            encode_over_ranks(matcher, damaged, batch_size=4, max_reject_rate=1.0, device=torch.device("cpu"), precision="fp32")
+            encode_over_ranks(matcher, damaged, 4, None, 1.0, torch.device("cpu"), "fp32")
 
 
 def alone(chosen: Recipe) -> dict[str, float]:
     """The metrics of the kept matcher by one process that knows no ranks."""
     matcher, split, precision = itm.load_matcher(f"{chosen.folder}/matcher"), f"{chosen.data.root}/val", chosen.train.precision
-    pieces = [encode_shard(matcher, uri, sha256, chosen.evaluation.batch_size, precision=precision) for uri, sha256 in shards_of(split)]
-    encoded = checked(pieces, split, 0.0)
+    if precision == "fp32":
+        encoded = encode_split(matcher, split, chosen.evaluation.batch_size, chosen.data.val_images)
+    else:
+        with computing(precision, cpu := torch.device("cpu")):
+            pieces = [encode_samples(matcher, uri, read_samples(uri), 256, None, cpu) for uri, _ in shards_of(split)]
+        encoded = checked(pieces, split, 1.0)
     return retrieval_metrics(score_matrix(matcher, encoded.images, encoded.captions, precision=precision), encoded.positives)
 
 
 @pytest.mark.e2e
 def test_what_two_ranks_find_is_what_one_process_finds(registry: Path, tmp_path: Path) -> None:
     small_split(tmp_path / "shards", "train", regions=True)
-    small_split(tmp_path / "shards", "val", regions=True, shards=3)
+    small_split(tmp_path / "shards", "val", regions=True, shards=3, broken=(2,))
     small_split(tmp_path / "shards", "damaged", shards=2)
     jobs = []
     for name in RUNS:
