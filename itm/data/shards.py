@@ -380,7 +380,7 @@ def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption],
         raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
+    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
 
 
 def _caption(default_id: str, raw: object) -> Caption:
