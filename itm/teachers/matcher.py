@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itm.data.preprocess import as_images, decode, fit, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import as_images, fit, read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256
@@ -50,7 +51,7 @@ class MatcherTeacher(Teacher):
             "pooling": modality,
             "width": self.width,
             "dtype": "fp32",
-            "preprocessing": {"image": vars(self.inputs.image), "tokenizer": type(self.inputs.tokenizer).__name__},
+            "preprocessing": {"image": self.inputs.image.said(), "tokenizer": type(self.inputs.tokenizer).__name__},
         }
 
     @torch.inference_mode()
@@ -82,7 +83,7 @@ class MatcherTeacher(Teacher):
 
 
 def _pixel_payload(sample: Sample, image: ImageForm) -> bytes:
-    return fit(decode(image_bytes(sample)), image.size, image.crop).tobytes()
+    return fit(decode(image_bytes(sample), image.exif), image.size, image.crop).tobytes()
 
 
 def _region_payload(sample: Sample, image: ImageForm) -> bytes:
