@@ -5,6 +5,7 @@ What cannot be read or decoded comes back as quarantine rows (`problems`), never
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -205,7 +206,9 @@ def encode_shard(
     with scoring_mode(matcher, where), computing("fp32", where):
         items = read_samples(shard_uri, sha256)
         read = batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems)
-        for good, prepared in ahead(prepare(matcher.inputs, batch, files.name_of(shard_uri), problems) for batch in read):
+        inputs = copy.copy(matcher.inputs)
+        inputs.target = torch.device("cpu")  # the thread that decodes leaves the device to this one
+        for good, prepared in ahead(prepare(inputs, batch, files.name_of(shard_uri), problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         try:
