@@ -8,7 +8,7 @@ from pathlib import Path
 
 from itm.data.formats import Json
 from itm.data.records import Caption
-from itm.data.sources.source import ListedImages, group_by_path, paths_by_split
+from itm.data.sources.source import ListedImages, group_by_path, paths_by_split, read_text
 
 _Row = tuple[str, list[Caption], Json]
 
@@ -53,7 +53,7 @@ class CsvPairs(ListedImages):
     def _rows(self, path: Path, split: str) -> Iterator[tuple[str, _Row]]:
         delimiter = self.delimiter or ("\t" if path.suffix == ".tsv" else ",")
         quoted = delimiter != "\t" if self.quoting is None else self.quoting
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
         self.quotes_are_text |= not quoted and any('"' in line for line in lines)
         header, *rows = [(n, cells) for n, line in enumerate(lines, 1) if (cells := _cells(path, n, line, delimiter, quoted))] or [(1, [])]
         named = [name.strip() for name in header[1]]
