@@ -212,6 +212,8 @@ def storable(data: bytes) -> tuple[bytes, str]:
 
     Raises ValueError when the bytes cannot be decoded, or hold values that PNG does not (floating point).
     """
+    from PIL import Image
+
     found = image_format(data)
     if found in IMAGE_FORMATS:
         return data, found
@@ -220,9 +222,9 @@ def storable(data: bytes) -> tuple[bytes, str]:
             image.load()
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, whose range nobody knows; save it with 8 or 16 bits")
-            kept = (
-                image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I") else image.convert(_AS_PNG.get(image.mode, "RGB"))
-            )
+            kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert(_AS_PNG.get(image.mode, "RGB"))
+            if image.mode == "I":  # 32 bits that hold 16, as everywhere here
+                kept = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
             out = io.BytesIO()
             kept.save(out, "PNG")
     except Exception as error:  # PIL plugins raise almost anything on corrupt input

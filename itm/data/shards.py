@@ -289,11 +289,12 @@ def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], 
     except TarProblem as error:
         problems.append(Problem("", shard, "read", str(error), "shard"))
     known = {key for key, extension in map(_cut_first, (m.name for m in found)) if key and extension in _CONTENT}
+    dotted = _dotted_keys(m.name for m in found)
     groups: list[_Group] = []
     others: dict[str, list[str]] = {}
     for member in found:
         key, extension = _cut_first(member.name)
-        if key not in known and extension not in _CONTENT:
+        if extension not in _CONTENT and (key not in known or _cut_last(member.name)[0] in dotted):
             key, extension = _cut_last(member.name)
         if not key or extension not in _CONTENT:
             others.setdefault(key, []).append(member.name)
@@ -315,9 +316,22 @@ def _cut_first(name: str) -> tuple[str, str]:
     return folder + slash + stem if stem else "", extension.lower()
 
 
+def _dotted_keys(names: Iterable[str]) -> set[str]:
+    """Keys with dots that have both an image (or regions) and captions: samples of their own, even where their first part is a key, too
+    (`22.jpg` and `22.05.jpg`). A lone `22.mask.png` is a further member of `22`."""
+    held: dict[str, set[bool]] = {}
+    for key, extension in map(_cut_last, names):
+        if extension in _CONTENT and "." in key.rpartition("/")[2]:
+            held.setdefault(key, set()).add(extension in ("json", "txt"))
+    return {key for key, kinds in held.items() if key and len(kinds) == 2}
+
+
 def _cut_last(name: str) -> tuple[str, str]:
     """Key and extension where the key itself has dots (`trip_v1.5.jpg`)."""
-    stem, _, extension = name.removeprefix("./").rpartition(".")
+    name = name.removeprefix("./")
+    stem, _, extension = name.rpartition(".")
+    if name.lower().endswith(f".{REGIONS}"):
+        stem, extension = name[: -len(REGIONS) - 1], REGIONS
     return "" if stem.rpartition("/")[2].startswith(".") else stem, extension.lower()
 
 

@@ -10,6 +10,8 @@ from itm.data.formats import Json
 from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, group_by_path, paths_by_split, read_text
 
+csv.field_size_limit(1 << 30)  # a longer caption than the default is read, and then quarantined
+
 _Row = tuple[str, list[Caption], Json]
 
 
@@ -86,7 +88,7 @@ def _cells(path: Path, number: int, line: str, delimiter: str, quoted: bool) -> 
     if not quoted:
         return [cell.lstrip() for cell in line.split(delimiter)] if line else []
     try:
-        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True), [])
+        return next(csv.reader([line.replace("\r", " ")], delimiter=delimiter, skipinitialspace=True, strict=True), [])
     except csv.Error as error:
         raise ValueError(
             f"{path} line {number}: a quoted cell does not end with the line ({error}); put each row on one line, double the quotes "

@@ -92,8 +92,10 @@ def _load(path: Path) -> np.ndarray:
         start = stream.read(64)
     refuse_pointer(path, start)
     try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
-    except (ValueError, OSError, EOFError):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        what = "is an archive of arrays"
+    except Exception:  # numpy raises almost anything for what is no array
         what = "is no .npy file" if not start.startswith(b"\x93NUMPY") else "is cut short, or holds objects instead of numbers"
-        raise ValueError(f"{path} {what}: write it with numpy.save, as float32 or float16") from None
+    raise ValueError(f"{path} {what}: write it with numpy.save, as float32 or float16")
