@@ -27,6 +27,7 @@ from itm.data.records import Problem
 from itm.data.same_image import bytes_of, image_of
 from itm.data.shards import REGIONS, Sample, parse_range, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
+from itm.progress import over
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 if TYPE_CHECKING:
@@ -131,13 +132,12 @@ def splits_below(uri: str) -> list[str]:
 
 def inspect(uri: str, quick: bool = False) -> Report:
     """Scan a split folder or one tar. What the manifest says otherwise is reported as a problem, too. quick: decode `QUICK` a shard."""
-    from tqdm import tqdm
-
     report = Report(uri)
     shards = [uri] if uri.endswith(".tar") else list_shards(uri)
-    with ThreadPoolExecutor(8) as pool:  # reading and hashing release the GIL
-        look = partial(_look, most=QUICK if quick else None)
-        for shard in tqdm(pool.map(look, shards), total=len(shards), desc="inspect", unit="shard", mininterval=1):
+    look = partial(_look, most=QUICK if quick else None)
+    pool = ThreadPoolExecutor(8)  # reading and hashing release the GIL
+    try:
+        for shard in over(pool.map(look, shards), "inspect", len(shards), "shard"):
             report.infos.append(shard.receipt.info)
             report.receipts.append(shard.receipt)
             report.problems += shard.problems
@@ -147,6 +147,8 @@ def inspect(uri: str, quick: bool = False) -> Report:
             for extension, size in shard.inside:
                 report.members[extension] += 1
                 report.member_bytes[extension] += size
+    finally:
+        pool.shutdown(cancel_futures=True)  # who stops it does not wait for all shards
     report.layout = _layout(report, uri)
     report.problems += _against_manifest(uri, report.infos)
     return report

@@ -17,13 +17,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
-
 from itm.data import files
-from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, read_receipt, write_manifest, write_receipt
+from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, check_image, json_fault
 from itm.data.same_image import bytes_of
 from itm.data.shards import Sample, copy_samples, read_samples, read_scattered, scan_shard
+from itm.progress import over
 from pipelines.cli import script
 from pipelines.inspect import splits_below
 from pipelines.pack import kept_and_lost
@@ -62,7 +61,7 @@ def repair(split_uri: str, output: str) -> Manifest:
     files.remove_abandoned(output)
     receipts: list[Receipt] = []
     taken = Taken()
-    for uri in tqdm(sources, desc=f"repair {files.name_of(split_uri)}", unit="shard", mininterval=1):
+    for uri in over(sources, f"repair {files.name_of(split_uri)}", len(sources), "shard"):
         receipts.append(repair_shard(uri, files.join(output, files.name_of(uri)), taken))
     problems = [p for receipt in receipts for p in receipt.problems]
     files.write_atomic(files.join(output, QUARANTINE), "".join(p.row() + "\n" for p in problems).encode())
@@ -70,7 +69,7 @@ def repair(split_uri: str, output: str) -> Manifest:
     if not shards:
         raise ValueError(f"{split_uri}: not one sample can be used; the reasons are in {files.join(output, QUARANTINE)}")
     rejected = sum(p.what == "sample" for p in problems)
-    manifest = Manifest(split=files.name_of(output), source=f"{MADE}{split_uri}", shards=shards, rejected=rejected)
+    manifest = manifest_of(files.name_of(output), f"{MADE}{split_uri}", shards, rejected)
     write_manifest(output, manifest)
     return manifest
 

@@ -93,7 +93,7 @@ def _pictures(found: Hits) -> dict[tuple[str, str], str]:
     from itm.data.shards import Sample, read_samples
 
     wanted = {(hit.shard, hit.key) for hit in found.hits}
-    pictures = {}
+    pictures: dict[tuple[str, str], str] = {}
     for shard in {shard for shard, _ in wanted}:
         for sample in read_samples(shard):
             if not isinstance(sample, Sample) or not sample.image:

@@ -29,6 +29,7 @@ _MAGIC = {
     b"II*\0": "tiff",
     b"MM\0*": "tiff",
 }
+_BMP_HEADERS = [n.to_bytes(4, "little") for n in (12, 40, 52, 56, 64, 108, 124)]
 _AS_PNG = {"I;16B": "I;16", "I;16L": "I;16", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 MAX_CAPTION = 20_000
 """Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
@@ -103,13 +104,17 @@ class Caption:
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Precomputed regions of one image: features (R,Dv) float16, boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32."""
+    """Precomputed regions of one image: features (R,Dv), boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32.
+
+    Features are written as float16, unless they are float32 and `whole` says that they shall stay so.
+    """
 
     features: np.ndarray
     boxes: np.ndarray | None = None
     width: int = 0
     height: int = 0
     conf: np.ndarray | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or not len(self.features):
@@ -120,7 +125,8 @@ class Regions:
 
     def to_npz(self) -> bytes:
         """Uncompressed npz, the same bytes for the same values (numpy stamps its members 1980-01-01)."""
-        arrays = {"features": self.features.astype(np.float16), "width": np.int32(self.width), "height": np.int32(self.height)}
+        dtype = np.float32 if self.whole else np.float16
+        arrays = {"features": self.features.astype(dtype), "width": np.int32(self.width), "height": np.int32(self.height)}
         for name in ("boxes", "conf"):
             if (array := getattr(self, name)) is not None:
                 arrays[name] = array.astype(np.float32)
@@ -202,7 +208,7 @@ def open_image(data: bytes) -> PIL.Image.Image:
 def image_format(data: bytes) -> str | None:
     """jpg, png, webp, gif, bmp or tiff, by the first bytes; None for what is none of them."""
     for start, name in _MAGIC.items():
-        if data.startswith(start):
+        if data.startswith(start) and (name != "bmp" or data[14:18] in _BMP_HEADERS):
             return name
     return "webp" if data[:4] + data[8:12] == b"RIFFWEBP" else None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.ahead import ahead
 from itm.data.formats import Json
 from itm.data.manifest import full_key
 from itm.data.records import Caption, Problem
@@ -82,8 +83,14 @@ class EncodedSplit:
     def cat(cls, pieces: Sequence[EncodedSplit]) -> EncodedSplit:
         """Join shards in order; the caption -> image rows are shifted to the joined order. At least one shard holds an image."""
         full = [p for p in pieces if p.names.image_keys]
-        images, captions = Encoded.cat([p.images for p in full]), Encoded.cat([p.captions for p in full])
-        return cls(images, captions, join_names([p.names for p in full]), [row for p in pieces for row in p.problems])
+        said = [p.captions for p in full if p.names.caption_ids]
+        captions = Encoded.cat(said) if said else Encoded()
+        return cls(
+            Encoded.cat([p.images for p in full]),
+            captions,
+            join_names([p.names for p in full]),
+            [row for p in pieces for row in p.problems],
+        )
 
 
 def merged(split: EncodedSplit) -> EncodedSplit:
@@ -144,17 +151,19 @@ def encode_split(
     limit: int | None = None,
     device: str | torch.device = "cpu",
     max_reject_rate: float = 1.0,
+    bare: bool = False,
 ) -> EncodedSplit:
     """Encode the first `limit` images (unset: all) of a split with their captions, shard after shard, in this process.
 
-    matcher: as `itm.load_matcher` gives it, with `.inputs`. Raises ValueError when a larger share than `max_reject_rate` is rejected.
+    matcher: as `itm.load_matcher` gives it, with `.inputs`. bare: images without captions are taken, too.
+    Raises ValueError when a larger share than `max_reject_rate` is rejected.
     """
     pieces: list[EncodedSplit] = []
     for uri, sha256 in shards_of(split_uri):
         left = None if limit is None else limit - sum(len(p.names.image_keys) for p in pieces)
         if left is not None and left <= 0:
             break
-        pieces.append(encode_shard(matcher, uri, sha256, batch_size, left, device))
+        pieces.append(encode_shard(matcher, uri, sha256, batch_size, left, device, bare))
     return checked(pieces, split_uri, max_reject_rate)
 
 
@@ -176,10 +185,17 @@ def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: flo
 
 
 def encode_shard(
-    matcher: Matcher, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Matcher,
+    shard_uri: str,
+    sha256: str,
+    batch_size: int = 256,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    bare: bool = False,
 ) -> EncodedSplit:
     """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
 
+    bare: images without captions are taken, too; else they are problems.
     Raises ValueError when the shard has another sha256.
     """
     problems: list[Problem] = []
@@ -187,8 +203,9 @@ def encode_shard(
     images: list[Encoded] = []
     where = resolve_device(device)
     with scoring_mode(matcher, where), computing("fp32", where):
-        for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
-            good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+        items = read_samples(shard_uri, sha256)
+        read = batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems)
+        for good, prepared in ahead(prepare(matcher.inputs, batch, files.name_of(shard_uri), problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         try:
@@ -197,8 +214,14 @@ def encode_shard(
             rows, samples = _readable(matcher.inputs, samples, files.name_of(shard_uri), problems)
             images = [Encoded.cat(images)[torch.tensor(rows, dtype=torch.int64)]]
             encoded = _encode_captions(matcher, samples, batch_size, where)
-    both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
-    return EncodedSplit(*both, _names(samples, shard_uri), problems)
+    left, right = (Encoded.cat(pieces) if pieces else Encoded() for pieces in (images if samples else [], encoded))
+    return EncodedSplit(left, right, _names(samples, shard_uri), problems)
+
+
+def _captioned(items: Iterable[Sample | Problem], shard: str) -> Iterator[Sample | Problem]:
+    """Images without captions answer no question of an evaluation."""
+    for item in items:
+        yield item if isinstance(item, Problem) or item.captions else Problem(item.key, shard, "evaluate", "no caption")
 
 
 def _encode_captions(matcher: Matcher, samples: Sequence[Sample], batch_size: int, device: str | torch.device) -> list[Encoded]:
@@ -218,7 +241,7 @@ def _readable(inputs: MatcherInputs, samples: Sequence[Sample], shard: str, prob
                 good.append(caption)
             except ValueError as error:
                 problems.append(Problem(sample.key, shard, "evaluate", f"caption {caption.id}: {error}", "caption"))
-        if good:
+        if good or not sample.captions:
             rows.append(row)
             left.append(replace(sample, captions=good))
         else:

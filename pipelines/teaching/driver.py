@@ -15,6 +15,7 @@ from itm.data.formats import Json
 from itm.data.manifest import check_present
 from itm.data.records import Caption, Problem, check_rows
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest
+from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import stored_identity, stores_root
@@ -82,7 +83,7 @@ def _make_store(job: Job) -> str:
         done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
     todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
     started = time.perf_counter()
-    written = list(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
+    written = list(over(work(job, uri, todo, identity), f"teach {job.split} {job.modality}", len(todo), "shard"))
     counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
     return _finish(job, uri, identity, counts | busy(written))
 
@@ -102,12 +103,6 @@ def busy(written: Sequence[Written]) -> dict[str, float]:
     end = max(w.ended for w in written)
     alive = sum(end - min(w.began for w in written if w.actor == actor) for actor in actors)
     return {"actor_busy": sum(w.ended - w.began for w in written) / alive}
-
-
-def _progress(written: Iterator[Written], total: int, title: str) -> Iterator[Written]:
-    from tqdm import tqdm
-
-    return iter(tqdm(written, title, total, unit="shard", mininterval=1, disable=not total))
 
 
 def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str:
