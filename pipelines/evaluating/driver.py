@@ -69,7 +69,7 @@ def evaluate(
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
-    flow = flow_of(encoded, split_uri, manifest)
+    flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
     folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
@@ -80,8 +80,6 @@ def evaluate(
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
         **flow,
-        **captions_of(encoded, split_uri, manifest),
-        **({"copies": encoded.copies} if encoded.copies else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if save_scores:
@@ -126,11 +124,12 @@ def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[s
 
 
 def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
-    """As `flow_of`, of captions."""
+    """As `flow_of`, of captions; and how many of the samples are copies of an image, where there are some."""
     out, rejected = len(encoded.names.caption_ids), sum(p.lost_captions for p in encoded.problems if p.stage == "evaluate")
     if out + rejected != manifest.captions:
         raise ValueError(f"{split_uri}: {out} captions and {rejected} rejected ones, its manifest says {manifest.captions}: {CHANGED}")
-    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected}
+    copies = {"copies": encoded.copies} if encoded.copies else {}
+    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected} | copies
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:

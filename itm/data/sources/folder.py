@@ -92,13 +92,14 @@ class ImageFolder(Source):
     def item(self, split: str, index: int) -> Record | Problem:
         photo, key = self.listings[split][index], self._keys[split][index]
         if photo.lost:
-            return Problem(key, "", "source", photo.lost)
+            return Problem(key, "", "source", photo.lost, captions=len(photo.captions))
+        captions = [*photo.captions, *(self._lines(photo.text) if photo.text else [])]
         try:
             image, extension, converted = as_stored(self.photos.read(photo.name))
         except ValueError as error:
             said = str(error)
-            return Problem(key, "", "source", said if photo.name in said else f"{self.photos.place(photo.name)} {said}")
-        captions = [*photo.captions, *(self._lines(photo.text) if photo.text else [])]
+            reason = said if photo.name in said else f"{self.photos.place(photo.name)} {said}"
+            return Problem(key, "", "source", reason, captions=len(captions))
         meta = {"image_id": key, "filename": photo.name, **photo.meta, **({"converted_from": converted} if converted else {})}
         return Record(key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, extension, meta=meta)
 

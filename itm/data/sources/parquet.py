@@ -107,11 +107,12 @@ class Parquet(Source):
             return Problem(key, "", "source", row.fault)
         said = row.cells[self.tables.image]
         filename = _path_of(said)
+        captions = [caption for row in rows for caption in captions_of(row, self.tables.captions)]
         try:
             image, extension, converted = as_stored(self.tables.image_bytes(said))
         except ValueError as error:
-            return Problem(key, "", "source", f"{row.where}: the image {f'{filename} ' if filename else ''}{error}")
-        captions = [caption for row in rows for caption in captions_of(row, self.tables.captions)]
+            reason = f"{row.where}: the image {f'{filename} ' if filename else ''}{error}"
+            return Problem(key, "", "source", reason, captions=len(captions))
         meta = {"image_id": key, **({"filename": filename} if filename else {}), **_scalars(row.cells, self.tables.captions)}
         meta |= {"converted_from": converted} if converted else {}
         return Record(key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, extension, meta=meta)
