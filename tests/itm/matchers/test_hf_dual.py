@@ -25,7 +25,8 @@ def test_the_scores_are_those_of_the_model_itself(kind: str, tmp_path: Path) -> 
     ours = itm.load_matcher(tmp_path / "hf")
     images, captions = ours.inputs.images([png(n) for n in range(3)]), ours.inputs.captions(TEXTS)
     words = ours.inputs.tokenizer.hf
-    given = words(TEXTS, padding="max_length" if kind == "siglip" else True, max_length=LONGEST, return_tensors="pt")
+    padding = {"padding": "max_length", "max_length": LONGEST} if kind == "siglip" else {"padding": True}
+    given = words(TEXTS, return_tensors="pt", **padding)
     mask = {} if kind == "siglip" else {"attention_mask": given["attention_mask"]}
     pixels = (images.pixels / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
     with torch.no_grad():
