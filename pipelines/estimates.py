@@ -19,7 +19,6 @@ import torch
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.plan import same_image_share
 from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Record
 from itm.data.shards import Sample, read_manifest, read_samples, write_shard
@@ -31,6 +30,7 @@ from itm.methods import METHODS
 from itm.training.checkpoint import KEPT
 from itm.training.switches import build_step
 from itm.types import Batch, Method, SoftLabels
+from pipelines.on_ray.stream import decoders
 from pipelines.training.course import Course
 
 SAMPLE = 200  # images that stand for a split
@@ -41,6 +41,9 @@ WORKERS_START = 15.0
 TRACKING = 3.0  # the first words with a tracking store
 
 
+Raw = bytes  # within Split, `bytes` is a number
+
+
 @dataclass
 class Split:
     """images, captions: of the whole; bytes: of its shards; per_image: captions of an image -> how many of the sample have so many."""
@@ -49,15 +52,18 @@ class Split:
     captions: int = 0
     bytes: float = 0.0
     shards: int = 0
-    rows: list[tuple[bytes, str]] = field(default_factory=list)
+    rows: list[tuple[Raw, str]] = field(default_factory=list)
     per_image: Counter[int] = field(default_factory=Counter)
     seconds_to_pack: float = 0.0
     packed: bool = False
 
     def manifest(self, name: str) -> Manifest:
         """As packing will write it, but for the digests."""
-        even = [self.captions // self.shards + (n < self.captions % self.shards) for n in range(self.shards)]
-        infos = [ShardInfo(name=f"{n:05d}.tar", samples=1, captions=count, bytes=0, sha256="") for n, count in enumerate(even)]
+        images, captions = (
+            [whole // self.shards + (n < whole % self.shards) for n in range(self.shards)] for whole in (self.images, self.captions)
+        )
+        rows = enumerate(zip(images, captions, strict=True))
+        infos = [ShardInfo(name=f"{n:05d}.tar", samples=i, captions=c, bytes=0, sha256="") for n, (i, c) in rows]
         return Manifest(split=name, source="estimate", shards=infos)
 
 
@@ -130,7 +136,7 @@ class Training:
     def seconds(self, recipe: Recipe, val: Split | None) -> float:
         """Steps and validations; decoding runs beside the steps where there is a core for it."""
         train, spare = recipe.train, (torch.get_num_threads() > 1 or self.device != "cpu" or cores() > max(1, recipe.train.workers))
-        waiting = self.prepare / recipe.data.decode_workers
+        waiting = self.prepare / decoders(recipe.data.decode_workers, train.use_gpu)
         steps = self.course.steps * (max(self.step, waiting) if spare else self.step + waiting)
         if val is None:
             return steps
@@ -167,7 +173,7 @@ def training_of(recipe: Recipe, split: Split) -> Training:
         look = _timed(lambda: (method.matcher.encode_images(batch.images), method.matcher.encode_captions(batch.captions)), device)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     weights, trained = (sum(p.numel() for p in method.parameters() if every or p.requires_grad) for every in (True, False))
-    share = same_image_share(split.per_image, split.shards, recipe.data.shuffle_window)
+    share = course.same_image_share(split.manifest(recipe.data.train_split))
     return Training(course, share, weights, trained, taken, prepare, look, memory, str(device))
 
 

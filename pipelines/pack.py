@@ -97,6 +97,7 @@ class Job:
     start: int
     stop: int
     places: list[Any] | None = None  # of the items, where the source had to look through its data for them
+    regions_dtype: str = "fp16"
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -130,7 +131,9 @@ def packed(recipe: Recipe) -> dict[str, Manifest] | None:
 
 def _choices(recipe: Recipe, source: Source, split: str) -> Json:
     """What the bytes of a split depend on."""
-    return {"source": source.identity(), "split": split, "shard_samples": recipe.data.shard_samples, "image": recipe.data.image}
+    data = recipe.data
+    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
+    return choices | ({"regions_dtype": data.regions_dtype} if data.regions_dtype != "fp16" else {})
 
 
 def _digest(choices: Json) -> str:
@@ -158,7 +161,7 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     for n, start in enumerate(range(0, count, data.shard_samples)):
         stop = min(start + data.shard_samples, count)
         uri, places = files.join(folder, f"{n:05d}.tar"), source.places(split, start, stop)
-        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places))
+        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places, data.regions_dtype))
     finished = files.exists(files.join(folder, NAME))
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
@@ -254,9 +257,12 @@ def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[
     keys: set[str] = set()
     source = _source(job.source.model_dump_json())
     bare = source.uncaptioned(job.split)
+    source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
         read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
         if isinstance(item, Record):
+            if item.regions is not None:
+                item = replace(item, regions=replace(item.regions, whole=job.regions_dtype == "fp32"))
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]

@@ -124,7 +124,7 @@ class Costs:
         plan, workers = found.course.plan, recipe.train.workers
         passes = f"{plan.steps_per_epoch:,} steps are a pass over {plan.pairs:,} captions"
         yield f"steps   {found.course.steps:,} of {plan.global_batch:,} pairs; {passes}"
-        yield f"batch   {found.same_image:.2%} of the pairs of two rows are expected to show the same image"
+        yield f"batch   {found.same_image:.2%} of its pairs are expected to meet another pair of their image"
         yield f"model   {found.weights:,} weights, {found.trained:,} of them trained"
         yield f"memory  about {_size(found.memory)} a worker ({found.device})"
         yield f"workers {workers or 'none: inside this process'}; a step takes {found.step:.3f} s, decoding for it {found.prepare:.3f} s"

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -112,16 +113,31 @@ class Plan:
             )
 
 
-def same_image_share(per_image: Mapping[int, int], shards: int, window: int) -> float:
-    """The expected share, among the pairs of two different rows of a batch, of those that show the same image.
+def window_of(manifest: Manifest, shards: int, pairs: int | Literal["all"] | None) -> int:
+    """Shards that are shuffled together: as many as hold `pairs` pairs at the mean number a shard, or `shards` where that is unset."""
+    if pairs is None:
+        return shards
+    if pairs == "all":
+        return max(1, len(manifest.shards))
+    return min(max(1, len(manifest.shards)), math.ceil(pairs * len(manifest.shards) / max(1, manifest.captions)))
 
-    per_image: captions of an image -> how many images have so many; shards, window: as of the plan. A batch is cut from the captions of
-    one window in random order, so its size does not matter; windows are taken to be as large as the mean one.
+
+def expected_same_image_share(pairs: int, images: int, batch: int) -> float:
+    """Expected share of the pairs of a batch whose image stands in another pair of that batch too, in [0, 1].
+
+    pairs: how many are shuffled together, of `images` images with equally many captions each; batch: pairs drawn of them, at most all.
+    To a loss that masks the diagonal only, such a pair has a caption of its own image among its negatives.
     """
-    windows = max(1, -(-shards // window))
-    rows = sum(captions * images for captions, images in per_image.items()) / windows
-    siblings = sum(captions * (captions - 1) * images for captions, images in per_image.items()) / windows
-    return siblings / (rows * (rows - 1)) if rows > 1 else 0.0
+    others, batch = pairs / images - 1, min(batch, pairs)
+    if others <= 0 or batch < 2:
+        return 0.0
+    if batch - 1 > pairs - 1 - others:
+        return 1.0
+
+    def ways(of: float) -> float:
+        return math.lgamma(of + 1) - math.lgamma(of - batch + 2)
+
+    return -math.expm1(ways(pairs - 1 - others) - ways(pairs - 1))
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 from itm.config import Part
 from itm.data import files
@@ -29,6 +30,6 @@ def is_hub(name: str) -> bool:
 def load_hub(path: str) -> Matcher:
     """A model as it was trained, prepared as its own processor does: zero-shot. Raises ValueError for one without two towers."""
     sizes = sizes_of(path)
-    crop = "center" if sizes.crop == "center" else "squash"
+    crop: Literal["center", "squash"] = "center" if sizes.crop == "center" else "squash"
     inputs = Inputs(ImageInput(size=sizes.image, crop=crop), HFTokenizer(path, max_length=sizes.text, clean=False))
     return build_matcher(Part(kind="hf_dual", options={"path": path}), inputs).eval()

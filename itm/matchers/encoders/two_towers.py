@@ -39,7 +39,7 @@ def load_two_towers(path: str | None, config: Options | None) -> Any:
             choices = dict(config)
             model: Any = AutoModel.from_config(AutoConfig.for_model(choices.pop("model_type"), **choices), dtype=torch.float32)
         else:
-            model = AutoModel.from_pretrained(path, dtype=torch.float32)
+            model = AutoModel.from_pretrained(str(path), dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model hf_dual: {path or 'config'} holds no model: {str(error).splitlines()[0][:300]}") from None
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.plan import Plan, Position, same_image_share
+from itm.data.plan import Plan, Position, expected_same_image_share
 
 
 def manifest(counts: list[int]) -> Manifest:
@@ -98,16 +98,16 @@ def test_planning_reads_counts_alone_so_ten_thousand_shards_cost_little() -> Non
     assert plan.pairs == 50_000_000
 
 
-@pytest.mark.parametrize("window", [2, 6])
-def test_the_share_of_same_image_pairs_is_that_of_the_batches_of_many_epochs(window: int) -> None:
-    """Six shards of four images with 1, 2, 3 and 6 captions: whose caption a row is follows from its number."""
-    owner = np.repeat(np.arange(4), (1, 2, 3, 6))
-    plan = Plan.of(manifest([12] * 6), seed=0, batch=8, window=window)
-    shares = []
-    for step in range(400 * plan.steps_per_epoch):
-        pairs = plan.batch_pairs(step, 0, 0)
-        image = pairs[:, 0] * 4 + owner[pairs[:, 1]]
-        shares.append(((image[:, None] == image).sum() - 8) / (8 * 7))
-    expected = same_image_share({1: 6, 2: 6, 3: 6, 6: 6}, shards=6, window=window)
-    assert abs(np.mean(shares) - expected) < 0.03 * expected
-    assert same_image_share({1: 50}, shards=6, window=window) == 0
+@pytest.mark.parametrize(("pairs", "images", "batch"), [(50, 10, 6), (60, 20, 12), (40, 8, 38), (12, 12, 5)])
+def test_the_expected_share_of_same_image_pairs_is_what_random_batches_show(pairs: int, images: int, batch: int) -> None:
+    draws, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        image = draws.permutation(pairs)[:batch] % images
+        found.append(np.mean((image[:, None] == image).sum(1) > 1))
+    assert expected_same_image_share(pairs, images, batch) == pytest.approx(np.mean(found), abs=0.01)
+
+
+def test_the_expected_share_of_flickr30k_and_coco_is_that_of_the_published_loaders() -> None:
+    assert expected_same_image_share(145_000, 29_000, 128) == pytest.approx(0.0035, abs=1e-4)
+    assert expected_same_image_share(566_435, 113_287, 128) == pytest.approx(0.0009, abs=1e-4)
+    assert expected_same_image_share(10_000, 2_000, 128) == pytest.approx(0.0496, abs=1e-3)  # eight shards of 250 images
