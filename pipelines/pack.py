@@ -105,7 +105,7 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
 def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
     """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
     from itm.tracking.lineage import DatasetRef, packages_used
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker
 
     params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
     data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]

@@ -55,7 +55,7 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     output = files.join(recipe.folder, "report.html")
     files.write_atomic(output, render(page).encode())
     if trained.get("run_id"):
-        from itm.tracking.registry import Tracker
+        from itm.tracking.runs import Tracker
 
         with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
             tracker.artifact(written)

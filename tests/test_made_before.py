@@ -25,7 +25,7 @@ from itm.matchers.folder import save_matcher
 from itm.methods import METHODS
 from itm.teachers.identity import choice_of
 from itm.teachers.stores import store_for
-from itm.tracking.registry import download
+from itm.tracking.fetch import download
 from pipelines.evaluate import evaluate
 from pipelines.pack import CLAIM, Job, pack, pack_shard
 from pipelines.register import register

@@ -1,188 +1,36 @@
-"""Experiment tracking and the model registry: the only door to MLflow.
+"""The model registry.
 
-    with Tracker.start("itm", "demo", recipe.flat(), datasets=[DatasetRef("train", manifest.fingerprint(), uri)]) as tracker:
-        tracker.metrics({"loss": 0.7}, step=1)
-    version = register_matcher("runs/demo/matcher", "itm-matcher", tracker.run_id, {"rsum": 312.0}, code=Path("itm/pyfunc.py"))
-    promote("itm-matcher", version, "rsum", 312.0)
-    folder = download("models:/itm-matcher@champion")
-
-Only client objects with an explicit address are used, never MLflow's process-wide state, so that a Ray worker, a
-notebook and a test in one process cannot write into each other's runs.
+version = register_matcher("runs/demo/matcher", "itm-matcher", tracker.run_id, {"rsum": 312.0}, code=Path("itm/pyfunc.py"))
+promote("itm-matcher", version, "rsum", 312.0)
+find_version("models:/itm-matcher@champion").version
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
-import sys
 import tempfile
-import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote, urlparse
-
-import yaml
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # also keeps the schema migrations of a fresh SQLite file off the screen
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from itm.kinds import import_paths, origins
-from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, packages_used, plain_name, shorten, texts, tracking_uri
-from itm.tracking.loggers import Logger
+from itm.tracking.addresses import tracking_uri
+from itm.tracking.lineage import git_commit, packages_used, plain_name, texts
 from itm.tracking.package import save_package
+from itm.tracking.runs import client
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
-_PARAMS_PER_CALL = 100  # MLflow's own limit
-_MOST_PENDING = 512
-
-
-def client(uri: str | None = None) -> MlflowClient:
-    """A client of the tracking server and registry at `uri` (default `tracking_uri()`)."""
-    uri = uri or tracking_uri()
-    return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-
-
-class Tracker:
-    """One MLflow run. `start` opens it, `resume` writes into it from another process; metrics go out asynchronously.
-
-    As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
-    """
-
-    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
-        self.run_id = run_id
-        self.uri = uri
-        self._client = client(uri)
-        self._owner = owner
-        self._loggers = loggers
-        if owner:
-            self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
-        self._pending: deque[Any] = deque()
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri) if system_metrics else None
-        if self._monitor:
-            self._monitor.start()
-
-    @classmethod
-    def start(
-        cls,
-        experiment: str,
-        run_name: str,
-        params: Mapping[str, object] | None = None,
-        tags: Mapping[str, object] | None = None,
-        datasets: Sequence[DatasetRef] = (),
-        system_metrics: bool = False,
-    ) -> Tracker:
-        """Open a run with flat `params`, `tags` and dataset lineage. The experiment is created on first use."""
-        uri = tracking_uri()
-        door = client(uri)
-        marks = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL", "git_commit": git_commit(), **(tags or {})}
-        run = door.create_run(_experiment_id(door, uri, experiment), tags=texts(marks), run_name=run_name)
-        tracker = cls(run.info.run_id, uri, owner=True, system_metrics=system_metrics)
-        rows = [Param(plain_name(name), shorten(str(value), LONGEST_PARAM)) for name, value in (params or {}).items()]
-        for start in range(0, len(rows), _PARAMS_PER_CALL):
-            door.log_batch(tracker.run_id, params=rows[start : start + _PARAMS_PER_CALL])
-        tracker.datasets(datasets)
-        return tracker
-
-    @classmethod
-    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
-        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
-
-        loggers: they are told what this tracker is told.
-        """
-        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
-        now = int(time.time() * 1000)
-        rows = [Metric(plain_name(name), float(value), now, step) for name, value in values.items()]
-        self._pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
-        while len(self._pending) > _MOST_PENDING:
-            self._pending.popleft().wait()
-        for logger in self._loggers:
-            logger.metrics(values, step)
-
-    def tags(self, values: Mapping[str, object]) -> None:
-        self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
-        for logger in self._loggers:
-            logger.tags(values)
-
-    def datasets(self, refs: Sequence[DatasetRef]) -> None:
-        """Record lineage: metadata only, nothing is read or copied."""
-        inputs = [  # 36 and 500 characters are MLflow's limits
-            DatasetInput(
-                Dataset(r.name[:500], r.digest[:36], urlparse(r.source).scheme or "local", json.dumps({"uri": r.source})),
-                [InputTag("mlflow.data.context", r.context)],
-            )
-            for r in refs
-        ]
-        if inputs:
-            self._client.log_inputs(self.run_id, inputs)
-
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a file, or a folder with its name, to the run's artifacts (below `folder`)."""
-        self._client.log_artifact(self.run_id, str(path), folder)
-        for logger in self._loggers:
-            logger.artifact(str(path))
-
-    def flush(self) -> None:
-        """Wait until every metric is stored. Raises MlflowException if one could not be."""
-        while self._pending:
-            self._pending.popleft().wait()
-
-    def close(self) -> None:
-        """Stop the system metrics and flush; the run stays open."""
-        if self._monitor:
-            self._monitor.finish()
-            self._monitor = None
-        for logger in self._loggers:
-            logger.close()
-        self.flush()
-
-    def finish(self, status: str = "FINISHED") -> None:
-        """Close and end the run: FINISHED, FAILED or KILLED."""
-        try:
-            self.close()
-        finally:
-            self._client.set_terminated(self.run_id, status)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._owner:
-            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
-        else:
-            self.close()
-
-
-def _experiment_id(door: MlflowClient, uri: str, name: str) -> str:
-    found = door.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    location = None  # the server's choice
-    if uri.startswith("sqlite:///"):  # beside the database, whichever directory this process runs in
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "mlruns" / re.sub(r"[^\w.-]", "_", name)).as_uri()
-    try:
-        return str(door.create_experiment(name, artifact_location=location))
-    except MlflowException:
-        if (found := door.get_experiment_by_name(name)) is None:
-            raise
-        return str(found.experiment_id)  # another process was first
 
 
 @dataclass(frozen=True)
@@ -235,8 +83,23 @@ def register_matcher(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = door.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=marks, model_id=model_id)
+    with _asking(tracking_uri()):
+        version = door.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=marks, model_id=model_id)
     return str(version.version)
+
+
+@contextlib.contextmanager
+def _asking(uri: str) -> Iterator[None]:
+    """MLflow looks a model of a `models:/` source up in the store that the process asks by default, not in that of its client."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics: Mapping[str, float], code: Path) -> str:
@@ -316,74 +179,6 @@ def find_version(uri: str) -> Any:
     if wanted not in versions:
         raise ValueError(f"model {name!r} has no version {wanted}; it has {', '.join(sorted(versions, key=int)) or 'none'}")
     return versions[wanted]
-
-
-def download(uri: str) -> Path:
-    """The local matcher folder of `models:/name@alias`, `models:/name/3`, `models:/m-<id>` or `runs:/<run id>[/<path>]`.
-
-    Local registries are read in place; remote ones are fetched once into ITM_CACHE (default ~/.cache/itm).
-    `runs:/<run id>` is the model the run logged last, `runs:/<run id>/<path>` a matcher folder among its artifacts.
-    Raises ValueError naming the known models, aliases or versions.
-    """
-    if uri.startswith("runs:/"):
-        return _run_folder(uri)
-    if re.fullmatch(r"models:/m-[0-9a-f]+", uri):
-        return _model_folder(uri.removeprefix("models:/"), uri)
-    source = str(find_version(uri).source)
-    if not source.startswith("models:/m-"):
-        raise ValueError(f"{uri} was not registered by `itm register`: its source is {source}")
-    return _model_folder(source.removeprefix("models:/"), uri)
-
-
-def _model_folder(model_id: str, uri: str) -> Path:
-    try:
-        location = client().get_logged_model(model_id).artifact_location
-    except MlflowException:
-        raise ValueError(f"{uri}: no logged model {model_id} at {tracking_uri()}") from None
-    package = _local(location, f"models:/{model_id}", model_id)
-    artifacts = yaml.safe_load((package / "MLmodel").read_text())["flavors"]["python_function"].get("artifacts") or {}
-    if "matcher" not in artifacts:
-        raise ValueError(f"{uri} holds no matcher folder (it has {', '.join(artifacts) or 'no artifacts'}); `itm register` makes one")
-    return package / artifacts["matcher"]["path"]
-
-
-def _run_folder(uri: str) -> Path:
-    run_id, _, path = uri.removeprefix("runs:/").partition("/")
-    door = client()
-    try:
-        run = door.get_run(run_id)
-    except MlflowException:
-        raise ValueError(f"no run {run_id!r} at {tracking_uri()}; copy the id from the MLflow page of the run, or from run.json") from None
-    if path:
-        folder = _local(f"{run.info.artifact_uri}/{path}", uri, f"{run_id}-{path.replace('/', '-')}")
-        if (folder / "config.json").exists():
-            return folder
-        raise ValueError(f"{uri} is not a matcher folder; the run holds {', '.join(item.path for item in door.list_artifacts(run_id))}")
-    models = door.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'", max_results=1)
-    if not models:
-        raise ValueError(f"run {run_id!r} has logged no model yet; `itm register` does that")
-    return _model_folder(models[0].model_id, uri)
-
-
-def _local(location: str, uri: str, name: str) -> Path:
-    """`location` itself where it is a local folder, else a copy of `uri` in the cache under `name`."""
-    parsed = urlparse(location)
-    if parsed.scheme in ("", "file"):
-        return Path(unquote(parsed.path))
-    cache = Path(os.environ.get("ITM_CACHE") or Path.home() / ".cache" / "itm") / "models"
-    if not (cache / name).exists():
-        from mlflow.artifacts import download_artifacts
-
-        cache.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
-        fetched = Path(download_artifacts(artifact_uri=uri, dst_path=str(fresh), tracking_uri=tracking_uri()))
-        try:
-            fetched.rename(cache / name)
-        except OSError:
-            if not (cache / name).exists():  # else another process was first
-                raise
-        shutil.rmtree(fresh, ignore_errors=True)
-    return cache / name
 
 
 def _versions(door: MlflowClient, name: str) -> list[Any]:

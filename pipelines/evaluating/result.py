@@ -94,7 +94,7 @@ def track(recipe: Recipe, result: Json, output: str) -> None:
     if not files.exists(receipt):
         return
     from itm.tracking.loggers import loggers_of
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker
 
     run_id = json.loads(files.read_bytes(receipt))["run_id"]
     with Tracker.resume(run_id, loggers=loggers_of(recipe, run_id)) as tracker:

@@ -153,7 +153,7 @@ def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
 def _track(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> None:
     """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
     from itm.tracking.lineage import DatasetRef, packages_used
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker
 
     params = {f"teacher.{name}": value for name, value in identity.items()} | {"split": job.split, "modality": job.modality, "store": uri}
     data = [DatasetRef(job.split, job.manifest.fingerprint(), job.split_uri, "teaching")]

@@ -16,8 +16,9 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.tracking.addresses import tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
-from itm.tracking.registry import Tracker, tracking_uri
+from itm.tracking.runs import Tracker
 from pipelines.training import FORMAT
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job

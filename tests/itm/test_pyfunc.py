@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from itm.config import Part
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 from tests.support.registry_world import TEXTS, matcher_folder, picture, register_matcher, tiny_matcher
 
 pytest_plugins = ["tests.support.registry_fixtures"]

@@ -180,7 +180,7 @@ def test_encoding_by_ray_tasks_gives_the_vectors_of_one_process(tmp_path, ray_lo
 def test_metrics_and_the_file_reach_the_run_of_the_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    from itm.tracking.registry import Tracker, client
+    from itm.tracking.runs import Tracker, client
 
     recipe = small_run(tmp_path)
     with Tracker.start("test", "small") as tracker:

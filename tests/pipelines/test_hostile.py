@@ -116,7 +116,7 @@ def test_a_bad_sample_is_named_and_counted_by_every_reader(tmp_path: Path, name:
 
 def test_evaluation_and_training_count_what_they_left_out_and_mlflow_shows_it(tmp_path: Path) -> None:
     from itm.matchers.folder import load_matcher_folder
-    from itm.tracking.registry import client
+    from itm.tracking.runs import client
 
     small_split(tmp_path / "shards", "train", broken=(4, 7))
     small_split(tmp_path / "shards", "val", shards=1, broken=(2,))

@@ -17,7 +17,8 @@ import torch
 import itm
 from itm.config import Recipe, load_recipe, parse_recipe
 from itm.data.sidecar import open_store, read_sidecar, sidecar_uri
-from itm.tracking.registry import client, find_version
+from itm.tracking.registry import find_version
+from itm.tracking.runs import client
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
 from pipelines.register import register

@@ -260,7 +260,7 @@ def test_a_killed_run_ends_with_the_same_bytes_and_recomputes_nothing(tmp_path, 
 
 @pytest.mark.e2e
 def test_a_store_logs_one_run_with_its_identity_and_a_second_teach_logs_none(tmp_path, monkeypatch, ray_local):
-    from itm.tracking.registry import client
+    from itm.tracking.runs import client
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     pack(tmp_path / "data", scenes(12))

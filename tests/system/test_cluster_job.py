@@ -15,7 +15,8 @@ import pytest
 
 import itm
 from itm.config import load_recipe
-from itm.tracking.registry import client, find_version
+from itm.tracking.registry import find_version
+from itm.tracking.runs import client
 from pipelines.cli import RECIPES
 from pipelines.submit import submit
 from tests.support.ports import free_ports

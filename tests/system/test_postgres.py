@@ -26,7 +26,8 @@ import yaml
 from pyarrow import fs
 
 from itm.config import Recipe
-from itm.tracking.registry import Tracker, client, find_version, promote
+from itm.tracking.registry import find_version, promote
+from itm.tracking.runs import Tracker, client
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
 from pipelines.register import register

@@ -1,0 +1,218 @@
+"""Experiment tracking: runs of MLflow.
+
+    with Tracker.start("itm", "demo", recipe.flat(), datasets=[DatasetRef("train", manifest.fingerprint(), uri)]) as tracker:
+        tracker.metrics({"train/loss": 0.7}, step=1)
+
+Only client objects with an explicit address are used, never MLflow's process-wide state, so that a Ray worker, a
+notebook and a test in one process cannot write into each other's runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlparse
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # also keeps the schema migrations of a fresh SQLite file off the screen
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+from itm.tracking import drivers
+from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
+from itm.tracking.lineage import LONGEST_PARAM, LONGEST_TAG, DatasetRef, environment, git_commit, plain_name, shorten, texts
+from itm.tracking.loggers import Logger
+
+_PARAMS_PER_CALL = 100  # MLflow's own limit
+_MOST_PENDING = 512
+DESCRIPTION = "mlflow.note.content"  # the tag that MLflow shows as the description
+
+
+def client(uri: str | None = None) -> MlflowClient:
+    """A client of the tracking server and registry at `uri` (default `tracking_uri()`). Raises DeadTracking when nobody answers there."""
+    uri = uri or tracking_uri()
+    with opening(uri):
+        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+
+
+class Tracker:
+    """One MLflow run. `start` opens it, `resume` writes into it from another process; metrics go out asynchronously.
+
+    As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
+    """
+
+    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
+        self.run_id = run_id
+        self.uri = uri
+        self._client = client(uri)
+        self._owner = owner
+        self._loggers = loggers
+        self._said: list[str] = []
+        if owner:
+            self._client.set_tag(run_id, drivers.DRIVER, drivers.mark())
+            self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
+        self._pending: deque[Any] = deque()
+        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri) if system_metrics else None
+        if self._monitor:
+            self._monitor.start()
+
+    @classmethod
+    def start(
+        cls,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, object] | None = None,
+        tags: Mapping[str, object] | None = None,
+        datasets: Sequence[DatasetRef] = (),
+        system_metrics: bool = False,
+    ) -> Tracker:
+        """Open a run with flat `params`, `tags` and dataset lineage. The experiment is created on first use."""
+        uri = tracking_uri()
+        door, experiment_id = open_experiment(experiment)
+        marks = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL", "git_commit": git_commit(), **(tags or {})}
+        run = door.create_run(experiment_id, tags=texts(marks), run_name=run_name)
+        tracker = cls(run.info.run_id, uri, owner=True, system_metrics=system_metrics)
+        rows = [Param(plain_name(name), shorten(str(value), LONGEST_PARAM)) for name, value in (params or {}).items()]
+        for start in range(0, len(rows), _PARAMS_PER_CALL):
+            door.log_batch(tracker.run_id, params=rows[start : start + _PARAMS_PER_CALL])
+        tracker.datasets(datasets)
+        tracker.text(json.dumps(environment(), indent=1), "environment.json")
+        return tracker
+
+    @classmethod
+    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
+        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
+
+        loggers: they are told what this tracker is told.
+        """
+        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
+        now = int(time.time() * 1000)
+        rows = [Metric(plain_name(name), float(value), now, step) for name, value in values.items()]
+        self._pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
+        while len(self._pending) > _MOST_PENDING:
+            self._pending.popleft().wait()
+        for logger in self._loggers:
+            logger.metrics(values, step)
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(name, text) for name, text in texts(values).items()])
+        for logger in self._loggers:
+            logger.tags(values)
+
+    def datasets(self, refs: Sequence[DatasetRef]) -> None:
+        """Record lineage: metadata only, nothing is read or copied."""
+        inputs = [  # 36 and 500 characters are MLflow's limits
+            DatasetInput(
+                Dataset(r.name[:500], r.digest[:36], urlparse(r.source).scheme or "local", json.dumps({"uri": r.source})),
+                [InputTag("mlflow.data.context", r.context)],
+            )
+            for r in refs
+        ]
+        if inputs:
+            self._client.log_inputs(self.run_id, inputs)
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Copy a file, or a folder with its name, to the run's artifacts (below `folder`)."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+        for logger in self._loggers:
+            logger.artifact(str(path))
+
+    def text(self, content: str, name: str) -> None:
+        """Keep a text among the artifacts of the run, under `name`."""
+        self._client.log_text(self.run_id, content, name)
+
+    def describe(self, markdown: str) -> None:
+        """The description of the run on its MLflow page."""
+        self._client.set_tag(self.run_id, DESCRIPTION, shorten(markdown, LONGEST_TAG))
+
+    def say(self, line: str) -> None:
+        """A line, with the time, for the log that is kept with the run when it ends."""
+        self._said.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {line}")
+
+    def flush(self) -> None:
+        """Wait until every metric is stored. Raises MlflowException if one could not be."""
+        while self._pending:
+            self._pending.popleft().wait()
+
+    def close(self) -> None:
+        """Stop the system metrics and flush; the run stays open."""
+        if self._monitor:
+            self._monitor.finish()
+            self._monitor = None
+        for logger in self._loggers:
+            logger.close()
+        self.flush()
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Close and end the run: FINISHED, FAILED or KILLED."""
+        self.say(status)
+        try:
+            self.close()
+            self.text("\n".join(self._said) + "\n", f"log/{time.strftime('%Y-%m-%dT%H-%M-%S')}.txt")  # one for each part of a run
+        finally:
+            self._client.set_terminated(self.run_id, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._said += traceback.format_exception(kind, error, trace)
+        if self._owner:
+            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+        else:
+            self.close()
+
+
+def open_experiment(name: str) -> tuple[MlflowClient, str]:
+    """A client of the store asked, and the id of the experiment, made if it is not there. Runs of dead drivers in it are ended."""
+    uri = tracking_uri()
+    door = client(uri)
+    if (found := door.get_experiment_by_name(name)) is not None:
+        drivers.close_dead(door, str(found.experiment_id))
+        return door, str(found.experiment_id)
+    location = None  # the server's choice
+    if database := sqlite_path(uri):  # beside the database, whichever directory this process runs in
+        location = folder_uri(database.parent / "mlruns" / re.sub(r"[^\w.-]|^\.+$", "_", name))
+    try:
+        return door, str(door.create_experiment(name, artifact_location=location))
+    except MlflowException:
+        if (found := door.get_experiment_by_name(name)) is None:
+            raise
+        return door, str(found.experiment_id)  # another process was first
+
+
+def check_recorded(run_id: str, recorded: str | None) -> None:
+    """Raises ValueError, naming both stores and the way out, when the store asked does not hold a run that `recorded` was asked to keep."""
+    asked = tracking_uri()
+    database = sqlite_path(asked)
+    if not (database and not database.exists()):  # asking would make the file
+        try:
+            client(asked).get_run(run_id)
+            return
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    if recorded and recorded != asked:
+        place = shown(recorded)
+        way = f"it was recorded in {place}: export MLFLOW_TRACKING_URI={shlex.quote(place)}, or start where that run was started"
+    else:
+        way = "it was recorded there, and deleted since; `itm train --overwrite` makes another" if recorded else "nothing says where it was"
+    raise ValueError(f"run {run_id} is not in the tracking store asked, {shown(asked)}; {way}")
