@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itm.kinds import local_packages, requirements
+from itm.tracking.addresses import folder_uri
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -31,7 +32,7 @@ def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: 
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(code),
-            artifacts={"matcher": str(folder.absolute())},
+            artifacts={"matcher": folder_uri(folder)},
             code_paths=[str(place) for place in (Path(__file__).parents[1], *local_packages(config))],
             model_config={"allow": []},  # so that `mlflow.pyfunc.load_model(uri, model_config={"allow": [...]})` is heard
             signature=_signature(),

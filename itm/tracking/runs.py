@@ -34,11 +34,12 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from itm.tracking import drivers
 from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
-from itm.tracking.lineage import LONGEST_PARAM, LONGEST_TAG, DatasetRef, environment, git_commit, plain_name, shorten, texts
+from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, environment, git_commit, plain_name, shorten, texts
 from itm.tracking.loggers import Logger
 
 _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
+_opened: set[str] = set()  # SQLite addresses of this process
 DESCRIPTION = "mlflow.note.content"  # the tag that MLflow shows as the description
 
 
@@ -46,7 +47,11 @@ def client(uri: str | None = None) -> MlflowClient:
     """A client of the tracking server and registry at `uri` (default `tracking_uri()`). Raises DeadTracking when nobody answers there."""
     uri = uri or tracking_uri()
     with opening(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        door = MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        if sqlite_path(uri) and uri not in _opened:
+            door.search_registered_models(max_results=1)  # opens the registry, which has a connection of its own, as well
+            _opened.add(uri)
+    return door
 
 
 class Tracker:
@@ -118,13 +123,7 @@ class Tracker:
 
     def datasets(self, refs: Sequence[DatasetRef]) -> None:
         """Record lineage: metadata only, nothing is read or copied."""
-        inputs = [  # 36 and 500 characters are MLflow's limits
-            DatasetInput(
-                Dataset(r.name[:500], r.digest[:36], urlparse(r.source).scheme or "local", json.dumps({"uri": r.source})),
-                [InputTag("mlflow.data.context", r.context)],
-            )
-            for r in refs
-        ]
+        inputs = [_input_of(ref) for ref in refs]
         if inputs:
             self._client.log_inputs(self.run_id, inputs)
 
@@ -137,10 +136,6 @@ class Tracker:
     def text(self, content: str, name: str) -> None:
         """Keep a text among the artifacts of the run, under `name`."""
         self._client.log_text(self.run_id, content, name)
-
-    def describe(self, markdown: str) -> None:
-        """The description of the run on its MLflow page."""
-        self._client.set_tag(self.run_id, DESCRIPTION, shorten(markdown, LONGEST_TAG))
 
     def say(self, line: str) -> None:
         """A line, with the time, for the log that is kept with the run when it ends."""
@@ -179,6 +174,14 @@ class Tracker:
             self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
         else:
             self.close()
+
+
+def _input_of(ref: DatasetRef) -> DatasetInput:
+    source = json.dumps({"uri": ref.source})
+    return DatasetInput(  # 36 and 500 characters are MLflow's limits
+        Dataset(ref.name[:500], ref.digest[:36], urlparse(ref.source).scheme or "local", source),
+        [InputTag("mlflow.data.context", ref.context)],
+    )
 
 
 def open_experiment(name: str) -> tuple[MlflowClient, str]:
