@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 REQUIREMENTS = ("torch", "transformers", "numpy", "pyarrow", "pillow", "simplejpeg", "safetensors", "pydantic", "pyyaml")
 
+EXAMPLE = ["a red circle left of a blue square", "two dogs run over a lawn"]
+
 
 def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: str) -> Path:
     """Write the MLflow model `target` around the matcher folder; `code` is the file of the pyfunc model. Returns `target`.
@@ -34,8 +36,9 @@ def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: 
             python_model=str(code),
             artifacts={"matcher": folder_uri(folder)},
             code_paths=[str(place) for place in (Path(__file__).parents[1], *local_packages(config))],
-            model_config={"allow": []},  # so that `mlflow.pyfunc.load_model(uri, model_config={"allow": [...]})` is heard
+            model_config={"allow": [], "paths": False},  # so that those of `mlflow.pyfunc.load_model(uri, model_config=...)` are heard
             signature=_signature(),
+            input_example=EXAMPLE,
             pip_requirements=[*own, *requirements(config)],
             mlflow_model=Model(run_id=run_id, model_id=model_id),
         )
@@ -43,9 +46,10 @@ def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: 
 
 
 def _signature() -> ModelSignature:
+    """Of the output. The input has none: MLflow would turn every form of it into a table, and rows that do not fit into nothing."""
+    import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    columns = [ColSpec(AnyType(), "image", required=False), ColSpec("string", "text", required=False)]
-    return ModelSignature(Schema([*columns]), None, ParamSchema([ParamSpec("output", "string", "vectors")]))
+    rows = TensorSpec(np.dtype("float32"), (-1, -1), "vectors or scores")
+    return ModelSignature(None, Schema([rows]), ParamSchema([ParamSpec("output", "string", "vectors")]))
