@@ -218,7 +218,7 @@ def image_of_the_test_split(here: Path) -> Path:
 def serve(uri: str, registry: Path, image: Path) -> dict[str, Any]:
     """What the model says in a fresh process that knows no itm but that of the model."""
     command = [sys.executable, "-I", "-c", SERVE, uri, str(registry), str(image), json.dumps(TEXTS)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"ITM_PATHS": "1"}
     said = subprocess.run(command, cwd=registry, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert said.returncode == 0, said.stderr
     answer: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])

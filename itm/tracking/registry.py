@@ -25,11 +25,14 @@ from mlflow.exceptions import MlflowException
 
 from itm.kinds import import_paths, origins
 from itm.tracking.addresses import tracking_uri
-from itm.tracking.lineage import git_commit, packages_used, plain_name, texts
+from itm.tracking.card import LONGEST_DESCRIPTION, Card
+from itm.tracking.lineage import git_commit, packages_used, plain_name, shorten, texts
 from itm.tracking.package import save_package
-from itm.tracking.runs import client
+from itm.tracking.runs import DESCRIPTION, RECIPE, client
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+METRICS, CHANCE = "metrics", "chance"  # tags of a version, as JSON
+LINEAGE = {"weights_sha256", "git_commit", "packages", "recipe", "recipe_name", "train_data", "test_data", "teachers", METRICS, CHANCE}
 LOWER_IS_BETTER = ("medr", "meanr", "loss")
 
 
@@ -52,13 +55,15 @@ def register_matcher(
     tags: Mapping[str, object] | None = None,
     *,
     code: Path,
+    card: Card | None = None,
 ) -> str:
     """Log a matcher folder as a pyfunc model of the run and register it under `name`; returns the version.
 
     The package is `artifacts/matcher` (the folder as it is), `code` (the file of the pyfunc model) as text and explicit requirements: no
     pickle. A package of the user's own that the matcher names becomes a requirement at the version loaded here; one that pip could not
-    find elsewhere travels as code. Metrics and tags become tags of the version, for searching and for the gate. The same weights of the
-    same run are registered once: a second call only refreshes the tags. Raises ValueError if the folder holds no matcher.
+    find elsewhere travels as code. Metrics and tags become tags of the version, for searching and for the gate; the card becomes its
+    description and the README of the package, with the recipe beside it. The same weights of the same run are registered once: a second
+    call only refreshes tags and description. Raises ValueError if the folder holds no matcher.
     """
     folder = Path(folder)
     missing = [part for part in ("config.json", "model.safetensors") if not (folder / part).exists()]
@@ -76,8 +81,11 @@ def register_matcher(
         if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
                 door.set_model_version_tag(name, str(version.version), tag, text)
+            _describe(door, name, str(version.version), run_id, card, marks)
             return str(version.version)
-    model_id = _log_model(door, folder, name, run_id, metrics or {}, code)
+    model_id = _log_model(door, folder, name, run_id, code, card, marks)
+    for metric, value in (metrics or {}).items():
+        door.log_metric(run_id, plain_name(f"{card.group}/{metric}" if card else metric), float(value), model_id=model_id)
     try:
         door.create_registered_model(name)
     except MlflowException as error:
@@ -85,7 +93,29 @@ def register_matcher(
             raise
     with _asking(tracking_uri()):
         version = door.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=marks, model_id=model_id)
+    _describe(door, name, str(version.version), run_id, card, marks)
     return str(version.version)
+
+
+def _describe(door: MlflowClient, name: str, version: str, run_id: str, card: Card | None, marks: Mapping[str, str]) -> None:
+    """The card as the description of the version and of its run."""
+    if card:
+        text = card.markdown(figures(marks), figures(marks, CHANCE))
+        door.update_model_version(name, version, shorten(text, LONGEST_DESCRIPTION))
+        door.set_tag(run_id, DESCRIPTION, text)
+
+
+def figures(tags: Mapping[str, str], which: str = METRICS) -> dict[str, float]:
+    """The metrics of a version, or what chance gives. Version 0.1.0 had a tag for each metric, and none for chance."""
+    with contextlib.suppress(ValueError):
+        if which in tags:
+            return {name: float(value) for name, value in json.loads(tags[which]).items()}
+    found: dict[str, float] = {}
+    if which == METRICS:
+        for name, text in tags.items():
+            with contextlib.suppress(ValueError):
+                found |= {} if name in LINEAGE else {name: float(text)}
+    return found
 
 
 @contextlib.contextmanager
@@ -102,20 +132,21 @@ def _asking(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, metrics: Mapping[str, float], code: Path) -> str:
+def _log_model(door: MlflowClient, folder: Path, name: str, run_id: str, code: Path, card: Card | None, marks: Mapping[str, str]) -> str:
     """Build the pyfunc package in a temporary folder, upload it as a LoggedModel and mark it ready last."""
     run = door.get_run(run_id)
     model = door.create_logged_model(run.info.experiment_id, name=name, source_run_id=run_id, model_type="retrieval")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             package = save_package(Path(scratch) / "model", folder, code, run_id, str(model.model_id))
+            if card:
+                (package / "README.md").write_text(card.readme(figures(marks), figures(marks, CHANCE)))
+                (package / RECIPE).write_text(card.recipe)
             door.log_model_artifacts(model.model_id, str(package))
     except BaseException:
         door.finalize_logged_model(model.model_id, "FAILED")
         raise
     door.finalize_logged_model(model.model_id, "READY")
-    for metric, value in metrics.items():
-        door.log_metric(run_id, plain_name(metric), float(value), model_id=model.model_id)
     return str(model.model_id)
 
 
@@ -155,15 +186,44 @@ def promote(name: str, version: str, metric: str, value: float, min_gain: float 
     return Promotion(True, f"{figures}: version {version} is {CHAMPION}, version {champion} is {PREVIOUS}")
 
 
+def crown(name: str, version: str) -> str:
+    """Move `champion` to a version by hand, past the gate; the one before becomes `previous`. Says what was done."""
+    door, before = client(), _aliases(client(), name).get(CHAMPION)
+    if before == version:
+        return f"version {version} of {name} is {CHAMPION} already"
+    if before:
+        door.set_registered_model_alias(name, PREVIOUS, before)
+    door.set_registered_model_alias(name, CHAMPION, version)
+    return f"version {version} of {name} is {CHAMPION}" + (f", version {before} is {PREVIOUS}" if before else "")
+
+
+def rollback(name: str) -> str:
+    """`champion` goes back to `previous`, and the two change places, so a second call undoes the first. Raises ValueError without one."""
+    return crown(name, str(find_version(f"models:/{name}@{PREVIOUS}").version))
+
+
 def find_version(uri: str) -> Any:
     """The MLflow ModelVersion of `models:/name@alias` or `models:/name/version`; ValueError names what exists instead."""
     match = re.fullmatch(r"models:/([^@/]+)(?:@([^@/]+)|/(\d+))", uri)
     if not match:
         raise ValueError(f"{uri!r} is not of the form models:/name@alias or models:/name/3")
     name, alias, version = match.groups()
+    aliases = aliases_of(name)
+    if alias and alias not in aliases:
+        has = ", ".join(f"{a} (version {v})" for a, v in sorted(aliases.items())) or "none"
+        raise ValueError(f"model {name!r} has no alias {alias!r}; it has {has}; `itm register` sets them, or use models:/{name}/<version>")
+    wanted = aliases[alias] if alias else version
+    versions = {str(v.version): v for v in _versions(client(), name)}
+    if wanted not in versions:
+        raise ValueError(f"model {name!r} has no version {wanted}; it has {', '.join(sorted(versions, key=int)) or 'none'}")
+    return versions[wanted]
+
+
+def aliases_of(name: str) -> dict[str, str]:
+    """Alias -> version of a registered model. Raises ValueError for one that is not there, naming the near one."""
     door = client()
     try:
-        aliases = _aliases(door, name)
+        return _aliases(door, name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
@@ -171,14 +231,6 @@ def find_version(uri: str) -> Any:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'none'}; `itm register` adds one"
         raise ValueError(f"no model {name!r} in the registry at {tracking_uri()}; {hint}") from None
-    if alias and alias not in aliases:
-        has = ", ".join(f"{a} (version {v})" for a, v in sorted(aliases.items())) or "none"
-        raise ValueError(f"model {name!r} has no alias {alias!r}; it has {has}; `itm register` sets them, or use models:/{name}/<version>")
-    wanted = aliases[alias] if alias else version
-    versions = {str(v.version): v for v in _versions(door, name)}
-    if wanted not in versions:
-        raise ValueError(f"model {name!r} has no version {wanted}; it has {', '.join(sorted(versions, key=int)) or 'none'}")
-    return versions[wanted]
 
 
 def _versions(door: MlflowClient, name: str) -> list[Any]:

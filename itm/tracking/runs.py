@@ -32,6 +32,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from itm.data import files
 from itm.tracking import drivers
 from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, environment, git_commit, plain_name, shorten, texts
@@ -41,6 +42,7 @@ _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
 _opened: set[str] = set()  # SQLite addresses of this process
 DESCRIPTION = "mlflow.note.content"  # the tag that MLflow shows as the description
+RECIPE = "recipe.yaml"  # the artifact of a training's run
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -202,8 +204,38 @@ def open_experiment(name: str) -> tuple[MlflowClient, str]:
         return door, str(found.experiment_id)  # another process was first
 
 
+class OtherStore(ValueError):
+    """The store asked does not hold a run that was recorded in another."""
+
+
+def run_of(folder: str) -> tuple[str, str | None] | None:
+    """(id, address of the store it was recorded in) of the MLflow run of a training's folder, None without one."""
+    said: dict[str, Any] = {}
+    for name in ("started.json", "run.json"):  # version 0.1.0 told the store in the first only
+        uri = files.join(folder, name)
+        said |= json.loads(files.read_bytes(uri)) if files.exists(uri) else {}
+    return (said["run_id"], said.get("tracking_uri")) if said.get("run_id") else None
+
+
+def run_to_log(folder: str, quiet: bool = False) -> str | None:
+    """Id of the MLflow run that figures about a training belong to; None without one. For the beginning of a stage and for its end.
+
+    Where the store asked has no such run, None, and a line says why (unless quiet): the files of the stage are whole without it.
+    Raises DeadTracking before any work.
+    """
+    if (found := run_of(folder)) is None:
+        return None
+    try:
+        check_recorded(*found)
+    except OtherStore as error:
+        if not quiet:
+            print(f"not logged to MLflow: {error}", file=sys.stderr)
+        return None
+    return found[0]
+
+
 def check_recorded(run_id: str, recorded: str | None) -> None:
-    """Raises ValueError, naming both stores and the way out, when the store asked does not hold a run that `recorded` was asked to keep."""
+    """Raises OtherStore, naming both stores and the way out, when the store asked does not hold a run that `recorded` was asked to keep."""
     asked = tracking_uri()
     database = sqlite_path(asked)
     if not (database and not database.exists()):  # asking would make the file
@@ -218,4 +250,4 @@ def check_recorded(run_id: str, recorded: str | None) -> None:
         way = f"it was recorded in {place}: export MLFLOW_TRACKING_URI={shlex.quote(place)}, or start where that run was started"
     else:
         way = "it was recorded there, and deleted since; `itm train --overwrite` makes another" if recorded else "nothing says where it was"
-    raise ValueError(f"run {run_id} is not in the tracking store asked, {shown(asked)}; {way}")
+    raise OtherStore(f"run {run_id} is not in the tracking store asked, {shown(asked)}; {way}")

@@ -124,7 +124,7 @@ def test_evaluation_and_training_count_what_they_left_out_and_mlflow_shows_it(tm
     # samples 4 and 7 have two captions each, and each is met twice
     assert (done["rows_in"], done["rows_out"], done["rows_rejected"]) == (96, 88, 8)
     shown = client().get_run(done["run_id"]).data.metrics
-    assert [shown[f"rows_{way}"] for way in ("in", "out", "rejected")] == [done[f"rows_{way}"] for way in ("in", "out", "rejected")]
+    assert [shown[f"train/rows_{way}"] for way in ("in", "out", "rejected")] == [done[f"rows_{way}"] for way in ("in", "out", "rejected")]
     split = str(tmp_path / "shards/val")
     encoded = encode_split(load_matcher_folder(tmp_path / "runs/run/matcher"), split)
     assert flow_of(encoded, split, read_manifest(split)) == {"rows_in": 8, "rows_out": 7, "rows_rejected": 1}

@@ -174,7 +174,7 @@ def test_a_run_is_trained_registered_promoted_and_searched_with_the_server_of_th
     run = client().get_run(json.loads((tmp_path / "runs" / "one" / "run.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["train.steps"] == "2"
-    assert {"loss", "val_rsum", "test_rsum", "samples_per_s_mean"} <= run.data.metrics.keys()
+    assert {"train/loss", "val/rsum", "test/auto/rsum", "train/samples_per_s"} <= run.data.metrics.keys()
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["one-train"]
 
     first, second = (float(find_version(f"models:/itm-matcher/{version}").tags["rsum"]) for version in (1, 2))
