@@ -9,7 +9,9 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,7 +109,8 @@ def test_a_bad_sample_is_named_and_counted_by_every_reader(tmp_path: Path, name:
     # teaching: rows keep their place, the reason is in the quarantine table
     monkeypatch.setattr(stage, "_score", score_here)
     flow: dict[str, float] = {}
-    monkeypatch.setattr(stage, "_track", lambda job, uri, identity, counts: flow.update(counts))
+    told = SimpleNamespace(metrics=flow.update, flush=lambda: None, artifact=lambda path: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext(told))
     uri = stage.teach(teach_recipe(tmp_path, {"kind": "statistics"}, max_reject_rate=0.2))["image"]
     assert (flow["rows_in"], flow["rows_out"], flow["rows_rejected"]) == (10, 9, 1)
     (row,) = [json.loads(line) for line in (Path(uri) / "quarantine.jsonl").read_text().splitlines()]
@@ -258,7 +261,7 @@ def test_a_shard_that_vanishes_while_it_is_read_is_an_error_with_its_name(tmp_pa
 def test_clocks_that_disagree_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No stage asks when a file was changed: stamps of 1970 and of 2100 leave a finished store finished."""
     monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     small_split(tmp_path, "train")
     uri = Path(stage.teach(teach_recipe(tmp_path, {"kind": "statistics"}))["image"])
     stamps = [0, 4_102_444_800]
