@@ -12,10 +12,12 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 import itm
-from itm.extras import MissingExtra, needed_by
+from itm.extras import needed_by
+from pipelines.stopping import STOPPED, failed, sigterm_as_interrupt, stopped, traced
 
 if TYPE_CHECKING:
     from itm.config import Recipe
@@ -33,8 +35,11 @@ class Stage:
 
 
 STAGES = {
+    "init": Stage("look", "look at your photos and captions and write a first recipe for them"),
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
+    "plan": Stage("look", "what `itm run` will do with a recipe: inputs, outputs, what is done, steps, time, memory, bytes"),
+    "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),
     "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
@@ -48,6 +53,7 @@ STAGES = {
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,6 +70,7 @@ def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.steps=50 model.options.width=64")
     allow_argument(parser)
     parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read, written and done, and what it costs; do nothing")
 
 
 def allow_argument(parser: argparse.ArgumentParser) -> None:
@@ -102,21 +109,44 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
 
 
 def stage_main(stage: str, argv: list[str] | None = None) -> int:
-    """Parse, run, and turn an error the user can mend into one line and exit code 2."""
-    module = import_module(module_of(stage))
+    """Parse and run a stage; what stops it, or is wrong, becomes a line or a few on stderr and an exit code (`pipelines.stopping`)."""
+    # Before torch is imported: else its CPU threads spin between two operations, and where another process wants the same cores each small
+    # operation (a batch of texts has thousands) waits until a spinning thread is taken off its core: 2 to 70 times the time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    argv = sys.argv[1:] if argv is None else argv
+    module, args = None, None
+    with sigterm_as_interrupt():
+        try:
+            module = import_module(module_of(stage))
+            args = _parsed(stage, module, argv)
+            with needed_by(f"itm {stage}", extra="pipeline"):
+                if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
+                    import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
+                    return 0
+                return int(module.run(args) or 0)
+        except KeyboardInterrupt:
+            if traced():
+                raise
+            print(f"\n{stopped(stage, module, args, argv)}" if sys.stderr.isatty() else stopped(stage, module, args, argv), file=sys.stderr)
+            return STOPPED
+        except Exception as error:  # whatever it is, the user gets it in a few lines
+            if traced():
+                raise
+            said, code = failed(stage, error)
+            print(said, file=sys.stderr)
+            return code
+
+
+def _parsed(stage: str, module: ModuleType, argv: list[str]) -> argparse.Namespace:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a part of the user's own may lie; last, so that nothing is hidden by it
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show errors as Python does, with the way there (as ITM_TRACEBACK=1 does)")
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
-    try:
-        with needed_by(f"itm {stage}", extra="pipeline"):
-            return int(module.run(args) or 0)
-    except (ValueError, OSError, MissingExtra) as error:
-        if os.environ.get("ITM_TRACEBACK"):
-            raise
-        print(error if isinstance(error, MissingExtra) else f"itm {stage}: {error}", file=sys.stderr)
-        return 2
+    if args.traceback:
+        os.environ["ITM_TRACEBACK"] = "1"  # also for the processes that a stage starts
+    return args
 
 
 def script(file: str) -> NoReturn:
@@ -140,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="itm",
         usage="itm [-h] [--version] stage ...",
         description="Image-text matching, from raw files to a registered, searchable model.",
-        epilog=f"{overview()}\n\n`itm <stage> --help` tells more. ITM_TRACEBACK=1 shows where an error arose.",
+        epilog=f"{overview()}\n\n`itm <stage> --help` tells more. --traceback shows where an error arose.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"itm {itm.__version__}")

@@ -10,16 +10,17 @@ from dataclasses import replace
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.progress import Progress
 from itm.tracking.addresses import check_alive, tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.runs import DESCRIPTION, RECIPE, Tracker
+from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
@@ -50,6 +51,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     job = prepare(recipe, manifest)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    share = job.course.same_image_share(manifest)
+    print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job, tracker.say)
@@ -62,6 +65,31 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
             with files.local_copy(uri) as kept:
                 tracker.artifact(kept, "log")
     return done
+
+
+def finished(recipe: Recipe) -> Json | None:
+    """What run.json holds, if it is of this recipe and of the training split as it is now; else None."""
+    receipt = _read(files.join(recipe.folder, "run.json"))
+    if receipt is None:
+        return None
+    try:
+        _check_same(recipe.folder, (receipt,), recipe, read_manifest(files.join(recipe.data.root, recipe.data.train_split)))
+    except ValueError:  # another run, or no training split: `train` says which
+        return None
+    return receipt
+
+
+def flow_line(done: Json) -> str:
+    """Pairs trained on and rejected, and the samples and captions that these were, each once; `done` = what run.json holds."""
+    folder = done["matcher"].removesuffix("/matcher")
+    lists = [uri for uri in files.list_files(folder, ".jsonl") if files.name_of(uri).startswith("quarantine-")]
+    rows = {line: json.loads(line) for uri in lists for line in files.read_bytes(uri).decode().split("\n") if line}
+    captions = sum(said["what"] == "caption" for said in rows.values())
+    samples = len({(said["shard"], said["key"]) for said in rows.values() if said["what"] != "caption"})
+    return (
+        f"{done['rows_in']:,} pairs = {done['rows_out']:,} trained on + {done['rows_rejected']:,} rejected "
+        f"({samples:,} images and {captions:,} captions of other images could not be used)"
+    )
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -115,18 +143,17 @@ def about_run(job: Job) -> str:
 def execute(job: Job, say: Callable[[str], None]) -> Json:
     """say: is told a line at each logged step."""
     train = job.recipe.train
-    with tqdm(total=job.course.steps, desc=f"train {job.recipe.name}", unit="step", mininterval=1) as bar:
+    with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
 
-        def show(done: int, loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-            say(f"step {done} of {job.course.steps}, loss {loss:.4f}")
+        def show(done: int, text: str) -> None:
+            progress.to(done, text)
+            say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:
             return run_group(job, show)
         device = torch.device("cuda" if train.use_gpu else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
         return work(job, device, show)
 
 
