@@ -62,7 +62,7 @@ class Tracker:
     As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
     """
 
-    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = (), node: str = "") -> None:
         self.run_id = run_id
         self.uri = uri
         self._client = client(uri)
@@ -73,9 +73,7 @@ class Tracker:
             self._client.set_tag(run_id, drivers.DRIVER, drivers.mark())
             self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
         self._pending: deque[Any] = deque()
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri) if system_metrics else None
-        if self._monitor:
-            self._monitor.start()
+        self._monitor = _started_monitor(run_id, uri, node) if system_metrics or node else None
 
     @classmethod
     def start(
@@ -93,20 +91,21 @@ class Tracker:
         marks = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL", "git_commit": git_commit(), **(tags or {})}
         run = door.create_run(experiment_id, tags=texts(marks), run_name=run_name)
         tracker = cls(run.info.run_id, uri, owner=True, system_metrics=system_metrics)
-        rows = [Param(plain_name(name), shorten(str(value), LONGEST_PARAM)) for name, value in (params or {}).items()]
-        for start in range(0, len(rows), _PARAMS_PER_CALL):
-            door.log_batch(tracker.run_id, params=rows[start : start + _PARAMS_PER_CALL])
+        _log_params(door, tracker.run_id, params or {})
         tracker.datasets(datasets)
         tracker.text(json.dumps(environment(), indent=1), "environment.json")
         return tracker
 
     @classmethod
-    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
+    def resume(
+        cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = (), node: str = ""
+    ) -> Tracker:
         """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
 
+        node: system metrics of this machine are recorded as system/<node>/...
         loggers: they are told what this tracker is told.
         """
-        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
+        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers, node=node)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
@@ -176,6 +175,18 @@ class Tracker:
             self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
         else:
             self.close()
+
+
+def _started_monitor(run_id: str, uri: str, node: str) -> SystemMetricsMonitor:
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, node_id=node or None, tracking_uri=uri)
+    monitor.start()
+    return monitor
+
+
+def _log_params(door: MlflowClient, run_id: str, params: Mapping[str, object]) -> None:
+    rows = [Param(plain_name(name), shorten(str(value), LONGEST_PARAM)) for name, value in params.items()]
+    for start in range(0, len(rows), _PARAMS_PER_CALL):
+        door.log_batch(run_id, params=rows[start : start + _PARAMS_PER_CALL])
 
 
 def _input_of(ref: DatasetRef) -> DatasetInput:
