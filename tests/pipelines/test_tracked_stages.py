@@ -10,9 +10,11 @@ import pytest
 import yaml
 
 import itm
+from itm.config import Part
 from itm.tracking.addresses import DeadTracking, local_path
 from itm.tracking.registry import find_version
-from itm.tracking.runs import Tracker, client
+from itm.tracking.runs import client
+from pipelines import pack as packing
 from pipelines.evaluate import evaluate
 from pipelines.pack import pack
 from pipelines.register import register
@@ -86,18 +88,12 @@ def test_every_stage_tells_a_dead_server_before_its_work(registry: Path, tmp_pat
     assert not [*tmp_path.rglob("new/**/*.tar"), *tmp_path.rglob("*.arrow"), *tmp_path.rglob("started.json")]
 
 
-def recipe_source():
-    from itm.config import Part
-
+def recipe_source() -> Part:
     return Part(kind="scenes", options={"world": "tiny", "n_train": 4, "n_val": 2, "n_test": 2})
 
 
 @pytest.mark.e2e
-def test_the_run_of_a_pack_covers_its_work_and_ends_as_failed_with_it(
-    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pipelines.pack as packing
-
+def test_the_run_of_a_pack_covers_its_work_and_fails_with_it(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = recipe(tmp_path)
     choices = choices.model_copy(update={"data": choices.data.model_copy(update={"source": recipe_source()})})
 
@@ -121,5 +117,3 @@ def test_the_run_of_a_pack_covers_its_work_and_ends_as_failed_with_it(
     assert folder is not None
     assert "a worker died" in next((folder / "log").iterdir()).read_text()
     assert json.loads((folder / "environment.json").read_text())["python"]
-    with Tracker.start("itm", "next"):
-        pass
