@@ -57,7 +57,7 @@ def test_a_joint_matcher_of_ones_own_is_trained_judged_registered_and_served(acm
         assert f"{path} of acme (no version), sha256 {digest}" in said
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["run"] for row in logged} == {done["run_id"]}
-    assert [row["step"] for row in logged if "acme.parts:Squared" in row] == [1, 2]
+    assert [row["step"] for row in logged if "train/acme.parts:Squared" in row] == [1, 2]
     assert any("val/rsum" in row for row in logged)
     with pytest.raises(ValueError, match="code of the package 'acme'"):
         itm.load_matcher(done["matcher"])
