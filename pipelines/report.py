@@ -42,6 +42,11 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     """Write report.html into the run's folder; returns its path. Raises ValueError when the run was not evaluated."""
     evaluation = _evaluation(recipe.folder)
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
+    run_id = None
+    if trained.get("run_id"):
+        from itm.tracking.runs import run_to_log
+
+        run_id = run_to_log(recipe.folder)
     others = {files.name_of(folder): folder for folder in map(_plain, compare)}
     page = Page(
         title=recipe.name,
@@ -55,10 +60,10 @@ def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
     )
     output = files.join(recipe.folder, "report.html")
     files.write_atomic(output, render(page).encode())
-    if trained.get("run_id"):
-        from itm.tracking.registry import Tracker
+    if run_id:
+        from itm.tracking.runs import Tracker
 
-        with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
+        with Tracker.resume(run_id) as tracker, files.local_copy(output) as written:
             tracker.artifact(written)
     return output
 

@@ -19,7 +19,7 @@ from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_re
 from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import content, output_of, stored, track
+from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.options import IN_MEMORY, How
 from pipelines.on_ray.scoring import notes, score_split
@@ -64,6 +64,8 @@ def evaluate(
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
+    if not uris and not how.screen:
+        check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
