@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
-EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",)}  # extra -> packages
+EXTRAS = {  # extra -> packages
+    "tracking": ("mlflow",),
+    "pipeline": ("ray", "mlflow"),
+    "s3": ("boto3",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -145,6 +145,43 @@ def sizes(uri: str | Path, suffix: str = "") -> dict[str, int]:
     return {name: size for name, size in files.items() if name.endswith(suffix) and _TEMPORARY not in name}
 
 
+def walk(uri: str | Path) -> dict[str, int]:
+    """Name below a folder (`sub/name`) -> bytes of every file in it and its folders, sorted by name; half-written files are left out.
+
+    A link that leads nowhere has 0 bytes. A missing folder is empty.
+    """
+    filesystem, path = resolve(uri)
+    if filesystem.type_name == "local":
+        found = _walk_local(path)
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        start = len(path.rstrip("/")) + 1
+        found = {i.path[start:]: int(i.size) for i in infos if i.type == fs.FileType.File}
+    return {name: found[name] for name in sorted(found) if _TEMPORARY not in name}
+
+
+def _walk_local(path: str) -> dict[str, int]:
+    """Links to folders are followed, each folder once."""
+    found: dict[str, int] = {}
+    seen: set[str] = set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        for name in names:
+            place = os.path.join(folder, name)
+            if os.path.isfile(place) or not os.path.exists(place):
+                found[os.path.relpath(place, path)] = os.path.getsize(place) if os.path.exists(place) else 0
+    return found
+
+
+def is_folder(uri: str | Path) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+
+
 def list_folders(uri: str | Path) -> list[str]:
     """URIs of the folders right inside a folder, sorted."""
     filesystem, path = resolve(uri)

@@ -13,7 +13,8 @@ import itm
 from itm.config import Recipe, Text
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
-from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
@@ -33,9 +34,11 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     """Everything that can be refused is refused here: too few pairs, a missing store or split, a method that the model cannot serve."""
     data, train = recipe.data, recipe.train
     split = files.join(data.root, data.train_split)
+    manifest.check_captioned(split, "trained on")
     if data.val_split:
         try:
-            read_manifest(files.join(data.root, data.val_split))
+            val = files.join(data.root, data.val_split)
+            read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
     course = Course.of(recipe, manifest)
@@ -108,7 +111,12 @@ def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str]
         for item in read_samples(files.join(split, shard.name)):
             data = None if isinstance(item, Problem) else item.regions if kind == "regions" else item.image
             with suppress(ValueError):
-                if isinstance(item, Sample) and data is not None and (decode(data) if kind == "pixels" else read_regions(data, 1)):
+                if (
+                    isinstance(item, Sample)
+                    and item.captions
+                    and data is not None
+                    and (decode(data) if kind == "pixels" else read_regions(data, 1))
+                ):
                     return data, item.captions[0].text
     return None
 

@@ -26,8 +26,9 @@ from pipelines.training.problems import Problems
 class Rank:
     """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
 
-    unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. same_image: of the pairs that it has seen
-    in this process, how many had another pair of their image in their batch, and all.
+    unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
+    was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
+    and all.
     """
 
     job: Job
@@ -38,6 +39,7 @@ class Rank:
     problems: Problems
     tracker: Tracker | None
     unsaved: Tensor
+    waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
 
     @classmethod

@@ -44,13 +44,12 @@ class Precomp(Source):
         features, captions, keys, step = self._splits[split]
         rows = features[index * step : (index + 1) * step]
         if (rows[1:] != rows[:1]).any():
-            return Problem(
-                keys[index], "", "source", f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
-            )
+            reason = f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
+            return Problem(keys[index], "", "source", reason, captions=self.per_image)
         try:
             kept = stored_features(rows[0], self.regions_dtype)
         except ValueError as error:
-            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is {error}")
+            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is {error}", captions=self.per_image)
         first = index * self.per_image
         texts = captions[first : first + self.per_image]
         said = [Caption(f"{split}-{first + n}", text) for n, text in enumerate(texts)]

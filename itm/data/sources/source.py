@@ -15,9 +15,9 @@ import numpy as np
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Problem, Record, image_format
 
-_FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Source(ABC):
@@ -44,13 +44,34 @@ class Source(ABC):
         """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
         return None
 
+    def uncaptioned(self, split: str) -> bool:
+        """Whether the split is of images alone: they are packed without captions, where else an image without one is rejected."""
+        return False
+
+    def passed_over(self, split: str) -> list[Problem]:
+        """What lies among the files of a split and is no item (a Mac's notes, a text of no image): listed, of what `member`."""
+        return []
+
+    def abouts(self, split: str) -> Iterator[Json]:
+        """Key and metadata of every item, in order; a source that can gives them without reading an image."""
+        for item in self.records(split):
+            yield {"key": item.key, **(item.meta if isinstance(item, Record) else {})}
+
+    def places(self, split: str, start: int, stop: int) -> list[Any]:
+        """Where items [start, stop) are found, JSON-able: a process that has not looked through the data reads them by `at`."""
+        return list(range(start, stop))
+
+    def at(self, split: str, places: list[Any]) -> Iterator[Record | Problem]:
+        """The items at these places, in order."""
+        for index in places:
+            yield self.item(split, index)
+
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
         if split not in self.splits:
             raise ValueError(f"no split {split!r} here; there are: {', '.join(self.splits) or 'none'}")
         count = self.count(split)
-        for index in range(start, count if stop is None else min(stop, count)):
-            yield self.item(split, index)
+        yield from self.at(split, self.places(split, start, count if stop is None else min(stop, count)))
 
 
 def stored_features(features: np.ndarray, dtype: str) -> np.ndarray:
@@ -90,18 +111,26 @@ class ListedImages(Source):
     def identity(self) -> Json:
         return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
+    def uncaptioned(self, split: str) -> bool:
+        return not any(row.captions for row in self.listings[split])
+
+    def abouts(self, split: str) -> Iterator[Json]:
+        for row, key in zip(self.listings[split], self._keys[split], strict=True):
+            yield {"key": key, "image_id": key, "filename": row.path, **row.meta}
+
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
         path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
-        if path.suffix.lower() not in _FORMATS:
-            return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
             image = path.read_bytes()
         except OSError as error:
-            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}")
+            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}", captions=len(row.captions))
+        found = image_format(image)  # whatever its name says
+        if found is None and path.suffix.lower() not in _SUFFIXES:
+            return Problem(key, "", "source", f"{path} is no jpg, png, webp, gif, bmp or tiff file", captions=len(row.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(row.captions)]
         meta = {"image_id": key, "filename": row.path, **row.meta}
-        return Record(key, split, captions, image, _FORMATS[path.suffix.lower()], meta=meta)
+        return Record(key, split, captions, image, found or "jpg", meta=meta)
 
 
 def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
