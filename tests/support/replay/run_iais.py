@@ -105,9 +105,8 @@ def _run(arrays: Arrays, about: dict[str, Any], given: dict[str, Any]) -> Iterat
                     terms[name] = terms.get(name, torch.zeros(())) + value / share
         return terms
 
-    for found in trainer.run(
-        losses, partial(_state, matcher, _aliased(arrays)), {name: name for name in ("loss", "grad_norm") if name in arrays}
-    ):
+    told = {name: name for name in ("loss", "grad_norm") if name in arrays}
+    for found in trainer.run(losses, partial(_state, matcher, _aliased(arrays)), told):
         if found.name != "lr":  # the rates are the case's own
             yield found
     if "eval_scores" in arrays:
