@@ -66,7 +66,9 @@ class Data(Strict):
     val_images: int | None = Field(None, ge=1, description="validation reads the first so many images of val_split; unset = all")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
     decode: Literal["actors", "trainer"] = Field("trainer", description="who decodes: actors on any node, or threads of each trainer")
-    decode_workers: int = Field(1, ge=1, description="actors or threads that decode for a trainer")
+    decode_workers: int | None = Field(
+        None, ge=1, description="actors or threads that decode for a trainer; unset = for a GPU its share of the cores, for a CPU one"
+    )
 
 
 class Text(Strict):

@@ -10,6 +10,8 @@ EXTRAS = {  # extra -> packages
     "tracking": ("mlflow",),
     "pipeline": ("ray", "mlflow"),
     "s3": ("boto3",),
+    "hf": ("datasets",),
+    "lora": ("peft",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 

@@ -189,9 +189,16 @@ class ImageForm(Protocol):
     @property
     def crop(self) -> str: ...
 
+    @property
+    def exif(self) -> bool: ...
+
+    def said(self) -> Options: ...
+
 
 class Tokenizer(Protocol):
-    """How captions become token ids: (N,L) int64 and their mask (N,L) bool."""
+    """How captions become token ids: (N,L) int64 and their mask (N,L) bool. clean: they are cleaned up first."""
+
+    clean: bool
 
     @property
     def vocab_size(self) -> int: ...

@@ -36,9 +36,8 @@ from itm.data.manifest import (
 )
 from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
-from itm.data.sources import SOURCES
+from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
-from itm.kinds import build_part
 from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
@@ -114,21 +113,46 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
 
 
+def packed(recipe: Recipe) -> dict[str, Manifest] | None:
+    """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    assert recipe.data.source is not None
+    source = open_source(recipe.data.source)
+    manifests = {}
+    for split in source.splits:
+        folder = files.join(recipe.data.root, split)
+        claim = files.join(folder, CLAIM)
+        if not files.exists(files.join(folder, NAME)) or not files.exists(claim):
+            return None
+        if read_json(claim, FORMAT).get("made_from") != _digest(_choices(recipe, source, split)):
+            return None
+        manifests[split] = read_manifest(folder)
+    return manifests
+
+
+def _choices(recipe: Recipe, source: Source, split: str) -> Json:
+    """What the bytes of a split depend on."""
+    data = recipe.data
+    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
+    return choices | ({"regions_dtype": data.regions_dtype} if data.regions_dtype != "fp16" else {})
+
+
+def _digest(choices: Json) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def source_of(recipe: Recipe) -> Source:
     """Raises ValueError when the recipe names none."""
     if recipe.data.source is None:
         raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    return _source(recipe.data.source.model_dump_json())
+    return open_source(recipe.data.source)
 
 
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     data = recipe.data
     assert data.source is not None
-    source = _source(data.source.model_dump_json())
-    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
-    if data.regions_dtype != "fp16":
-        choices["regions_dtype"] = data.regions_dtype
-    made_from = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+    source = open_source(data.source)
+    choices = _choices(recipe, source, split)
+    made_from = _digest(choices)
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
@@ -232,8 +256,12 @@ def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[
     """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
     source = _source(job.source.model_dump_json())
+<<<<<<< HEAD
     source.regions_dtype = job.regions_dtype
+=======
+>>>>>>> main
     bare = source.uncaptioned(job.split)
+    source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
         read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
         if isinstance(item, Record):
@@ -304,12 +332,16 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
     return manifest_of(files.name_of(folder), made_from, shards, rejected)
 
 
+def open_source(part: Part) -> Source:
+    """Raises ValueError for an unknown kind or option, and as the source does."""
+    return _source(part.model_dump_json())
+
+
 @lru_cache(maxsize=2)
 def _source(part: str) -> Source:
     """Built once a worker process: a source may have a large annotation file to read."""
     choice = Part.model_validate_json(part)
-    source: Source = build_part(SOURCES, choice.kind, choice.options, "source")
-    return source
+    return build_source(choice.kind, choice.options)
 
 
 if __name__ == "__main__":

@@ -103,15 +103,12 @@ def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, de
 @contextmanager
 def _as_written(matcher: Matcher) -> Iterator[None]:
     """The tokenizer of the matcher without its clean-up of captions."""
-    tokenizer = getattr(matcher.inputs, "tokenizer", None)
-    before = getattr(tokenizer, "clean", False)
-    if before:
-        tokenizer.clean = False
+    tokenizer = matcher.inputs.tokenizer
+    before, tokenizer.clean = tokenizer.clean, False
     try:
         yield
     finally:
-        if before:
-            tokenizer.clean = before
+        tokenizer.clean = before
 
 
 class STS(MatcherProtocol):

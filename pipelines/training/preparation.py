@@ -20,7 +20,7 @@ from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
-from itm.precision import warn_if_slow
+from itm.precision import resolve_precision, warn_if_slow
 from itm.teachers.stores import store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
@@ -55,6 +55,8 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
+    elif not train.workers:  # others have devices of their own
+        resolve_precision(train.precision, torch.device("cuda"))
     if train.compile and not train.use_gpu:
         check_compiler(torch.device("cpu"))
     if first:

@@ -58,6 +58,12 @@ def test_every_published_recipe_is_on_record():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_of_a_paper_trains_in_its_authors_precision_and_any_other_in_the_best_of_the_device(name: str):
+    half = name.startswith("iais")  # apex O2, docs/methods/iais.md
+    assert shipped(name).train.precision == (("bf16" if half else "fp32") if shipped(name).paper else "auto")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_prints_as_the_yaml_of_its_values(name: str):
     assert yaml.safe_load(resolved(name, ["seed=5"])) == shipped(name, "seed=5").model_dump(mode="json")
 
