@@ -256,10 +256,6 @@ def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[
     """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
     source = _source(job.source.model_dump_json())
-<<<<<<< HEAD
-    source.regions_dtype = job.regions_dtype
-=======
->>>>>>> main
     bare = source.uncaptioned(job.split)
     source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):

@@ -35,13 +35,8 @@ class ImageInput:
 
     kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
     the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
-<<<<<<< HEAD
-    exact: training pixels are those of evaluation (PIL), where a crop is not random.
-    exif: an image is turned as its EXIF orientation says; False leaves it as it is stored (weights that were trained so).
-=======
     exif: an image is turned as its EXIF orientation says; False leaves it as it is stored (weights that were trained so).
     exact: training pixels are those of evaluation (PIL), where a crop is not random.
->>>>>>> main
     kind `regions`: the first `max_regions` rows of the region file, zero-padded; features not `region_width` wide (where set) are refused.
     """
 
@@ -57,13 +52,10 @@ class ImageInput:
     @classmethod
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
-<<<<<<< HEAD
-=======
 
     def said(self) -> dict[str, Any]:
         """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
         return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
->>>>>>> main
 
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
@@ -246,14 +238,6 @@ class Inputs:
         return cls(ImageInput(**said["image"]), load_tokenizer(Path(folder) / "tokenizer"))
 
 
-<<<<<<< HEAD
-def _said(image: ImageInput) -> dict[str, Any]:
-    """The choices as inputs.json has them; those that files of earlier versions do not name, only where they are chosen."""
-    return {name: value for name, value in asdict(image).items() if (name, value) not in (("exif", True), ("exact", False))}
-
-
-=======
->>>>>>> main
 def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:
     """Stacked image columns -> Images. Pixels (B,S,S,3) become (B,3,S,S) as a channels-last view, without a copy."""
     ids = torch.as_tensor(image_id, dtype=torch.int64)

@@ -14,11 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import itm
-<<<<<<< HEAD
-from itm.config import load_recipe, overridden
-=======
-from itm.config import Recipe, load_recipe
->>>>>>> main
+from itm.config import Recipe, load_recipe, overridden
 from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.evaluation.metrics import retrieval_metrics
