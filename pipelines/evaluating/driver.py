@@ -16,7 +16,7 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
+from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import check_track, content, output_of, stored, track
@@ -44,7 +44,7 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    asked = find_protocol(protocol)
+    folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
@@ -72,7 +72,6 @@ def evaluate(
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
-    folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)

@@ -10,6 +10,7 @@ import itm
 from itm.data.shards import read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split, exact_relevance
 from itm.evaluation.metrics import retrieval_metrics
+from itm.evaluation.protocols import Coco1KFolds
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.folder import build_matcher, save_matcher
 from itm.matchers.weights import weights_hash
@@ -17,6 +18,7 @@ from itm.types import Encoded
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate_scores
 from pipelines.evaluating import driver as evaluate
+from pipelines.on_ray import scoring
 from tests.support.ports import free_ports
 from tests.support.small_split import records, small_run, write_split
 
@@ -282,3 +284,19 @@ def test_captions_without_a_word_are_quarantined_and_counted_and_the_rest_is_sco
     assert rows[5].key not in split.names.image_keys
     told = [(p.key, p.what) for p in split.problems]
     assert told == [(rows[2].key, "caption"), *[(rows[5].key, "caption")] * len(rows[5].captions), (rows[5].key, "sample")]
+
+
+def test_a_protocol_of_folds_scores_each_fold_alone_with_the_numbers_of_all_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Coco1KFolds, "images", 10)
+    rows = [replace(r, captions=[replace(c, id=f"{c.id}-{r.key}") for c in (r.captions * 5)[:5]]) for r in records(10)]
+    rows = [replace(r, captions=[replace(c, id=f"{r.key}#{k}") for k, c in enumerate(r.captions)]) for r in rows]
+    recipe = small_run(tmp_path)
+    write_split(tmp_path / "shards" / "test", rows)
+    asked = []
+    score = score_matrix
+    monkeypatch.setattr(scoring, "score_matrix", lambda m, i, c, **o: asked.append(len(i[0]) * len(c[0])) or score(m, i, c, **o))
+    by_fold = evaluate.evaluate(recipe, protocol="coco-1k-5fold")["metrics"]
+    assert asked == [2 * 10] * 5
+    whole = evaluate.evaluate(recipe, protocol="coco-1k-5fold", save_scores=str(tmp_path / "all.npy"))["metrics"]
+    assert asked[5:] == [10 * 50]
+    assert by_fold == pytest.approx(whole)

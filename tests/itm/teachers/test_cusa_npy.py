@@ -63,6 +63,16 @@ def test_rows_are_found_by_image_id_and_captions_as_they_are_or_cleaned(tmp_path
         images([sample("z")])
 
 
+def test_a_sample_that_is_named_by_a_number_finds_the_photo_of_that_number_and_no_other(tmp_path: Path):
+    rows = vectors(4, 1, 6)
+    names = ["COCO_val2014_000000391895.jpg", "1000092795.jpg", "a_7.jpg", "b_07.jpg"]
+    teacher = CusaNpyTeacher(stored(tmp_path / "t.npy", dict(zip(names, rows, strict=True))), "image")
+    assert np.array_equal(teacher([sample("391895"), sample("k", image_id="1000092795")]), rows[:2, 0])
+    for key in ("7", "train-391895"):  # two photos end in 7; a position in a split is no number of a photo
+        with pytest.raises(ValueError, match="have no key"):
+            teacher([sample(key)])
+
+
 def test_the_identity_follows_the_bytes(tmp_path: Path):
     names = [stored(tmp_path / f"{n}.npy", {"x": vectors(1, 4) + n}) for n in (0, 1)]
     first, second = (CusaNpyTeacher(name, "image").identity["weights_sha256"] for name in names)
