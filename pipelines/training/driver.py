@@ -15,6 +15,7 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.environment import environment
 from itm.progress import Progress
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
@@ -50,7 +51,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job)
-        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary}
+        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary, "environment": environment()}
         done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
