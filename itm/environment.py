@@ -33,7 +33,8 @@ def _device() -> str:
         return ""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)})"
 
 
 def _versions() -> dict[str, str]:

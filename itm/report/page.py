@@ -200,7 +200,7 @@ def _series(rows: Losses, names: Sequence[str]) -> Series:
 def _ranks(found: Mapping[str, Any]) -> str:
     """Bars of the share of queries by the rank of their answer."""
     bounds = [*found["first"], found["gallery"] + 1]
-    labels = [f"{a:,}" if b == a + 1 else f"{a:,}-{b - 1:,}" for a, b in itertools.pairwise(bounds)]
+    labels = [f"{a:,}" if b == a + 1 else f"≤ {b - 1:,}" for a, b in itertools.pairwise(bounds)]
     share, chance = ([100 * value for value in found[name]] for name in ("share", "chance"))
     return bars(labels, {"queries": share}, chance, "chance", "rank of the answer", "percent of the queries")
 
