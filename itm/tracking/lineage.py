@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from itm.environment import environment
 from itm.kinds import origins
 
 LONGEST_PARAM = 6000  # characters; MLflow's limits
@@ -39,17 +40,10 @@ def packages_used(choices: Mapping[str, object]) -> dict[str, str]:
     return {"packages": found} if found else {}
 
 
-def environment() -> dict[str, object]:
-    """Python, machine and the version of every distribution installed here."""
-    versions = {(part.metadata["Name"] or "").lower(): part.version for part in importlib.metadata.distributions()}
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "command": " ".join(sys.argv),
-        "packages": dict(sorted(versions.items())),
-    }
+def whole_environment() -> dict[str, object]:
+    """As `environment`; the command, the host, and the version of every distribution installed here."""
+    packages = {(part.metadata["Name"] or "").lower(): part.version for part in importlib.metadata.distributions()}
+    return environment() | {"host": platform.node(), "command": " ".join(sys.argv), "packages": dict(sorted(packages.items()))}
 
 
 def git_commit() -> str:

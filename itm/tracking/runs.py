@@ -31,7 +31,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from itm.data import files
 from itm.tracking import drivers
 from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
-from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, environment, git_commit, plain_name, shorten, texts
+from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, whole_environment
 from itm.tracking.loggers import Logger
 
 _PARAMS_PER_CALL = 100  # MLflow's own limit
@@ -89,7 +89,7 @@ class Tracker:
         tracker = cls(run.info.run_id, uri, owner=True, system_metrics=system_metrics)
         _log_params(door, tracker.run_id, params or {})
         tracker.datasets(datasets)
-        tracker.text(json.dumps(environment(), indent=1), "environment.json")
+        tracker.text(json.dumps(whole_environment(), indent=1), "environment.json")
         return tracker
 
     @classmethod

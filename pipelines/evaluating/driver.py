@@ -19,6 +19,7 @@ from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_re
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
+from pipelines.evaluating.looks import for_the_page
 from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.options import IN_MEMORY, How
@@ -81,6 +82,7 @@ def evaluate(
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
         **flow,
+        **for_the_page(matchers, seen, result),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if save_scores:

@@ -13,6 +13,7 @@ from itm.data.formats import Json, check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import Example, examples, histogram
+from itm.report.ranks import ranks_and_worst
 from pipelines.evaluating import FORMAT, group_of
 
 
@@ -49,23 +50,30 @@ def _number(value: float | None) -> str:
 
 def content(outcome: Outcome, scored: Scored, score_type: str) -> Json:
     names = scored.names
-    shown = {way: [_named(row, names, way) for row in rows] for way, rows in examples(scored).items()}
+    ranks, worst = ranks_and_worst(scored)
     return {
         "protocol": outcome.protocol,
         "score_type": score_type,
         "metrics": outcome.metrics,
         "chance": outcome.chance,
         "counts": outcome.counts,
-        "examples": shown,
+        "examples": _all_named(examples(scored), names),
+        "worst": _all_named(worst, names),
+        "ranks": ranks,
         "histogram": histogram(scored),
     }
+
+
+def _all_named(found: dict[str, list[Example]], names: Names) -> Json:
+    return {way: [_named(row, names, way) for row in rows] for way, rows in found.items()}
 
 
 def _named(row: Example, names: Names, way: str) -> Json:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
-    hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
-    return {**row, **asked(names, row["query"]), "hits": hits}
+    hits = [{**hit, **found(names, hit["row"])} for hit in row["hits"]]
+    answer = {**row["answer"], **found(names, row["answer"]["row"])}
+    return {**row, **asked(names, row["query"]), "hits": hits, "answer": answer}
 
 
 def _image(names: Names, row: int) -> Json:

@@ -16,6 +16,7 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.environment import environment
 from itm.progress import Progress
 from itm.tracking.addresses import check_alive, tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
@@ -66,6 +67,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job, tracker.say)
         done = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, "name": recipe.name, **about, **summary}
+        done["environment"] = environment()
         done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
         names = ("rows_in", "rows_out", "rows_rejected", "samples_per_s", "seconds")

@@ -116,4 +116,4 @@ def test_the_run_of_a_pack_covers_its_work_and_fails_with_it(registry: Path, tmp
     folder = local_path(failed.info.artifact_uri)
     assert folder is not None
     assert "a worker died" in next((folder / "log").iterdir()).read_text()
-    assert json.loads((folder / "environment.json").read_text())["python"]
+    assert json.loads((folder / "environment.json").read_text())["versions"]["python"]
