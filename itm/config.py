@@ -50,6 +50,7 @@ class Data(Strict):
     image_size: int = Field(224, ge=8, description="pixels a side")
     crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random: training only")
     flip: bool = Field(False, description="random horizontal flip in training (wrong for captions that say left or right)")
+    exif: bool = Field(True, description="turn photos as their EXIF orientation says; false = as stored, for weights trained so")
     max_regions: int = Field(36, ge=1, description="regions kept of each image (image: regions)")
     shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")

@@ -6,7 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
-EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",), "hf": ("datasets",)}  # extra -> packages
+EXTRAS = {  # extra -> packages
+    "tracking": ("mlflow",),
+    "pipeline": ("ray", "mlflow"),
+    "s3": ("boto3",),
+    "hf": ("datasets",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -22,6 +22,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, if nobody has imported it yet: see docs/registry-and-serving.md
+
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel

@@ -1,7 +1,7 @@
 """The nouns of image-text matching, with their shapes. Everything else in `itm` speaks these types.
 
 B, I, T, N = rows (batch, images, captions, either)   R = regions   L = tokens   K = parts   D = width   H, W = pixels
-`image_id` is an int64 dense index (position of the image in its split); string ids stay in the rows.
+`image_id` is an int64 that is equal for rows of one image, and says no more; string ids stay in the rows.
 """
 
 from __future__ import annotations
@@ -185,6 +185,9 @@ class ImageForm(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def crop(self) -> str: ...
 
 
 class Tokenizer(Protocol):

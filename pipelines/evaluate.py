@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pipelines.evaluating.result import table
+    from pipelines.evaluating.result import flow_line, table
     from pipelines.on_ray.scoring import described
 
     if args.scores:
         result = evaluate_scores(args.scores, args.truth, args.protocol or "auto", args.tie, args.output)
     else:
         result = _of_matcher(args)
-    print("\n".join(filter(None, (table(result), described(result)))))
+    print("\n".join(filter(None, (table(result), described(result), flow_line(result)))))
     return 0
 
 

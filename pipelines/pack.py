@@ -5,7 +5,8 @@
 
 Each split becomes <data.root>/<split>/00000.tar, 00001.tar, ... with an index beside every tar, quarantine.jsonl (one row for each
 thing left out: key, shard, stage, reason) and, written last, manifest.json. Running it again does nothing; after a crash it goes on
-with the missing shards and ends with the same bytes. White space in captions is normalised; images are checked, not changed.
+with the missing shards and ends with the same bytes. White space in captions is normalised. JPEG, PNG and WebP files are checked and
+stored byte for byte, GIF, BMP and TIFF as PNG of their first frame (`converted_from` in the json); the format is told by the bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,11 +23,22 @@ from typing import Any
 from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
-from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, manifest_of, read_receipt, write_manifest, write_receipt
-from itm.data.records import Problem, Record, check_image, json_fault
+from itm.data.manifest import (
+    NAME,
+    QUARANTINE,
+    Manifest,
+    Receipt,
+    manifest_of,
+    read_receipt,
+    rejected_captions,
+    write_manifest,
+    write_receipt,
+)
+from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
+from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
 CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
@@ -39,10 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     recipe = recipe_from(args)
+    root = recipe.data.root
     for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
         print(
             f"{split}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
-            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}"
+            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, files.join(root, split))}"
         )
         if count := others_passed_over(files.join(recipe.data.root, split)):
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
@@ -53,6 +67,22 @@ def others_passed_over(folder: str) -> int:
     uri = files.join(folder, QUARANTINE)
     rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
     return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What a packing that is stopped leaves behind."""
+    data = recipe_from(args).data
+    whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
+    return f"{whole:,} whole shards are kept in {data.root}"
+
+
+def kept_and_lost(manifest: Manifest, folder: str) -> str:
+    """Both sums of a folder that was written, as the last line of a stage states them."""
+    images, captions, lost = manifest.samples, manifest.captions, rejected_captions(folder)
+    return (
+        f"{images + manifest.rejected:,} images = {images:,} kept + {manifest.rejected:,} rejected, "
+        f"{captions + lost:,} captions = {captions:,} kept + {lost:,} rejected"
+    )
 
 
 @dataclass(frozen=True)
@@ -75,14 +105,18 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     Raises ValueError when the output is unwritable or belongs to other choices, when a key is used twice, and when more than
     `data.max_reject_rate` of a split had to be rejected.
     """
-    data = recipe.data
-    if data.source is None:
-        raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    source = _source(data.source.model_dump_json())
+    data, source = recipe.data, source_of(recipe)
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
     return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
+
+
+def source_of(recipe: Recipe) -> Source:
+    """Raises ValueError when the recipe names none."""
+    if recipe.data.source is None:
+        raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
+    return _source(recipe.data.source.model_dump_json())
 
 
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
@@ -152,7 +186,6 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool) -> None:
 
 def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
-    from tqdm import tqdm
 
     from pipelines.on_ray.session import connect, core
 
@@ -160,7 +193,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
     task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
     pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
-    with tqdm(total=sum(job.stop - job.start for job in jobs), desc=title, unit="image", mininterval=1) as bar:
+    with Progress(title, sum(job.stop - job.start for job in jobs), "image") as progress:
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
@@ -168,7 +201,7 @@ def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
                 receipts[job.uri] = Receipt.model_validate_json(ray.get(done))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
-            bar.update(job.stop - job.start)
+            progress.update(job.stop - job.start)
     return receipts
 
 
@@ -176,25 +209,28 @@ def pack_shard(job: Job) -> str:
     """Make one shard and its receipt (returned as JSON). What was written is read back before it counts."""
     name = files.name_of(job.uri)
     problems: list[Problem] = []
-    info = write_shard(job.uri, _accepted(job, problems))
+    read = Counter[str]()
+    info = write_shard(job.uri, accepted(job, problems, read))
     problems = [replace(p, shard=name) for p in problems]
     index, unreadable, sha256 = scan_shard(job.uri)
     rejected = sum(p.what == "sample" for p in problems)
     if unreadable or sha256 != info.sha256 or len(index) + rejected != job.stop - job.start:
         reason = unreadable[0].reason if unreadable else f"{len(index)} written + {rejected} rejected of {job.stop - job.start}"
         raise ValueError(f"{job.uri} does not read back as written: {reason}")
+    check_rows(f"captions of {job.uri}", read["captions"], info.captions, sum(p.lost_captions for p in problems))
     rows = [(row.key, row.captions, row.start, row.end) for row in index]
     receipt = Receipt(info=info, made_from=job.made_from, rows=rows, problems=problems)
     write_receipt(job.uri, receipt)
     return receipt.model_dump_json()
 
 
-def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
-    """The usable records of a slice; the others, and dropped captions, are added to `problems`."""
+def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[Record]:
+    """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
     source = _source(job.source.model_dump_json())
     bare = source.uncaptioned(job.split)
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
+        read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
         if isinstance(item, Record):
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
@@ -202,10 +238,12 @@ def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
             item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
             reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image, bare)
             if not reason:
+                item, reason = _stored(item)
+            if not reason:
                 keys.add(item.key)
                 yield item
                 continue
-            item = Problem(item.key, "", "pack", reason)
+            item = Problem(item.key, "", "pack", reason, captions=len(item.captions))
         problems.append(item)
 
 
@@ -219,12 +257,21 @@ def _fault(record: Record, image: str, bare: bool) -> str | None:
         return "no regions, but the recipe says data.image: regions (scenes make them with regions: true)"
     if image == "pixels" and record.image is None:
         return "no image, but the recipe says data.image: pixels"
-    if record.image is not None:
-        try:
-            check_image(record.image)
-        except ValueError as error:
-            return str(error)
     return None
+
+
+def _stored(record: Record) -> tuple[Record, str | None]:
+    """The record with its image as a shard holds it, which is another file only of a GIF, BMP or TIFF; and why it has none."""
+    if record.image is None:
+        return record, None
+    try:
+        check_image(record.image)
+        image, kind = storable(record.image)
+    except ValueError as error:
+        return record, str(error)
+    if image is not record.image:
+        record = replace(record, meta=record.meta | {"converted_from": image_format(record.image)})
+    return replace(record, image=image, image_format=kind), None
 
 
 def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float, passed_over: list[Problem]) -> Manifest:

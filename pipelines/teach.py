@@ -26,8 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pipelines.teaching import driver
+
     for modality, uri in teach(recipe_from(args), args.split).items():
         print(f"{modality}: {uri}")
+        print(driver.flow_line(uri))
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What a scoring that is stopped leaves behind."""
+    from itm.data import files
+    from itm.teachers.stores import stores_root
+
+    recipe = recipe_from(args)
+    root = stores_root(recipe, args.split or recipe.data.train_split)
+    whole = sum(len(files.list_files(store, ".arrow")) for store in files.list_folders(root))
+    return f"{whole:,} scored shards are kept in {root}"
 
 
 def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:

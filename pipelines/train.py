@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pipelines.training import driver
+
     done = train(recipe_from(args), overwrite=args.overwrite)
     best = done["best"]
     print(f"{done['steps']} steps in {done['seconds']:.0f} s ({done['samples_per_s']:.0f} pairs/s), MLflow run {done['run_id']}")
@@ -35,6 +37,17 @@ def run(args: argparse.Namespace) -> None:
         f"best validation rSum {best['metrics']['rsum']:.1f} at step {best['step']}" if best else "no validation split: last weights kept"
     )
     print(f"matcher: {done['matcher']}")
+    print(driver.flow_line(done))
+
+
+def kept(args: argparse.Namespace) -> str:
+    """What a training that is stopped leaves behind."""
+    from itm.data import files
+
+    recipe = recipe_from(args)
+    names = (files.name_of(uri).removesuffix(".json") for uri in files.list_files(files.join(recipe.folder, "checkpoints"), ".json"))
+    steps = [int(name) for name in names if name.isdigit()]
+    return f"the checkpoint of step {max(steps):,} is kept in {recipe.folder}" if steps else "there is no checkpoint yet"
 
 
 def train(recipe: Recipe, overwrite: bool = False) -> Json:

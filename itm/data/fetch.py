@@ -20,6 +20,7 @@ from itm.data.formats import Json
 from itm.data.manifest import CHANGED, Manifest, SampleIndex
 from itm.data.plan import Plan
 from itm.data.records import Caption, Problem
+from itm.data.same_image import image_number
 from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
@@ -54,14 +55,13 @@ class _Image(NamedTuple):
 class Fetch:
     """Callable `Work -> pa.Table` of `plan.batch` rows, deterministic, for any number of threads.
 
-    Columns: image_id (number of the sample in its split), data (encoded image, or region file), teacher_image, teacher_text, key,
-    caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
+    Columns: image_id (equal for rows of one image, `itm.data.same_image`), data (encoded image, or region file), teacher_image,
+    teacher_text, key, caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
     """
 
     def __init__(self, split: str, manifest: Manifest, plan: Plan, kind: str, stores: dict[str, Store]) -> None:
         """kind: `pixels` or `regions`, the file of a sample that is wanted."""
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
-        self.first_image = [0, *accumulate(s.samples for s in manifest.shards)]
         self._caches()
 
     def _caches(self) -> None:
@@ -110,7 +110,7 @@ class Fetch:
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
-        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": self.first_image[shard] + number}
+        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.split)}
         if "image" in self.stores:
             vector = self._vector("image", shard, number, sample, None)
             if isinstance(vector, Problem):

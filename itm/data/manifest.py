@@ -7,7 +7,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -81,13 +81,14 @@ class Manifest(BaseModel):
     def captions(self) -> int:
         return sum(s.captions for s in self.shards)
 
-    def check_captioned(self, uri: str, purpose: str) -> None:
-        """Raises ValueError naming the split where its images have no captions. purpose: what was to be done with them."""
+    def check_captioned(self, uri: str, purpose: str) -> Self:
+        """Itself. Raises ValueError naming the split where its images have no captions. purpose: what was to be done with them."""
         if self.samples and not self.captions:
             raise ValueError(
                 f"{uri} holds {self.samples:,} images without captions: they can be searched and taught to images, not {purpose}; "
                 "pack them with captions (a .txt beside each image, or a table), or name another split"
             )
+        return self
 
 
 class Receipt(BaseModel):
@@ -113,6 +114,14 @@ def manifest_of(split: str, source: str, shards: list[ShardInfo], rejected: int)
     """The manifest of shards that were made here, of the format that says whether they have captions."""
     bare = any(s.samples for s in shards) and not any(s.captions for s in shards)
     return Manifest(split=split, source=source, shards=shards, rejected=rejected, format=f"itm-{UNCAPTIONED if bare else FORMAT}")
+
+
+def rejected_captions(folder: str) -> int:
+    """Captions that the quarantine table of a folder names, or whose sample it names; 0 where there is no table."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    said = [json.loads(row) for row in rows if row]
+    return sum(1 if row["what"] == "caption" else row.get("captions", 0) for row in said)
 
 
 def write_manifest(split_uri: str, manifest: Manifest) -> None:
@@ -167,6 +176,11 @@ def check_present(split_uri: str, manifest: Manifest) -> None:
         if sizes[shard.name] != shard.bytes:
             said = f"has {sizes[shard.name]:,} bytes, its manifest says {shard.bytes:,}"
             raise ValueError(f"{files.join(split_uri, shard.name)} {said}: {CHANGED}")
+
+
+def full_key(shard_uri: str, key: str) -> str:
+    """The name of a sample whose key other shards of the split use, too: `00003/000017`."""
+    return f"{files.name_of(shard_uri).removesuffix('.tar')}/{key}"
 
 
 def receipt_uri(shard_uri: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -59,13 +59,17 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions."""
+    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions.
+
+    states_image: the json gives the `image_id` of meta; else that is the key.
+    """
 
     key: str
     image: bytes | None
     regions: bytes | None
     captions: list[Caption]
     meta: Json
+    states_image: bool = True
 
 
 def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
@@ -77,11 +81,17 @@ def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
     return _write(uri, ((_members_of(record), len(record.captions)) for record in records))
 
 
-def copy_samples(uri: str, samples: Iterable[Sample], split: str) -> ShardInfo:
-    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte."""
+def copy_samples(
+    uri: str, samples: Iterable[Sample], split: str, beside: Callable[[Sample], Mapping[str, bytes]] | None = None
+) -> ShardInfo:
+    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte.
+
+    beside: further members of a sample, by extension.
+    """
     split_of = lambda s: s.meta.get("split") or split
-    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s.regions) for s in samples)
-    return _write(uri, ((_members_of(record, regions), len(record.captions)) for record, regions in rows))
+    further = beside or (lambda _: {})
+    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s) for s in samples)
+    return _write(uri, ((_members_of(record, s.regions) | dict(further(s)), len(s.captions)) for record, s in rows))
 
 
 def _format_of(image: bytes | None) -> str:
@@ -124,7 +134,9 @@ def read_scattered(uri: str) -> Iterator[Sample | Problem]:
     gathered: dict[str, dict[str, Member]] = {}
     for key, parts in groups:
         held = gathered.setdefault(key, {})
-        problems += [Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member") for e in parts if e in held]
+        for number, e in enumerate(second := [e for e in parts if e in held]):
+            lost = _count(tar, key, {name: parts[name] for name in second}) if number == 0 else 0
+            problems.append(Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member", lost))
         held |= {extension: member for extension, member in parts.items() if extension not in held}
     for key, parts in gathered.items():
         yield from _sample(tar, shard, key, parts, others.get(key, []))
@@ -252,10 +264,13 @@ def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spann
         span = (min(m.begin for m in parts.values()), max(m.end for m in parts.values()))
         scattered = len(held[key]) > 1 and not set.intersection(*held[key])
         if key in seen:
+            lost = _count(tar, key, parts)
             if not scattered:
-                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept"), span
+                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept", captions=lost), span
         elif scattered:
-            yield Problem(key, shard, "read", "members of this sample are not next to each other; sort the tar by name"), span
+            lost = sum(_count(tar, key, others_of_key) for name, others_of_key in groups if name == key)
+            reason = "members of this sample are not next to each other; sort the tar by name"
+            yield Problem(key, shard, "read", reason, captions=lost), span
         else:
             for item in _sample(tar, shard, key, parts, others.get(key, [])):
                 yield item, span
@@ -328,14 +343,24 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], oth
     image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
     if not (kept or bare) or (not image and REGIONS not in content):
         names = ", ".join([*(f".{extension}" for extension in parts), *(name.rpartition("/")[2] for name in others)])
-        fields = [name for name in meta if name != "image_id"] if not captions else []
+        fields = list(meta) if not captions else []
         names += f", the json has {', '.join(fields)}" if fields else ""
         reason = "no image and no regions" if kept or bare else "no caption" if not captions else f"no usable caption: {faults[0]}"
-        yield Problem(key, shard, "read", f"{reason} (members: {names})")
+        yield Problem(key, shard, "read", f"{reason} (members: {names})", captions=len(captions))
         return
     for fault in filter(None, faults):
         yield Problem(key, shard, "read", fault, "caption")
-    yield Sample(key, image or None, content.get(REGIONS), kept, meta)
+    stated = meta.get("image_id") is not None
+    yield Sample(key, image or None, content.get(REGIONS), kept, meta if stated else meta | {"image_id": key}, stated)
+
+
+def _count(tar: memoryview, key: str, parts: dict[str, Member]) -> int:
+    """Captions of a sample that is left out, as far as they can be read."""
+    content = {e: bytes(tar[m.start : m.start + m.size]) for e, m in parts.items() if e in ("json", "txt")}
+    try:
+        return len(_captions(key, content)[1])
+    except (ValueError, AttributeError, RecursionError):
+        return 0
 
 
 def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption], bool]:
@@ -355,7 +380,7 @@ def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption],
         raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
+    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
 
 
 def _caption(default_id: str, raw: object) -> Caption:

@@ -27,6 +27,7 @@ from torch import Tensor
 from itm.data import files
 from itm.data.formats import check_format
 from itm.evaluation.scoring import by_length, score_matrix, trim
+from itm.progress import Progress
 from itm.types import Encoded, Matcher, Options
 
 FORMAT = 1
@@ -140,25 +141,23 @@ def fill(
     put: Callable[[Any], Any] = lambda value: value,
     options: Options | None = None,
 ) -> None:
-    """Compute the tiles that are missing, with a progress bar, and write the receipt.
+    """Compute the tiles that are missing, telling how far they are, and write the receipt.
 
     encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put: stores a value once for all jobs and
     returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`.
     Raises ValueError naming the first NaN.
     """
-    from tqdm import tqdm
-
     todo, pairs = store.missing(), store.grid.images * store.grid.captions
     left = sum(math.prod(store.grid.shape(tile)) for tile in todo)
     shared = put(list(members))
     jobs = ((store.tile_uri(tile), shared, *blocks, options or {}) for tile, blocks in _blocks(store, todo, encoded, put))
-    with tqdm(total=pairs, initial=pairs - left, desc="score", unit="pair", unit_scale=True, mininterval=1, disable=not todo) as bar:
+    with Progress("score", pairs, "pair", initial=pairs - left) as progress:
         for tile, bad in zip(todo, spread(score_tile, jobs), strict=True):
             if bad is not None:
                 rows, columns = store.grid.span(tile)
                 image, caption = names[0][rows.start + bad[1]], names[1][int(store.order[columns.start + bad[2]])]
                 raise ValueError(f"{bad[0]} scores of {store.tile_uri(tile)} are NaN, the first at image {image!r}, caption {caption!r}")
-            bar.update(math.prod(store.grid.shape(tile)))
+            progress.update(math.prod(store.grid.shape(tile)))
     store.finish()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from itm.data.formats import Json
-from itm.data.preprocess import decode
+from itm.data.pixels import decode, resized
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
 
@@ -49,11 +49,11 @@ class PixelPreparer:
             width, height = (self.shortest if side == short else int(self.shortest * side / short) for side in (width, height))
         elif self.size:
             height, width = self.size
-        image = image.resize((width, height), Image.Resampling(self.resample))
+        cut = None
         if self.crop:
             left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return image.tobytes()
+            cut = (left, top, left + self.crop[1], top + self.crop[0])
+        return resized(image, (width, height), cut, Image.Resampling(self.resample)).tobytes()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -180,7 +180,7 @@ def hsv_pyramid(image: Image.Image, size: int) -> np.ndarray:
     Each histogram sums to one before the root, so a dot product of two is their Bhattacharyya coefficient. The image is
     squashed to size x size (bilinear) first.
     """
-    hsv = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR).convert("HSV"), np.uint16)
+    hsv = np.asarray(resized(image, (size, size), resample=Image.Resampling.BILINEAR).convert("HSV"), np.uint16)
     hue, saturation, value = (hsv[..., c] * bins // 256 for c, bins in enumerate(_BINS))
     codes = (hue * _BINS[1] + saturation) * _BINS[2] + value
     half, third = size // 2, size // 3

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itm.data.preprocess import decode, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256

@@ -50,8 +50,7 @@ def evaluate(
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
-    manifest = read_manifest(split_uri)
-    manifest.check_captioned(split_uri, "evaluated")
+    manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
         "format": FORMAT,
@@ -79,6 +78,8 @@ def evaluate(
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
         **flow,
+        **captions_of(encoded, split_uri, manifest),
+        **({"copies": encoded.copies} if encoded.copies else {}),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if save_scores:
@@ -112,11 +113,22 @@ def score_type(matchers: Sequence[Any], precision: str) -> str:
 
 
 def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
-    """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
-    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems)
+    """Samples in, out (copies of an image too) and rejected. Raises ValueError when they do not add up to what the manifest promises."""
+    out, rejected = (
+        len(encoded.names.image_keys) + encoded.copies,
+        sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems),
+    )
     if out + rejected != manifest.samples:
         raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
     return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
+
+
+def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
+    """As `flow_of`, of captions."""
+    out, rejected = len(encoded.names.caption_ids), sum(p.lost_captions for p in encoded.problems if p.stage == "evaluate")
+    if out + rejected != manifest.captions:
+        raise ValueError(f"{split_uri}: {out} captions and {rejected} rejected ones, its manifest says {manifest.captions}: {CHANGED}")
+    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected}
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:

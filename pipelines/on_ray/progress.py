@@ -12,17 +12,19 @@ class Board:
     """Where rank 0 says how far it is."""
 
     def __init__(self) -> None:
-        self.said: tuple[int, float] | None = None
+        self.said: list[tuple[int, str]] = []
 
-    def put(self, done: int, loss: float) -> None:
-        self.said = (done, loss)
+    def put(self, done: int, words: str) -> None:
+        self.said.append((done, words))
 
-    def get(self) -> tuple[int, float] | None:
-        return self.said
+    def take(self) -> list[tuple[int, str]]:
+        """What was said since the last call."""
+        said, self.said = self.said, []
+        return said
 
 
 @contextmanager
-def watched(board: Any, show: Callable[[int, float], None]) -> Iterator[None]:
+def watched(board: Any, show: Callable[[int, str], None]) -> Iterator[None]:
     """Reads the board twice a second while the driver waits for the workers."""
     import ray
 
@@ -30,14 +32,16 @@ def watched(board: Any, show: Callable[[int, float], None]) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.5):
-            if said := ray.get(board.get.remote()):
+            for said in ray.get(board.take.remote()):
                 show(*said)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
-        if said := ray.get(board.get.remote()):
+        over.set()
+        thread.join(timeout=5)
+        for said in ray.get(board.take.remote()):
             show(*said)
     finally:
         over.set()

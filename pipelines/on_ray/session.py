@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ def connect() -> None:
     if ray.is_initialized() and _sent is not None and not set(packages) <= set(_sent):
         ray.shutdown()
     if not ray.is_initialized():
+        handler = signal.getsignal(signal.SIGTERM)  # Ray puts one of its own in its place, which ends the process at once
         _sent = packages
         env: dict[str, Any] = {"runtime_env": {"py_modules": [str(package) for package in packages]}} if packages else {}
         if os.environ.get("RAY_ADDRESS"):
@@ -58,7 +63,27 @@ def connect() -> None:
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
             silent: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
             ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent, **env)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     set_up_data()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Around `trainer.fit`: Ctrl-C raises KeyboardInterrupt, inside and after.
+
+    Ray Train takes SIGINT for itself, to abort its workers; it then ends the process with exit code 0, and its handler stays behind.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def core() -> int:

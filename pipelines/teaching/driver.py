@@ -15,6 +15,7 @@ from itm.data.formats import Json
 from itm.data.manifest import check_present
 from itm.data.records import Caption, Problem, check_rows
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest
+from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import stored_identity, stores_root
@@ -82,7 +83,7 @@ def _make_store(job: Job) -> str:
         done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
     todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
     started = time.perf_counter()
-    written = list(_progress(work(job, uri, todo, identity), len(todo), f"teach {job.split} {job.modality}"))
+    written = list(over(work(job, uri, todo, identity), f"teach {job.split} {job.modality}", len(todo), "shard"))
     counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
     return _finish(job, uri, identity, counts | busy(written))
 
@@ -102,12 +103,6 @@ def busy(written: Sequence[Written]) -> dict[str, float]:
     end = max(w.ended for w in written)
     alive = sum(end - min(w.began for w in written if w.actor == actor) for actor in actors)
     return {"actor_busy": sum(w.ended - w.began for w in written) / alive}
-
-
-def _progress(written: Iterator[Written], total: int, title: str) -> Iterator[Written]:
-    from tqdm import tqdm
-
-    return iter(tqdm(written, title, total, unit="shard", mininterval=1, disable=not total))
 
 
 def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str:
@@ -139,6 +134,18 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str
         flow = {"rows_in": seen, "rows_out": whole, "rows_rejected": len(problems)}
         _track(job, uri, identity, counts | flow | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
     return sidecar.write_store(job.root, job.choice, headers, identity)
+
+
+def flow_line(uri: str) -> str:
+    """Rows of a finished store: samples of an image store, captions of a text store; rejected ones too."""
+    store = sidecar.open_store(uri)
+    rows, rejected = (sum(shard[name] for shard in store.shards.values()) for name in ("rows", "rejected"))
+    quarantine = files.join(uri, "quarantine.jsonl")
+    listed = files.read_bytes(quarantine).count(b"\n") if files.exists(quarantine) else 0
+    unread = listed - rejected  # by the reader of the shards, which leaves no row
+    what = "images" if store.modality == "image" else "captions"
+    unknown = f", {unread:,} of them samples that could not be read" if unread and store.modality == "text" else ""
+    return f"{rows + unread:,} {what} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
 
 
 def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:

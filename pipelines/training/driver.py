@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.progress import Progress
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
 from pipelines.training import FORMAT
@@ -59,6 +59,19 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     return done
 
 
+def flow_line(done: Json) -> str:
+    """Pairs trained on and rejected, and the samples and captions that these were, each once; `done` = what run.json holds."""
+    folder = done["matcher"].removesuffix("/matcher")
+    lists = [uri for uri in files.list_files(folder, ".jsonl") if files.name_of(uri).startswith("quarantine-")]
+    rows = {line: json.loads(line) for uri in lists for line in files.read_bytes(uri).decode().split("\n") if line}
+    captions = sum(said["what"] == "caption" for said in rows.values())
+    samples = len({(said["shard"], said["key"]) for said in rows.values() if said["what"] != "caption"})
+    return (
+        f"{done['rows_in']:,} pairs = {done['rows_out']:,} trained on + {done['rows_rejected']:,} rejected "
+        f"({samples:,} images and {captions:,} captions of other images could not be used)"
+    )
+
+
 def located(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, for processes with another working directory."""
     data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
@@ -92,18 +105,13 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
 
 def execute(job: Job) -> Json:
     train = job.recipe.train
-    with tqdm(total=job.course.steps, desc=f"train {job.recipe.name}", unit="step", mininterval=1) as bar:
-
-        def show(done: int, loss: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update(done - bar.n)
-
+    with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
         if train.workers:
-            return run_group(job, show)
+            return run_group(job, progress.to)
         device = torch.device("cuda" if train.use_gpu else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
-        return work(job, device, show)
+        return work(job, device, progress.to)
 
 
 def forget(folder: str) -> None:

@@ -12,13 +12,15 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json
 from itm.device import resolve_device
+from pipelines.on_ray.errors import cause_of
 from pipelines.on_ray.progress import Board, watched
+from pipelines.on_ray.session import interruptible
 from pipelines.on_ray.stream import PrepareActor
 from pipelines.training.job import Job
 from pipelines.training.worker import work
 
 
-def run_group(job: Job, show: Callable[[int, float], None]) -> Json:
+def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
@@ -49,11 +51,11 @@ def run_group(job: Job, show: Callable[[int, float], None]) -> Json:
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    with watched(board, show):
+    with watched(board, show), interruptible():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
-            raise cause_of(error) from None
+            raise cause_of(error) from error
     summary: Json = result.return_value  # type: ignore[attr-defined]
     return summary
 
@@ -110,13 +112,4 @@ def worker_entry(config: Json) -> Json:
     board = config["board"]
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # ranks on one machine would fight for its cores
-    return work(config["job"], get_device(), lambda done, loss: board.put.remote(done, loss))
-
-
-def cause_of(error: Exception) -> Exception:
-    """A ValueError that a worker raised for the user, else Ray's own report."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        inner = getattr(failure, "cause", failure)
-        if isinstance(inner, ValueError):
-            return ValueError(str(inner))
-    return error
+    return work(config["job"], get_device(), board.put.remote)

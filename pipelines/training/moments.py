@@ -21,8 +21,8 @@ from itm.training.compiled import as_written
 from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
-Report = Callable[[int, float], None]
-"""(steps done, loss), called on rank 0 at every logged step."""
+Report = Callable[[int, str], None]
+"""(steps done, what else there is to say), called on rank 0 at every logged step."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
@@ -35,7 +35,8 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
         here.tracker.metrics(values, step=done)
-        report(done, losses["loss"])
+        waited = here.waited / max(here.clock.here, 1e-9)
+        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
 
 
 def validate(here: Rank, done: int) -> None:

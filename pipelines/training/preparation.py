@@ -12,7 +12,8 @@ import itm
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
-from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store

@@ -26,7 +26,8 @@ from pipelines.training.problems import Problems
 class Rank:
     """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
 
-    unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint.
+    unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
+    was no batch yet.
     """
 
     job: Job
@@ -37,6 +38,7 @@ class Rank:
     problems: Problems
     tracker: Tracker | None
     unsaved: Tensor
+    waited: float = 0.0
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:

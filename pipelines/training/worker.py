@@ -5,6 +5,7 @@ The same function runs as a Ray Train worker and inside the driver (`train.worke
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -42,9 +43,7 @@ def work(job: Job, device: torch.device, report: Report) -> Json:
 def batches(here: Rank) -> Iterator[Batch]:
     """The batches of this rank. What is read is what was planned (else RuntimeError); what was rejected is written down."""
     plan = here.course.plan
-    for n, columns in enumerate(columns_of(here)):
-        if n == 0:
-            here.clock.start()  # the start of the preprocessing actors is no training
+    for n, columns in enumerate(_timed(columns_of(here), here)):
         expected = plan.start.step + n // here.course.train.accumulate
         rows, found = len(columns["key"]), int(columns["step"][0])
         if found != expected or rows != plan.batch:
@@ -53,6 +52,18 @@ def batches(here: Rank) -> Iterator[Batch]:
         here.problems.add(left_out)
         here.unsaved += torch.tensor([rows - len(left_out), len(left_out)])
         yield to_batch(columns)
+
+
+def _timed(columns: Iterator[Columns], here: Rank) -> Iterator[Columns]:
+    """The clock starts with the first batch: the start of the preprocessing actors is no training."""
+    asked: float | None = None
+    for batch in columns:
+        if asked is None:
+            here.clock.start()
+        else:
+            here.waited += time.perf_counter() - asked
+        yield batch
+        asked = time.perf_counter()
 
 
 def columns_of(here: Rank) -> Iterator[Columns]:

@@ -47,7 +47,7 @@ COMMANDS_HEAD = f"""{MADE}
 
 `itm <command> --help` prints the same text, `itm --help` the list, `itm --version` the version.
 Every command also runs as `python -m pipelines.<command>`.
-An error that you can mend is one line on stderr and exit code 2. `ITM_TRACEBACK=1` shows where it arose.
+An error that you can mend is one line on stderr and exit code 2. `--traceback`, which every stage takes, shows where it arose.
 
 """
 

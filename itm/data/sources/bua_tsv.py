@@ -61,11 +61,13 @@ class BuaTsv(Source):
         place = next((self.rows[_plain(name)] for name in names if _plain(name) in self.rows), None)
         if place is None:
             files = ", ".join(str(f) for f in self.files)
-            return Problem(key, "", "source", f"{listing.path} has no row in {files}: none of {names} is an image_id there")
+            reason = f"{listing.path} has no row in {files}: none of {names} is an image_id there"
+            return Problem(key, "", "source", reason, captions=len(listing.captions))
         try:
             regions = read_row(self._row(place))
         except ValueError as error:
-            return Problem(key, "", "source", f"{self.files[place[0]]} at byte {place[1]}: {error}")
+            reason = f"{self.files[place[0]]} at byte {place[1]}: {error}"
+            return Problem(key, "", "source", reason, captions=len(listing.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(listing.captions)]
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": listing.path, **listing.meta})
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.data.records import Problem, Record
+from itm.data.records import Problem, Record, image_format
 from itm.data.sources.arrow_tables import ArrowTable, find_tables, open_table
 from itm.data.sources.folder import caption_columns_of, captions_of
-from itm.data.sources.pictures import as_stored
+from itm.data.sources.pictures import image_fault
 from itm.data.sources.source import Source, unique_keys
 from itm.data.sources.tables import Row
 
@@ -103,18 +103,23 @@ class Parquet(Source):
 
     def _record(self, split: str, place: list[list[int]], rows: list[Row]) -> Record | Problem:
         key, row = self.tables.key(*place[0]), rows[0]
-        if row.fault:
-            return Problem(key, "", "source", row.fault)
-        said = row.cells[self.tables.image]
-        filename = _path_of(said)
-        try:
-            image, extension, converted = as_stored(self.tables.image_bytes(said))
-        except ValueError as error:
-            return Problem(key, "", "source", f"{row.where}: the image {f'{filename} ' if filename else ''}{error}")
-        captions = [caption for row in rows for caption in captions_of(row, self.tables.captions)]
+        captions = [caption for one in rows for caption in captions_of(one, self.tables.captions)]
+        fault, image, filename = row.fault, b"", None
+        if not fault:
+            said = row.cells[self.tables.image]
+            filename = _path_of(said)
+            try:
+                image = self.tables.image_bytes(said)
+                wrong = image_fault(image)
+            except ValueError as error:
+                wrong = str(error)
+            fault = f"{row.where}: the image {f'{filename} ' if filename else ''}{wrong}" if wrong else None
+        if fault:
+            return Problem(key, "", "source", fault, captions=len(captions))
         meta = {"image_id": key, **({"filename": filename} if filename else {}), **_scalars(row.cells, self.tables.captions)}
-        meta |= {"converted_from": converted} if converted else {}
-        return Record(key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, extension, meta=meta)
+        return Record(
+            key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, image_format(image) or "", meta=meta
+        )
 
     def _group(self, split: str) -> _Groups:
         """One pass over the column that tells images apart, at most; the driver makes it, and no worker."""

@@ -46,11 +46,12 @@ class Precomp(Source):
         with np.errstate(over="ignore"):
             half = rows[0].astype(np.float16)
         if (rows[1:] != rows[:1]).any():
-            return Problem(
-                keys[index], "", "source", f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
-            )
+            reason = f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
+            return Problem(keys[index], "", "source", reason, captions=self.per_image)
         if not np.isfinite(half).all():
-            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is not finite in float16")
+            return Problem(
+                keys[index], "", "source", f"{split}_ims.npy row {index * step} is not finite in float16", captions=self.per_image
+            )
         first = index * self.per_image
         texts = captions[first : first + self.per_image]
         said = [Caption(f"{split}-{first + n}", text) for n, text in enumerate(texts)]

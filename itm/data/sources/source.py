@@ -15,9 +15,9 @@ import numpy as np
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Problem, Record, image_format
 
-_FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Source(ABC):
@@ -110,15 +110,16 @@ class ListedImages(Source):
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
         path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
-        if path.suffix.lower() not in _FORMATS:
-            return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
             image = path.read_bytes()
         except OSError as error:
-            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}")
+            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}", captions=len(row.captions))
+        found = image_format(image)  # whatever its name says
+        if found is None and path.suffix.lower() not in _SUFFIXES:
+            return Problem(key, "", "source", f"{path} is no jpg, png, webp, gif, bmp or tiff file", captions=len(row.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(row.captions)]
         meta = {"image_id": key, "filename": row.path, **row.meta}
-        return Record(key, split, captions, image, _FORMATS[path.suffix.lower()], meta=meta)
+        return Record(key, split, captions, image, found or "jpg", meta=meta)
 
 
 def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:

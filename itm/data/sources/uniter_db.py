@@ -61,13 +61,14 @@ class UniterDb(Source):
         name, key, texts = self._names[split][index], self._keys[split][index], self.texts[split]
         found = next((db for db in self.images if name in db), None)
         if found is None:
-            return Problem(key, "", "source", f"{name} is in no image database: {', '.join(str(db.folder) for db in self.images)}")
+            reason = f"{name} is in no image database: {', '.join(str(db.folder) for db in self.images)}"
+            return Problem(key, "", "source", reason, captions=len(texts.captions_of[name]))
         try:
             arrays = found.arrays(name)
             regions = Regions(arrays["features"], arrays["norm_bb"][:, :4].astype(np.float32), 1, 1, _flat(arrays.get("conf")))
             captions = [Caption(text_id, self._text(texts.annotation(text_id))) for text_id in texts.captions_of[name]]
         except ValueError as error:
-            return Problem(key, "", "source", f"{name}: {error}")
+            return Problem(key, "", "source", f"{name}: {error}", captions=len(texts.captions_of[name]))
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": name})
 
     def _text(self, annotation: Annotation) -> str:
