@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 
+from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, group_by_path, paths_by_split
@@ -50,10 +50,10 @@ class CsvPairs(ListedImages):
             columns["quotes"] = "text"
         return super().identity() | {"columns": columns}
 
-    def _rows(self, path: Path, split: str) -> Iterator[tuple[str, _Row]]:
-        delimiter = self.delimiter or ("\t" if path.suffix == ".tsv" else ",")
+    def _rows(self, path: str, split: str) -> Iterator[tuple[str, _Row]]:
+        delimiter = self.delimiter or ("\t" if path.endswith(".tsv") else ",")
         quoted = delimiter != "\t" if self.quoting is None else self.quoting
-        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
+        lines = [line.removesuffix("\r") for line in files.read_bytes(path).decode("utf-8-sig").split("\n")]
         self.quotes_are_text |= not quoted and any('"' in line for line in lines)
         header, *rows = [(n, cells) for n, line in enumerate(lines, 1) if (cells := _cells(path, n, line, delimiter, quoted))] or [(1, [])]
         named = [name.strip() for name in header[1]]
@@ -81,7 +81,7 @@ class CsvPairs(ListedImages):
         return chosen, (image, captions, {})
 
 
-def _cells(path: Path, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
+def _cells(path: str, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
     """The cells of one line. Raises ValueError naming it when a quoted cell does not end in it."""
     if not quoted:
         return [cell.lstrip() for cell in line.split(delimiter)] if line else []

@@ -18,7 +18,7 @@ from itm.data.records import Problem, Record, image_format
 from itm.data.sources.arrow_tables import ArrowTable, find_tables, open_table
 from itm.data.sources.folder import caption_columns_of, captions_of
 from itm.data.sources.pictures import image_fault
-from itm.data.sources.source import Source, unique_keys
+from itm.data.sources.source import Source, below, read_file, unique_keys
 from itm.data.sources.tables import Row
 
 IDS = ("image_id", "img_id", "imgid", "cocoid")
@@ -110,10 +110,10 @@ class Parquet(Source):
             filename = _path_of(said)
             try:
                 image = self.tables.image_bytes(said)
-                wrong = image_fault(image)
+                if wrong := image_fault(image):
+                    fault = f"{row.where}: the image {f'{filename} ' if filename else ''}{wrong}"
             except ValueError as error:
-                wrong = str(error)
-            fault = f"{row.where}: the image {f'{filename} ' if filename else ''}{wrong}" if wrong else None
+                fault = f"{row.where}: {error}"
         if fault:
             return Problem(key, "", "source", fault, captions=len(captions))
         meta = {"image_id": key, **({"filename": filename} if filename else {}), **_scalars(row.cells, self.tables.captions)}
@@ -222,18 +222,14 @@ class _Tables:
         return hashlib.blake2b(data if isinstance(data, bytes) else repr(data).encode(), digest_size=16).digest()
 
     def image_bytes(self, said: Any) -> bytes:
-        """The bytes of an image cell. Raises ValueError saying why there are none, to be read after the name of the image."""
+        """The bytes of an image cell. Raises ValueError saying why there are none."""
         data = said.get("bytes") if isinstance(said, dict) else said
         if isinstance(data, bytes):
             return data
         path = _path_of(said)
         if not path:
-            raise ValueError("is null")
-        uri = path if files.is_remote(path) or path.startswith("/") else files.join(self.image_root, path)
-        try:
-            return files.read_bytes(uri)
-        except OSError as error:
-            raise ValueError(f"cannot be read at {uri}: {error.strerror or error}") from None
+            raise ValueError("the image is null")
+        return read_file(below(self.image_root, path))
 
 
 def _cells(table: ArrowTable, group: int, columns: list[str], rows: Any, without_bytes: str | None = None) -> Iterator[tuple[int, Json]]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from itm.data import files
@@ -216,7 +215,7 @@ def _named(split: str | Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _karpathy(path: str) -> Iterator[tuple[str, list[str]]]:
-    said = read_json(Path(files.absolute(path)))
+    said = read_json(files.absolute(path))
     if not isinstance(said, dict) or not isinstance(said.get("images"), list):
         raise ValueError(f"{path} is no Karpathy split file: it has no `images`")
     for number, image in enumerate(said["images"]):
