@@ -11,6 +11,7 @@ EXTRAS = {  # extra -> packages
     "pipeline": ("ray", "mlflow"),
     "s3": ("boto3",),
     "hf": ("datasets",),
+    "lora": ("peft",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 

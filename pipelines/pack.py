@@ -97,6 +97,7 @@ class Job:
     start: int
     stop: int
     places: list[Any] | None = None  # of the items, where the source had to look through its data for them
+    regions_dtype: str = "fp16"
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -112,19 +113,46 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
 
 
+def packed(recipe: Recipe) -> dict[str, Manifest] | None:
+    """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    assert recipe.data.source is not None
+    source = open_source(recipe.data.source)
+    manifests = {}
+    for split in source.splits:
+        folder = files.join(recipe.data.root, split)
+        claim = files.join(folder, CLAIM)
+        if not files.exists(files.join(folder, NAME)) or not files.exists(claim):
+            return None
+        if read_json(claim, FORMAT).get("made_from") != _digest(_choices(recipe, source, split)):
+            return None
+        manifests[split] = read_manifest(folder)
+    return manifests
+
+
+def _choices(recipe: Recipe, source: Source, split: str) -> Json:
+    """What the bytes of a split depend on."""
+    data = recipe.data
+    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
+    return choices | ({"regions_dtype": data.regions_dtype} if data.regions_dtype != "fp16" else {})
+
+
+def _digest(choices: Json) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def source_of(recipe: Recipe) -> Source:
     """Raises ValueError when the recipe names none."""
     if recipe.data.source is None:
         raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    return _source(recipe.data.source.model_dump_json())
+    return open_source(recipe.data.source)
 
 
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     data = recipe.data
     assert data.source is not None
-    source = _source(data.source.model_dump_json())
-    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
-    made_from = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+    source = open_source(data.source)
+    choices = _choices(recipe, source, split)
+    made_from = _digest(choices)
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
@@ -133,7 +161,7 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     for n, start in enumerate(range(0, count, data.shard_samples)):
         stop = min(start + data.shard_samples, count)
         uri, places = files.join(folder, f"{n:05d}.tar"), source.places(split, start, stop)
-        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places))
+        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places, data.regions_dtype))
     finished = files.exists(files.join(folder, NAME))
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
@@ -229,9 +257,12 @@ def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[
     keys: set[str] = set()
     source = _source(job.source.model_dump_json())
     bare = source.uncaptioned(job.split)
+    source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
         read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
         if isinstance(item, Record):
+            if item.regions is not None:
+                item = replace(item, regions=replace(item.regions, whole=job.regions_dtype == "fp32"))
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
@@ -295,6 +326,11 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
                 raise ValueError(f"{folder}: key {key!r} is in {owner[key]} and in {receipt.info.name}; keys must be unique in a split")
             owner[key] = receipt.info.name
     return manifest_of(files.name_of(folder), made_from, shards, rejected)
+
+
+def open_source(part: Part) -> Source:
+    """Raises ValueError for an unknown kind or option, and as the source does."""
+    return _source(part.model_dump_json())
 
 
 @lru_cache(maxsize=2)

@@ -25,6 +25,7 @@ from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
 _OPEN_SHARDS = 64
+_MOST_OPEN = 512  # of a window over more shards the others are opened again: a process may hold 1,024 files at least
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class Fetch:
 
     def _caches(self) -> None:
         """Per object, not per class: the shards and sidecars in use."""
-        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
-        self._sidecar = lru_cache(2 * _OPEN_SHARDS)(self._open_sidecar)
+        kept = min(_MOST_OPEN, max(_OPEN_SHARDS, self.plan.window))
+        self._shard = lru_cache(kept)(self._open_shard)
+        self._sidecar = lru_cache(2 * kept)(self._open_sidecar)
 
     def __getstate__(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}

@@ -108,6 +108,15 @@ def size_of(uri: str | Path) -> int:
     return int(info.size)
 
 
+def modified(uri: str | Path) -> float:
+    """When a file was last written, in seconds by the clock of its store. Raises FileNotFoundError."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type != fs.FileType.File:
+        raise FileNotFoundError(f"no file at {uri}")
+    return _time(info)
+
+
 def read_bytes(uri: str | Path) -> bytes:
     """The whole file. Raises FileNotFoundError."""
     with open_file(uri) as stream:

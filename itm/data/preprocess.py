@@ -36,6 +36,7 @@ class ImageInput:
     kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
     the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
     exif: an image is turned as its EXIF orientation says; False leaves it as it is stored (weights that were trained so).
+    exact: training pixels are those of evaluation (PIL), where a crop is not random.
     kind `regions`: the first `max_regions` rows of the region file, zero-padded; features not `region_width` wide (where set) are refused.
     """
 
@@ -46,10 +47,15 @@ class ImageInput:
     max_regions: int = 36
     region_width: int | None = None
     exif: bool = True
+    exact: bool = False
 
     @classmethod
     def of(cls, data: Data) -> ImageInput:
-        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif)
+        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
+
+    def said(self) -> dict[str, Any]:
+        """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
+        return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
 
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
@@ -114,7 +120,10 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
     returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
-        pixels = fit_quickly(data, image.size, image.crop, out, image.exif)
+        if image.exact:
+            pixels = fit(decode(data, image.exif), image.size, image.crop)
+        else:
+            pixels = fit_quickly(data, image.size, image.crop, out, image.exif)
     else:
         picture = _decode_near(data, image.size, image.exif)
         area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
@@ -215,7 +224,7 @@ class Inputs:
         """`inputs.json` and the tokenizer's files."""
         folder = Path(folder)
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "inputs.json").write_text(json.dumps({"image": _said(self.image)}, indent=1))
+        (folder / "inputs.json").write_text(json.dumps({"image": self.image.said()}, indent=1))
         self.tokenizer.save(folder / "tokenizer")
 
     @classmethod
@@ -227,11 +236,6 @@ class Inputs:
         said = json.loads(path.read_text())
         check_format(str(path), said, FORMAT)
         return cls(ImageInput(**said["image"]), load_tokenizer(Path(folder) / "tokenizer"))
-
-
-def _said(image: ImageInput) -> dict[str, Any]:
-    """The choices as inputs.json has them; the orientation, which files of earlier versions do not name, only where it is ignored."""
-    return {name: value for name, value in asdict(image).items() if (name, value) != ("exif", True)}
 
 
 def as_images(columns: dict[str, np.ndarray], image_id: np.ndarray) -> Images:

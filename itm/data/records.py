@@ -103,13 +103,17 @@ class Caption:
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Precomputed regions of one image: features (R,Dv) float16, boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32."""
+    """Precomputed regions of one image: features (R,Dv), boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32.
+
+    Features are written as float16, unless they are float32 and `whole` says that they shall stay so.
+    """
 
     features: np.ndarray
     boxes: np.ndarray | None = None
     width: int = 0
     height: int = 0
     conf: np.ndarray | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or not len(self.features):
@@ -120,7 +124,8 @@ class Regions:
 
     def to_npz(self) -> bytes:
         """Uncompressed npz, the same bytes for the same values (numpy stamps its members 1980-01-01)."""
-        arrays = {"features": self.features.astype(np.float16), "width": np.int32(self.width), "height": np.int32(self.height)}
+        dtype = np.float32 if self.whole else np.float16
+        arrays = {"features": self.features.astype(dtype), "width": np.int32(self.width), "height": np.int32(self.height)}
         for name in ("boxes", "conf"):
             if (array := getattr(self, name)) is not None:
                 arrays[name] = array.astype(np.float32)

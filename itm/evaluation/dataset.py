@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.ahead import ahead
 from itm.data.formats import Json
 from itm.data.manifest import full_key
 from itm.data.records import Caption, Problem
@@ -203,8 +204,8 @@ def encode_shard(
     where = resolve_device(device)
     with scoring_mode(matcher, where), computing("fp32", where):
         items = read_samples(shard_uri, sha256)
-        for batch in batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems):
-            good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+        read = batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems)
+        for good, prepared in ahead(prepare(matcher.inputs, batch, files.name_of(shard_uri), problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         try:

@@ -16,7 +16,7 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, find_protocol, run_protocol
+from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import content, output_of, stored, track
@@ -44,7 +44,7 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    find_protocol(protocol)
+    asked = find_protocol(protocol)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
@@ -69,7 +69,8 @@ def evaluate(
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest)
-    scored = score(matchers, seen, manifest, recipe, how, screen)
+    folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
+    scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
     result |= {
@@ -157,10 +158,20 @@ def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: in
 
 
 def score(
-    matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY, screen: Any = None
+    matchers: Sequence[Any],
+    seen: Sequence[EncodedSplit],
+    manifest: Manifest,
+    recipe: Recipe,
+    how: How = IN_MEMORY,
+    screen: Any = None,
+    folds: int = 1,
 ) -> Scored:
-    """All pairs, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`); the mean over matchers."""
+    """All pairs, those of each fold, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`).
+
+    Of several matchers the mean.
+    """
     identity = {"split_hash": manifest.fingerprint(), "matcher_hash": "+".join(map(weights_hash, matchers))}
-    scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder), identity, screen)
+    how, root = replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder)
+    scores = score_split(matchers, seen, how, root, identity, screen, folds)
     first = seen[0]
     return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)

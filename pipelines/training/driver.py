@@ -18,6 +18,7 @@ from itm.data.shards import read_manifest
 from itm.progress import Progress
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
+from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
@@ -47,6 +48,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     job = prepare(recipe, manifest)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    share = job.course.same_image_share(manifest)
+    print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job)
@@ -57,6 +60,18 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
         tracker.metrics(flow, step=summary["steps"])
     return done
+
+
+def finished(recipe: Recipe) -> Json | None:
+    """What run.json holds, if it is of this recipe and of the training split as it is now; else None."""
+    receipt = _read(files.join(recipe.folder, "run.json"))
+    if receipt is None:
+        return None
+    try:
+        _check_same(recipe.folder, (receipt,), recipe, read_manifest(files.join(recipe.data.root, recipe.data.train_split)))
+    except ValueError:  # another run, or no training split: `train` says which
+        return None
+    return receipt
 
 
 def flow_line(done: Json) -> str:
@@ -110,7 +125,7 @@ def execute(job: Job) -> Json:
             return run_group(job, progress.to)
         device = torch.device("cuda" if train.use_gpu else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
         return work(job, device, progress.to)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 import itm
-from itm.config import Recipe
+from itm.config import Recipe, Text
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
 from itm.data.pixels import decode
@@ -19,7 +20,7 @@ from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
-from itm.precision import warn_if_slow
+from itm.precision import resolve_precision, warn_if_slow
 from itm.teachers.stores import store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
@@ -47,11 +48,15 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     if first and image.kind == "regions":
         image = replace(image, region_width=read_regions(first[0], 1)["regions"].shape[1])
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
+    if train.start:
+        agreed_text(recipe.text, tokenizer, train.start)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
+    elif not train.workers:  # others have devices of their own
+        resolve_precision(train.precision, torch.device("cuda"))
     if train.compile and not train.use_gpu:
         check_compiler(torch.device("cpu"))
     if first:
@@ -78,6 +83,21 @@ def started_from(recipe: Recipe) -> Matcher:
     if not files.exists(files.join(kept, "config.json")):
         save_matcher(itm.load_matcher(str(recipe.train.start), allow=recipe.allowed), kept)
     return itm.load_matcher(kept, allow=recipe.allowed)
+
+
+def agreed_text(text: Text, tokenizer: Any, start: str) -> None:
+    """Raises ValueError where the recipe says of the captions what the tokenizer of the matcher it starts from does not do."""
+    said = text.model_fields_set
+    differ = [
+        f"text.{name}: {given!r} here, {found!r} there"
+        for name, given in text.model_dump(include=said & {"clean", "max_length"}).items()
+        if (found := getattr(tokenizer, name, given)) != given
+    ]
+    if differ:
+        raise ValueError(
+            f"the recipe contradicts the tokenizer of train.start={start}, which a run takes over: {'; '.join(differ)}. Take the keys out "
+            "of the recipe (or give them its values), or make the matcher again by `itm import` with those that you want"
+        )
 
 
 def captions_of(split: str, manifest: Manifest) -> Iterator[str]:

@@ -27,7 +27,8 @@ class Rank:
     """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
-    was no batch yet.
+    was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
+    and all.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Rank:
     tracker: Tracker | None
     unsaved: Tensor
     waited: float = 0.0
+    same_image: tuple[int, int] = (0, 0)
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:

@@ -15,7 +15,7 @@ import numpy as np
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Problem, Record, Regions
-from itm.data.sources.source import ListedImages, Source, unique_keys
+from itm.data.sources.source import ListedImages, Source, stored_features, unique_keys
 from itm.kinds import build_part
 
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -64,7 +64,7 @@ class BuaTsv(Source):
             reason = f"{listing.path} has no row in {files}: none of {names} is an image_id there"
             return Problem(key, "", "source", reason, captions=len(listing.captions))
         try:
-            regions = read_row(self._row(place))
+            regions = read_row(self._row(place), self.regions_dtype)
         except ValueError as error:
             reason = f"{self.files[place[0]]} at byte {place[1]}: {error}"
             return Problem(key, "", "source", reason, captions=len(listing.captions))
@@ -92,8 +92,8 @@ class BuaTsv(Source):
             return stream.read(length)
 
 
-def read_row(line: bytes) -> Regions:
-    """Regions of one row. Raises ValueError when numbers and bytes do not fit together, or float16 cannot hold the features."""
+def read_row(line: bytes, dtype: str = "fp16") -> Regions:
+    """Regions of one row. Raises ValueError when numbers and bytes do not fit together, or `dtype` cannot hold the features."""
     cells = line.rstrip(b"\r\n").split(b"\t")
     if len(cells) != len(FIELDS):
         raise ValueError(f"{len(cells)} fields, want {len(FIELDS)}: {' '.join(FIELDS)}")
@@ -104,11 +104,13 @@ def read_row(line: bytes) -> Regions:
         raise ValueError(f"boxes or features are no base64: {error}") from None
     if count < 1 or boxes.size != 4 * count or not features.size or features.size % count:
         raise ValueError(f"num_boxes is {count}, but there are {boxes.size} box numbers and {features.size} feature numbers")
-    with np.errstate(over="ignore"):
-        half = features.reshape(count, -1).astype(np.float16)
-    if not np.isfinite(half).all() or not np.isfinite(boxes).all():
-        raise ValueError("features or boxes are not finite in float16")
-    return Regions(half, boxes.reshape(count, 4), width, height)
+    if not np.isfinite(boxes).all():
+        raise ValueError("boxes are not finite")
+    try:
+        kept = stored_features(features.reshape(count, -1), dtype)
+    except ValueError as error:
+        raise ValueError(f"features are {error}") from None
+    return Regions(kept, boxes.reshape(count, 4), width, height)
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Caption, Problem, Record, Regions
-from itm.data.sources.source import Source, unique_keys
+from itm.data.sources.source import Source, stored_features, unique_keys
 
 
 class Precomp(Source):
@@ -43,19 +43,17 @@ class Precomp(Source):
     def item(self, split: str, index: int) -> Record | Problem:
         features, captions, keys, step = self._splits[split]
         rows = features[index * step : (index + 1) * step]
-        with np.errstate(over="ignore"):
-            half = rows[0].astype(np.float16)
         if (rows[1:] != rows[:1]).any():
             reason = f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
             return Problem(keys[index], "", "source", reason, captions=self.per_image)
-        if not np.isfinite(half).all():
-            return Problem(
-                keys[index], "", "source", f"{split}_ims.npy row {index * step} is not finite in float16", captions=self.per_image
-            )
+        try:
+            kept = stored_features(rows[0], self.regions_dtype)
+        except ValueError as error:
+            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is {error}", captions=self.per_image)
         first = index * self.per_image
         texts = captions[first : first + self.per_image]
         said = [Caption(f"{split}-{first + n}", text) for n, text in enumerate(texts)]
-        return Record(keys[index], split, said, regions=Regions(half), meta={"image_id": keys[index]})
+        return Record(keys[index], split, said, regions=Regions(kept), meta={"image_id": keys[index]})
 
     def _file(self, split: str, name: str) -> Path:
         return self.path / f"{split}_{name}"

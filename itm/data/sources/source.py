@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ class Source(ABC):
     """Raw data. Item k of a split is the same record in every process, so that any slice can be packed anywhere."""
 
     splits: list[str]
+    regions_dtype: str = "fp16"
+    """How `itm pack` stores region features (data.regions_dtype); a source checks them in it."""
 
     @abstractmethod
     def count(self, split: str) -> int:
@@ -70,6 +73,15 @@ class Source(ABC):
             raise ValueError(f"no split {split!r} here; there are: {', '.join(self.splits) or 'none'}")
         count = self.count(split)
         yield from self.at(split, self.places(split, start, count if stop is None else min(stop, count)))
+
+
+def stored_features(features: np.ndarray, dtype: str) -> np.ndarray:
+    """Region features in the type (fp16, fp32) that they are stored in. Raises ValueError when it cannot hold them."""
+    with np.errstate(over="ignore"):
+        kept = features.astype(np.float16 if dtype == "fp16" else np.float32)
+    if not np.isfinite(kept).all():
+        raise ValueError(f"not finite in {kept.dtype}")
+    return kept
 
 
 @dataclass
@@ -188,12 +200,12 @@ def field_of(row: object, name: str, where: str) -> Any:
     return row[name]
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str | Path) -> Any:
     """Raises ValueError naming the file when it is missing or no JSON."""
     if not files.exists(path):
         raise ValueError(f"no annotation file at {path}")
     try:
-        return json.loads(read_file(path).decode("utf-8"))
+        return json.loads(read_file(str(path)).decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
