@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from itm.choices import apply_overrides, digest, flatten, known_to, merge, read_choices
 from itm.kinds import packages_of
@@ -178,6 +178,16 @@ class Registry(Strict):
     metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
     loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
+    licence: str = Field("", description="licence of the weights, for the model card; empty = not stated there")
+
+    @field_validator("model", "experiment")
+    @classmethod
+    def _check_name(cls, name: str, field: ValidationInfo) -> str:
+        """MLflow would refuse these after the training."""
+        refused = " or / : . % @ \" '" if field.field_name == "model" else ""
+        if not name.isprintable() or name.strip() != name or not 0 < len(name) <= 250 or set(name) & set(refused.split()[1:]):
+            raise ValueError(f"MLflow takes no {name!r}: 1 to 250 printable characters without outer spaces{refused}")
+        return name
 
 
 # Prose, places of outputs, processes and how they compute. What stood here in version 0.1.0 stays: `whole_fingerprint` needs it.
@@ -189,7 +199,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
-    "registry": {"loggers"},
+    "registry": {"loggers", "licence"},
 }
 
 

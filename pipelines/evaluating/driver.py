@@ -19,7 +19,8 @@ from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_re
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import content, output_of, stored, track
+from pipelines.evaluating.looks import for_the_page
+from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.options import IN_MEMORY, How
 from pipelines.on_ray.scoring import notes, score_split
@@ -50,8 +51,7 @@ def evaluate(
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
-    manifest = read_manifest(split_uri)
-    manifest.check_captioned(split_uri, "evaluated")
+    manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
         "format": FORMAT,
@@ -64,6 +64,8 @@ def evaluate(
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
+    if not uris and not how.screen:
+        check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
@@ -79,7 +81,7 @@ def evaluate(
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
         **flow,
-        **({"copies": encoded.copies} if encoded.copies else {}),
+        **for_the_page(matchers, seen, result),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if save_scores:
@@ -124,11 +126,12 @@ def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[s
 
 
 def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
-    """As `flow_of`, of captions."""
+    """As `flow_of`, of captions; and how many of the samples are copies of an image, where there are some."""
     out, rejected = len(encoded.names.caption_ids), sum(p.lost_captions for p in encoded.problems if p.stage == "evaluate")
     if out + rejected != manifest.captions:
         raise ValueError(f"{split_uri}: {out} captions and {rejected} rejected ones, its manifest says {manifest.captions}: {CHANGED}")
-    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected}
+    copies = {"copies": encoded.copies} if encoded.copies else {}
+    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected} | copies
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:

@@ -19,6 +19,7 @@ from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate_scores
 from pipelines.evaluating import driver as evaluate
 from pipelines.on_ray import scoring
+from tests.support.ports import free_ports
 from tests.support.small_split import records, small_run, write_split
 
 
@@ -182,15 +183,46 @@ def test_encoding_by_ray_tasks_gives_the_vectors_of_one_process(tmp_path, ray_lo
 def test_metrics_and_the_file_reach_the_run_of_the_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    from itm.tracking.registry import Tracker, client
+    from itm.tracking.runs import Tracker, client
 
     recipe = small_run(tmp_path)
     with Tracker.start("test", "small") as tracker:
         Path(recipe.folder, "run.json").write_text(json.dumps({"run_id": tracker.run_id}))
     result = evaluate.evaluate(recipe)
     run = client().get_run(tracker.run_id)
-    assert run.data.metrics["test_rsum"] == pytest.approx(result["metrics"]["rsum"])
-    assert [f.path for f in client().list_artifacts(tracker.run_id)] == ["evaluation.json"]
+    assert run.data.metrics["test/auto/rsum"] == pytest.approx(result["metrics"]["rsum"])
+    assert [f.path for f in client().list_artifacts(tracker.run_id)] == ["environment.json", "evaluation.json", "log"]
+    texts = evaluate.evaluate(recipe, protocol="t2t")
+    metrics = client().get_run(tracker.run_id).data.metrics
+    assert {name: metrics[f"test/t2t/{name}"] for name in texts["metrics"]} == pytest.approx(texts["metrics"])
+    assert {name: metrics[f"test/auto/{name}"] for name in result["metrics"]} == pytest.approx(result["metrics"])
+
+
+@pytest.mark.e2e
+def test_an_evaluation_that_finds_its_run_in_another_store_says_so_and_keeps_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/first/mlflow.db")
+    from itm.tracking.runs import Tracker
+
+    recipe = small_run(tmp_path)
+    with Tracker.start("test", "small") as tracker:
+        said = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        Path(recipe.folder, "run.json").write_text(json.dumps(said))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/second.db")
+    assert evaluate.evaluate(recipe)["metrics"]
+    told = capsys.readouterr().err
+    assert f"sqlite:///{tmp_path}/second.db; it was recorded in {tracker.uri}: export MLFLOW_TRACKING_URI={tracker.uri}" in told
+    assert not (tmp_path / "second.db").exists()
+
+
+@pytest.mark.e2e
+def test_a_dead_server_is_told_before_the_evaluation(tmp_path, monkeypatch):
+    [port] = free_ports(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    recipe = small_run(tmp_path)
+    Path(recipe.folder, "run.json").write_text(json.dumps({"run_id": "0" * 32}))
+    with pytest.raises(ValueError, match=f"no answer from the tracking server at http://127.0.0.1:{port}"):
+        evaluate.evaluate(recipe)
+    assert not Path(recipe.folder, "evaluation.json").exists()
 
 
 def test_an_ensemble_is_the_mean_of_its_members_scores_under_a_name_that_lists_them(tmp_path, capsys):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import itm
-from itm.config import Recipe, load_recipe, overridden
+from itm.config import Recipe, load_recipe, overridden, parse_recipe
 from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.evaluation.metrics import retrieval_metrics
@@ -122,8 +122,13 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_like_an_uninterrupted_one(tmp
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     splits(tmp_path)
     train(recipe(tmp_path, steps=2))
-    with pytest.raises(ValueError, match=r"holds a run with recipe_fingerprint .*--overwrite"):
-        train(recipe(tmp_path, steps=3))
+    with pytest.raises(
+        ValueError, match=r"other choices: train.lr was 0.001, is 0.1; model.options.width was 8, is 4;.*--overwrite"
+    ) as told:
+        other = recipe(tmp_path, steps=2, lr=0.1).model_dump(mode="json")
+        other["model"]["options"]["width"] = 4
+        train(parse_recipe(other))
+    assert "steps" not in str(told.value)
 
 
 @pytest.mark.e2e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_code_missing_files_and_plain_arrays_are_refused(tmp_path: Path):
 
 def test_teach_turns_them_into_a_store_in_step_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     pack(tmp_path, scenes(6))
     rows = samples(tmp_path)
     given = vectors(len(rows), 1, 5)
