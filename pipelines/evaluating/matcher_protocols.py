@@ -15,7 +15,7 @@ from itm.device import resolve_device
 from itm.evaluation.protocols import MatcherProtocol, Question
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import output_of, stored, track
+from pipelines.evaluating.result import check_track, output_of, stored, track
 
 
 def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> Json:
@@ -38,6 +38,8 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     identity |= about
     if done := stored(output, identity):
         return done
+    if recipe is not None and not uris:
+        check_track(recipe)
     outcome = protocol.measure(matcher, asked)
     where = {} if by_pairs else {"split_uri": asked.split_uri}
     numbers = {"protocol": outcome.protocol, "metrics": outcome.metrics, "chance": outcome.chance, "counts": outcome.counts}
