@@ -5,6 +5,7 @@ What cannot be read or decoded comes back as quarantine rows (`problems`), never
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,9 +212,11 @@ def encode_samples(
     samples: list[Sample] = []
     images: list[Encoded] = []
     shard = files.name_of(shard_uri)
+    inputs = copy.copy(matcher.inputs)
+    inputs.target = torch.device("cpu")  # the thread that decodes leaves the device to this one
     with scoring_mode(matcher, device):
         read = batches(items, batch_size, limit, problems)
-        for good, prepared in ahead(prepare(matcher.inputs, batch, shard, problems) for batch in read):
+        for good, prepared in ahead(prepare(inputs, batch, shard, problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
         try:

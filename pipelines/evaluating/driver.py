@@ -16,10 +16,11 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
+from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import content, output_of, stored, track
+from pipelines.evaluating.looks import for_the_page
+from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
@@ -46,33 +47,27 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    asked = find_protocol(protocol)
+    folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
-    manifest = read_manifest(split_uri)
-    manifest.check_captioned(split_uri, "evaluated")
+    manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
-    identity = {
-        "format": FORMAT,
-        "split": split,
-        "split_hash": manifest.fingerprint(),
-        "matcher_hash": "+".join(map(weights_hash, matchers)),
-        "protocol_name": protocol,
-        "tie": tie,
-    } | how.identity(weights_hash(screener) if screener else None)
+    identity = {"format": FORMAT, "split": split, "split_hash": manifest.fingerprint(), "protocol_name": protocol, "tie": tie}
+    identity |= {"matcher_hash": "+".join(map(weights_hash, matchers))} | how.identity(weights_hash(screener) if screener else None)
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
+    if not uris and not how.screen:
+        check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
-    flow = flow_of(encoded, split_uri, manifest)
-    folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
+    flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
@@ -82,8 +77,7 @@ def evaluate(
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
         **flow,
-        **captions_of(encoded, split_uri, manifest),
-        **({"copies": encoded.copies} if encoded.copies else {}),
+        **for_the_page(matchers, seen, result),
         "seconds": round(time.perf_counter() - started, 2),
     }
     if save_scores:
@@ -128,11 +122,12 @@ def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[s
 
 
 def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
-    """As `flow_of`, of captions."""
+    """As `flow_of`, of captions; and how many of the samples are copies of an image, where there are some."""
     out, rejected = len(encoded.names.caption_ids), sum(p.lost_captions for p in encoded.problems if p.stage == "evaluate")
     if out + rejected != manifest.captions:
         raise ValueError(f"{split_uri}: {out} captions and {rejected} rejected ones, its manifest says {manifest.captions}: {CHANGED}")
-    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected}
+    copies = {"copies": encoded.copies} if encoded.copies else {}
+    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected} | copies
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:

@@ -17,7 +17,7 @@ from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.matchers.weights import weights_hash
 from itm.types import Matcher
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import output_of, stored, track
+from pipelines.evaluating.result import check_track, output_of, stored, track
 from pipelines.on_ray.gpus import at_gpu, gpus_elsewhere
 
 
@@ -41,6 +41,8 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     identity |= about
     if done := stored(output, identity):
         return done
+    if recipe is not None and not uris:
+        check_track(recipe)
     away = not by_pairs and gpus_elsewhere()  # a file of pairs may be on this machine alone
     outcome = at_gpu(_measured, protocol, matcher.cpu(), asked) if away else protocol.measure(matcher, asked)
     where = {} if by_pairs else {"split_uri": asked.split_uri}

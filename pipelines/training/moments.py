@@ -33,7 +33,7 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     values = losses | rates | dict(scalars(here.step.plain))
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
-        here.tracker.metrics(values, step=done)
+        here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
         report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
 
@@ -49,7 +49,7 @@ def validate(here: Rank, done: int) -> None:
         metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
-        here.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
+        here.tracker.metrics({f"val/{name}": value for name, value in metrics.items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
             write_weights(best_uri(job.checkpoints, best), matcher)
