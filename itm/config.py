@@ -89,7 +89,7 @@ class Teachers(Strict):
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
-    actors: int = Field(1, ge=1, description="processes that hold a teacher")
+    actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 
 
 class Train(Strict):

@@ -22,8 +22,10 @@ from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
 from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
+from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
-from pipelines.on_ray.scoring import notes, score_split
+from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.scoring import notes, score_split, seats_for
 
 # Below this many captions one process is done before workers have imported torch.
 IN_PROCESS_CAPTIONS = 20_000
@@ -52,14 +54,8 @@ def evaluate(
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
-    identity = {
-        "format": FORMAT,
-        "split": split,
-        "split_hash": manifest.fingerprint(),
-        "matcher_hash": "+".join(map(weights_hash, matchers)),
-        "protocol_name": protocol,
-        "tie": tie,
-    } | how.identity(weights_hash(screener) if screener else None)
+    identity = {"format": FORMAT, "split": split, "split_hash": manifest.fingerprint(), "protocol_name": protocol, "tie": tie}
+    identity |= {"matcher_hash": "+".join(map(weights_hash, matchers))} | how.identity(weights_hash(screener) if screener else None)
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
@@ -134,28 +130,16 @@ def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> di
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
-    """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
+    """Every image and caption of the split once: here when it is small, else shard by shard in actors, on GPUs where there are some."""
     size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
-    if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
+    small = manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1
+    if small and not gpus_elsewhere():
         pieces = [encode_shard(matcher, uri, sha256, size, device=resolve_device()) for uri, sha256 in shards]
     else:
-        pieces = _encode_by_tasks(matcher, shards, size)
+        seats, cpus = seats_for(len(shards))
+        jobs = (((uri, sha256, size, None, seats.device), ()) for uri, sha256 in shards)
+        pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
-
-
-def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: int) -> list[EncodedSplit]:
-    import ray
-
-    from pipelines.on_ray.session import connect, core
-
-    connect()
-    gpu = ray.cluster_resources().get("GPU", 0) > 0
-    task: Any = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
-    shared = ray.put(matcher.cpu())
-    try:
-        return ray.get([task.remote(shared, *shard, batch_size, None, "cuda" if gpu else "cpu") for shard in shards])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
 
 
 def score(

@@ -21,6 +21,7 @@ from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import stored_identity, stores_root
+from pipelines.on_ray.gpus import Seats, gpu_seats
 from pipelines.teaching.actors import Prepare, Score, Written
 
 if TYPE_CHECKING:
@@ -204,20 +205,22 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare
 
     connect()
     teachers = job.recipe.teachers
-    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
-    actors = max(1, min(teachers.actors, len(todo), int(cpus / 2 / ACTOR_CPUS)))
+    seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if seats is None:
+        seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
     rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
         .map_batches(
             Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size),
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device),
+            compute=ray.data.ActorPoolStrategy(size=seats.count),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=ACTOR_CPUS,
-            num_gpus=min(1.0, gpus / actors) if gpus else None,
+            num_gpus=seats.gpus or None,
         )
     )
     for row in dataset.iter_rows():

@@ -16,6 +16,7 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
 from itm.tracking.addresses import check_alive, tracking_uri
@@ -193,7 +194,7 @@ def execute(job: Job, say: Callable[[str], None]) -> Json:
 
         if train.workers:
             return run_group(job, show)
-        device = torch.device("cuda" if train.use_gpu else "cpu")
+        device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
         return work(job, device, show)

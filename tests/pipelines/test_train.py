@@ -123,7 +123,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     splits(tmp_path)
     train(recipe(tmp_path, steps=2))
     with pytest.raises(
-        ValueError, match=r"other choices: train.lr was 0.001, is 0.1; model.options.width was 8, is 4;.*--overwrite"
+        ValueError, match=r"other choices: model.options.width was 8, is 4; train.lr was 0.001, is 0.1;.*--overwrite"
     ) as told:
         other = recipe(tmp_path, steps=2, lr=0.1).model_dump(mode="json")
         other["model"]["options"]["width"] = 4
