@@ -1,4 +1,4 @@
-"""The commands of the README, as they stand there, on a folder of pictures and a table."""
+"""The commands of the page on own photos, as they stand there, on a folder of pictures and a table."""
 
 from __future__ import annotations
 
@@ -43,15 +43,19 @@ for line in sys.stdin.read().splitlines():
 
 
 @pytest.mark.e2e
-def test_three_commands_make_a_searchable_model_of_own_photos(tmp_path: Path) -> None:
+def test_three_commands_and_the_five_by_hand_make_a_searchable_model_of_own_photos(tmp_path: Path) -> None:
     photos(tmp_path)
-    (console,) = fenced(ROOT / "README.md", "console")
-    short = console.replace("run -c my.yaml", "run -c my.yaml train.steps=4 train.validate_every=4")
+    page = ROOT / "docs" / "own-photos.md"
+    quick, by_hand = fenced(page, "console")[:2]
+    (tmp_path / "by-hand.yaml").write_text(fenced(page, "yaml")[0].replace("epochs: 10", "epochs: 1"))
+    commands = quick.replace("run -c my.yaml", "run -c my.yaml train.steps=4 train.validate_every=4") + by_hand
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     command = [sys.executable, "-c", FOLLOW]
-    done = subprocess.run(command, input=short, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=commands, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "train 24 images, 120 captions, 0 rejected" in done.stdout
     assert "version 1 is the first champion" in done.stdout
-    assert "'a dog in the snow' in 6 images, 30 captions" in done.stdout
-    assert "my-photos" in (tmp_path / "runs" / "my-photos" / "report.html").read_text()
+    assert done.stdout.count("'a dog in the snow' in 6 images, 30 captions") == 2
+    assert "images 6  captions 30" in done.stdout
+    for name in ("my-photos", "by-hand"):
+        assert name in (tmp_path / "runs" / name / "report.html").read_text()
