@@ -14,7 +14,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
-from itm.data.shards import read_manifest
+from itm.data.mix import Mixture, parts_of
 from itm.progress import Progress
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
@@ -22,7 +22,7 @@ from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
-from pipelines.training.preparation import prepare
+from pipelines.training.preparation import prepare, training_manifest
 from pipelines.training.worker import work
 
 
@@ -38,7 +38,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         forget(recipe.folder)
     for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
         files.remove_abandoned(folder)
-    manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+    manifest = training_manifest(recipe)
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
     _check_same(recipe.folder, (finished, started), given, manifest)
     if finished:
@@ -68,7 +68,7 @@ def finished(recipe: Recipe) -> Json | None:
     if receipt is None:
         return None
     try:
-        _check_same(recipe.folder, (receipt,), recipe, read_manifest(files.join(recipe.data.root, recipe.data.train_split)))
+        _check_same(recipe.folder, (receipt,), recipe, training_manifest(recipe))
     except ValueError:  # another run, or no training split: `train` says which
         return None
     return receipt
@@ -89,7 +89,8 @@ def flow_line(done: Json) -> str:
 
 def located(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, for processes with another working directory."""
-    data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
+    mix = [one.model_copy(update={"root": files.absolute(one.root)}) for one in recipe.data.mix]
+    data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root), "mix": mix})
     text = recipe.text
     if text.path and files.exists(text.path):
         text = text.model_copy(update={"path": files.absolute(text.path)})
@@ -103,13 +104,13 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
     if started and started["tracking_uri"] == tracking_uri():
         tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
     else:
-        source = job.split(recipe.data.train_split)
+        name, held = f"{recipe.name}-{recipe.data.train_split}", parts_of(job.split(recipe.data.train_split), job.manifest)
         tracker = Tracker.start(
             recipe.registry.experiment,
             recipe.name,
             recipe.flat(),
             {"stage": "train", **about, **packages_used(recipe.model_dump(mode="json"))},
-            [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
+            [DatasetRef(name, manifest.fingerprint(), uri) for uri, manifest in held],
             system_metrics=True,
         )
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
@@ -143,7 +144,7 @@ def _read(uri: str) -> Json | None:
     return read_json(uri, FORMAT) if files.exists(uri) else None
 
 
-def _check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, manifest: Manifest) -> None:
+def _check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, manifest: Manifest | Mixture) -> None:
     """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
     recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
     same: dict[str, list[str | None]] = {
