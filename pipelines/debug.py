@@ -78,6 +78,9 @@ def debug_twin(recipe: Recipe) -> Recipe:
 def _model(kind: str, options: Json) -> Json:
     if kind == "clip":
         return {"config": CLIP_CONFIG, "heads": options.get("heads")}
+    if kind == "hf_dual":
+        kept = {name: value for name, value in options.items() if name in ("heads", "freeze", "lora")}
+        return {"config": {"model_type": "clip", **CLIP_CONFIG}, **kept}
     options = _shrink(options)
     if kind == "uniter":
         options |= {"region_dim": REGION_WIDTH, "positions": SIZES["positions"]}

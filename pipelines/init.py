@@ -128,8 +128,9 @@ def _split(finding: Finding, seen: Survey) -> tuple[Finding, Survey]:
         return replace(finding, splits={"train": "train"}), seen
     source = finding.source.model_copy(update={"options": finding.source.options | {"split": shares}})
     parted = replace(finding, source=source, splits={"train": "train"} | {role: role for role in shares})
-    again = survey(parted)
-    if not all(again.totals.get(role) for role in parted.splits):
+    try:
+        again = survey(parted)
+    except ValueError:  # a share that gets no image
         return replace(finding, splits={"train": "train"}), seen
     note = f"held out for {' and '.join(shares)}: {', '.join(f'{again.totals[role]} images' for role in shares)}, chosen by their content"
     return replace(parted, notes=(*finding.notes, note)), again

@@ -14,16 +14,20 @@ import base64
 import io
 import json
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import full_key
-from itm.data.shards import index_shard, read_range
+from itm.data.shards import index_shard, read_manifest, read_range
 from itm.report.page import Page, render
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
 from pipelines.training import FORMAT as RUN_FORMAT
+
+if TYPE_CHECKING:
+    from itm.tracking.history import History
 
 THUMBNAIL = 160
 
@@ -34,43 +38,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(report(recipe_from(args), args.compare))
+    recipe = recipe_from(args)
+    page = page_of(recipe, args.compare)
+    print(report(recipe, args.compare, page))
+    for text in page.missing:
+        print(f"not on the page: {text}")
     return 0
 
 
-def report(recipe: Recipe, compare: Sequence[str] = ()) -> str:
-    """Write report.html into the run's folder; returns its path. Raises ValueError when the run was not evaluated."""
-    evaluation = _evaluation(recipe.folder)
-    trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
-    others = {files.name_of(folder): folder for folder in map(_plain, compare)}
-    page = Page(
-        title=recipe.name,
-        about=recipe.about,
-        evaluation=evaluation,
-        losses=_losses(recipe.folder),
-        others={name: _evaluation(folder) for name, folder in others.items()},
-        other_losses={name: rows for name, folder in others.items() if (rows := _losses(folder))},
-        thumbnails=thumbnails(evaluation),
-        lineage=lineage(recipe, evaluation, trained),
-    )
-    output = files.join(recipe.folder, "report.html")
-    files.write_atomic(output, render(page).encode())
-    if trained.get("run_id"):
-        from itm.tracking.registry import Tracker
+def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None) -> str:
+    """Write report.html into the run's folder; returns its path. Raises ValueError when the run was not evaluated.
 
-        with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
+    page: what `page_of` gave, where the caller has it.
+    """
+    output = files.join(recipe.folder, "report.html")
+    trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
+    run_id = None
+    if trained.get("run_id"):
+        from itm.tracking.runs import run_to_log
+
+        run_id = run_to_log(recipe.folder)
+    files.write_atomic(output, render(page or page_of(recipe, compare)).encode())
+    if run_id:
+        from itm.tracking.runs import Tracker
+
+        with Tracker.resume(run_id) as tracker, files.local_copy(output) as written:
             tracker.artifact(written)
     return output
 
 
-def lineage(recipe: Recipe, evaluation: Json, trained: Json) -> dict[str, str]:
+def page_of(recipe: Recipe, compare: Sequence[str] = ()) -> Page:
+    """What the page shows, and what is missing on it. Raises ValueError when the run was not evaluated."""
+    evaluation = _evaluation(recipe.folder)
+    trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
+    others = {files.name_of(folder): folder for folder in map(_plain, compare)}
+    history = _history(trained)
+    losses = _losses(recipe.folder)
+    return Page(
+        title=recipe.name,
+        about=recipe.about,
+        evaluation=evaluation,
+        losses=losses,
+        others={name: _evaluation(folder) for name, folder in others.items()},
+        other_losses={name: rows for name, folder in others.items() if (rows := _losses(folder))},
+        thumbnails=thumbnails(evaluation),
+        lineage=lineage(recipe, evaluation, trained, history),
+        validations=history.validations if history else (),
+        missing=missing(recipe, evaluation, trained, history, losses),
+    )
+
+
+def _history(trained: Json) -> History | None:
+    if not trained.get("run_id"):
+        return None
+    from itm.tracking.history import history_of
+
+    return history_of(trained["run_id"])
+
+
+def missing(recipe: Recipe, evaluation: Json, trained: Json, history: History | None, losses: Sequence[Any]) -> list[str]:
+    """What a page could show and this one does not, each with what would bring it."""
+    found = []
+    if not trained:
+        found.append(f"the training: no run.json in {recipe.folder}; the matcher was made elsewhere, or `itm train` has not ended")
+    elif history is None:
+        found.append(f"the validation curve and the registry: the tracking address in use does not know run {trained['run_id']}")
+    elif not history.versions:
+        found.append("a registered version: `itm register` with the same recipe makes one")
+    if trained and not losses:
+        found.append(f"the loss curve: no losses.jsonl in {recipe.folder}")
+    if history and not history.validations:
+        found.append("the validation curve: the run was not validated; set data.val_split")
+    if "ranks" not in evaluation and "examples" in evaluation:
+        found.append("ranks and worst queries: an earlier version evaluated this run; delete evaluation.json, and run `itm evaluate` again")
+    return found
+
+
+def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | None = None) -> dict[str, str]:
     """Where the numbers come from: choices, data, teachers, code, weights, run."""
     teachers = ", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items())
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
     facts = {
         "Recipe": f"{recipe.name} {evaluation.get('recipe', {}).get('fingerprint', recipe.fingerprint())}",
         "Model and method": f"{recipe.model.kind}, {recipe.method.kind}",
+        "Trained": _when(trained),
+        "Evaluated": _when(evaluation),
+        "Machine": evaluation.get("environment", {}).get("machine", ""),
+        "Versions": ", ".join(f"{name} {text}" for name, text in evaluation.get("environment", {}).get("versions", {}).items()),
         "Training": training,
+        "Splits": "; ".join(_sizes(recipe)),
+        "Registered as": "; ".join(history.versions) if history else "",
         "Training data": trained.get("manifest", ""),
         "Test data": f"{evaluation['split']} {evaluation['split_hash']}",
         "Teachers": teachers,
@@ -81,6 +138,22 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json) -> dict[str, str]:
         "Rejected samples": str(evaluation.get("rejected", "")),
     }
     return {label: str(text) for label, text in facts.items() if text}
+
+
+def _when(result: Json) -> str:
+    """The date and the device of a result; '' of one that an earlier version wrote."""
+    made = result.get("environment", {})
+    return ", ".join(filter(None, (made.get("date", "").replace("T", " ").replace("+00:00", " UTC"), made.get("device", ""))))
+
+
+def _sizes(recipe: Recipe) -> Iterable[str]:
+    """The splits of the recipe that are there: images, captions, rejected samples."""
+    for split in dict.fromkeys(filter(None, (recipe.data.train_split, recipe.data.val_split, recipe.data.test_split))):
+        try:
+            manifest = read_manifest(files.join(recipe.data.root, split))
+        except (ValueError, OSError):  # the shards may be gone since
+            continue
+        yield f"{split} {manifest.samples:,} images, {manifest.captions:,} captions, {manifest.rejected:,} rejected"
 
 
 def thumbnails(evaluation: Json) -> dict[str, str]:
@@ -99,10 +172,12 @@ def thumbnails(evaluation: Json) -> dict[str, str]:
 
 
 def _images(evaluation: Json) -> Iterable[Json]:
-    shown = evaluation.get("examples", {})
-    yield from shown.get("i2t", [])
-    for row in shown.get("t2i", []):
-        yield from row["hits"]
+    for shown in (evaluation.get("examples", {}), evaluation.get("worst", {})):
+        yield from shown.get("i2t", [])
+        for row in shown.get("t2i", []):
+            yield from row["hits"]
+            yield from [row["answer"]] if "answer" in row else []
+    yield from evaluation.get("attention", [])
 
 
 def _data_uri(image: bytes) -> str:

@@ -23,7 +23,8 @@ from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
 from itm.data import files
-from itm.tracking.lineage import git_commit, tracking_uri
+from itm.tracking.addresses import tracking_uri
+from itm.tracking.lineage import git_commit
 from pipelines.cli import RECIPES, STAGES, module_of, script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,7 +119,8 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 
 def _check_places(recipe: Recipe) -> None:
-    for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root)):
+    mixed = [(f"data.mix.{number}.root", one.root) for number, one in enumerate(recipe.data.mix)]
+    for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root), *mixed):
         if place and not place.startswith(("/", "file://")) and not files.is_remote(place):
             raise ValueError(f"{key}={place} is relative: a job's folder goes when it ends. Say {key}=/shared/... or {key}=s3://bucket/...")
 

@@ -16,12 +16,14 @@ from tests.support import ROOT
 
 FLOORS = {
     "itm.types": 0,
+    "itm.choices": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
     "itm.device": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,
+    "itm.environment": 0,
     "itm.progress": 0,
     "itm.data": 1,
     "itm.losses": 1,

@@ -29,6 +29,7 @@ _MAGIC = {
     b"II*\0": "tiff",
     b"MM\0*": "tiff",
 }
+_BMP_HEADERS = [n.to_bytes(4, "little") for n in (12, 40, 52, 56, 64, 108, 124)]
 _AS_PNG = {"I;16B": "I;16", "I;16L": "I;16", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 MAX_CAPTION = 20_000
 """Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
@@ -207,7 +208,7 @@ def open_image(data: bytes) -> PIL.Image.Image:
 def image_format(data: bytes) -> str | None:
     """jpg, png, webp, gif, bmp or tiff, by the first bytes; None for what is none of them."""
     for start, name in _MAGIC.items():
-        if data.startswith(start):
+        if data.startswith(start) and (name != "bmp" or data[14:18] in _BMP_HEADERS):
             return name
     return "webp" if data[:4] + data[8:12] == b"RIFFWEBP" else None
 
@@ -217,6 +218,8 @@ def storable(data: bytes) -> tuple[bytes, str]:
 
     Raises ValueError when the bytes cannot be decoded, or hold values that PNG does not (floating point).
     """
+    from PIL import Image
+
     found = image_format(data)
     if found in IMAGE_FORMATS:
         return data, found
@@ -225,9 +228,9 @@ def storable(data: bytes) -> tuple[bytes, str]:
             image.load()
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers, whose range nobody knows; save it with 8 or 16 bits")
-            kept = (
-                image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I") else image.convert(_AS_PNG.get(image.mode, "RGB"))
-            )
+            kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert(_AS_PNG.get(image.mode, "RGB"))
+            if image.mode == "I":  # 32 bits that hold 16, as everywhere here
+                kept = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
             out = io.BytesIO()
             kept.save(out, "PNG")
     except Exception as error:  # PIL plugins raise almost anything on corrupt input

@@ -29,11 +29,9 @@ from itm.data.manifest import (
     read_receipt,
     write_manifest,
 )
+from itm.data.member_names import CONTENT, REGIONS, cut_first, cut_last, dotted_keys
 from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
-
-REGIONS = "regions.npz"
-_CONTENT = {*IMAGE_FORMATS, REGIONS, "json", "txt"}
 
 __all__ = [
     "Caption",
@@ -294,14 +292,15 @@ def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], 
                 found.append(member)
     except TarProblem as error:
         problems.append(Problem("", shard, "read", str(error), "shard"))
-    known = {key for key, extension in map(_cut_first, (m.name for m in found)) if key and extension in _CONTENT}
+    known = {key for key, extension in map(cut_first, (m.name for m in found)) if key and extension in CONTENT}
+    dotted = dotted_keys(m.name for m in found)
     groups: list[_Group] = []
     others: dict[str, list[str]] = {}
     for member in found:
-        key, extension = _cut_first(member.name)
-        if key not in known and extension not in _CONTENT:
-            key, extension = _cut_last(member.name)
-        if not key or extension not in _CONTENT:
+        key, extension = cut_first(member.name)
+        if extension not in CONTENT and (key not in known or cut_last(member.name)[0] in dotted):
+            key, extension = cut_last(member.name)
+        if not key or extension not in CONTENT:
             others.setdefault(key, []).append(member.name)
             continue
         if not groups or groups[-1][0] != key or extension in groups[-1][1]:
@@ -309,22 +308,9 @@ def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], 
         groups[-1][1][extension] = member
     sampled = {key for key, _ in groups}
     for key in (key for key in others if key not in sampled):
-        reason = f"of no kind that is read: {', '.join(others[key][:4])}; the kinds are {', '.join(f'.{e}' for e in sorted(_CONTENT))}"
+        reason = f"of no kind that is read: {', '.join(others[key][:4])}; the kinds are {', '.join(f'.{e}' for e in sorted(CONTENT))}"
         problems.append(Problem(key, shard, "read", reason, "member"))
     return groups, others, problems
-
-
-def _cut_first(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset cuts them, at the first dot; '' for a hidden file."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem if stem else "", extension.lower()
-
-
-def _cut_last(name: str) -> tuple[str, str]:
-    """Key and extension where the key itself has dots (`trip_v1.5.jpg`)."""
-    stem, _, extension = name.removeprefix("./").rpartition(".")
-    return "" if stem.rpartition("/")[2].startswith(".") else stem, extension.lower()
 
 
 def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], others: list[str]) -> Iterator[Sample | Problem]:

@@ -1,11 +1,12 @@
-"""A matcher from whatever a name leads to: a matcher folder, the registry, or a Hugging Face model of two towers."""
+"""A matcher from a Hugging Face model of two towers, by folder or hub name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from pathlib import Path
 from typing import Literal
 
-import itm
 from itm.config import Part
 from itm.data import files
 from itm.data.preprocess import ImageInput, Inputs
@@ -14,18 +15,16 @@ from itm.matchers.encoders.two_towers import Sizes, sizes_of
 from itm.matchers.folder import build_matcher
 from itm.types import Matcher
 
-__all__ = ["Sizes", "load_any", "load_hub", "sizes_of"]
+__all__ = ["Sizes", "is_hub", "load_hub", "sizes_of"]
 
 
-def load_any(name: str, allow: Iterable[str] = ()) -> Matcher:
-    """`models:/...`, `runs:/...` and matcher folders as `itm.load_matcher`; else a Hugging Face model, by folder or hub name.
-
-    Raises ValueError naming what is missing.
-    """
-    local = not files.is_remote(name) and not name.startswith(("models:/", "runs:/"))
-    if local and not files.exists(files.join(name, "inputs.json")):
-        return load_hub(name)
-    return itm.load_matcher(name, allow=allow)
+def is_hub(name: str) -> bool:
+    """Whether a name that is no URI leads to a Hugging Face model: a folder with its config.json, or a hub name where nothing lies."""
+    place = Path(files.absolute(name))
+    if place.exists():
+        config = place / "config.json"
+        return config.is_file() and "model_type" in json.loads(config.read_bytes())
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def load_hub(path: str) -> Matcher:

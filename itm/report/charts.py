@@ -41,6 +41,24 @@ def histogram(edges: Sequence[float], shares: dict[str, Sequence[float]], x_name
     return f"<figure>{frame.svg(''.join(bars), x_name, 'share of pairs')}{_legend(list(shares))}</figure>"
 
 
+def bars(labels: Sequence[str], shares: dict[str, Sequence[float]], marks: Sequence[float], mark: str, x_name: str, y_name: str) -> str:
+    """Bars side by side, one of each class a label; marks: a tick at each label, which `mark` names, e.g. what chance would give."""
+    top = max(max(values) for values in (*shares.values(), marks))
+    frame = _Frame((0.0, float(len(labels))), (0.0, top or 1.0))
+    parts = []
+    wide = (frame.x(1) - frame.x(0)) * 0.8 / len(shares)
+    for place, values in enumerate(shares.values()):
+        for n, value in enumerate(values):
+            x, y = frame.x(n + 0.1) + place * wide, frame.y(value)
+            parts.append(f'<rect class="bar c{place}" x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{frame.y(0) - y:.1f}"/>')
+    for n, value in enumerate(marks):
+        y = frame.y(value)
+        parts.append(f'<line class="mark" x1="{frame.x(n + 0.06):.1f}" x2="{frame.x(n + 0.94):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    named = _legend([*shares]) if len(shares) > 1 else ""
+    named = (named or "<figcaption></figcaption>").replace("</figcaption>", f'<span class="key chance">{escape(mark)}</span></figcaption>')
+    return f"<figure>{frame.svg(''.join(parts), x_name, y_name, labels)}{named}</figure>"
+
+
 def meter(value: float, chance: float | None, most: float) -> str:
     """A bar of value/most with a tick where chance lies."""
     share = 100 * min(max(value / most, 0.0), 1.0)
@@ -61,14 +79,16 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.ys[0]) / (self.ys[1] - self.ys[0]) * (HEIGHT - TOP - BOTTOM)
 
-    def svg(self, inside: str, x_name: str, y_name: str) -> str:
+    def svg(self, inside: str, x_name: str, y_name: str, labels: Sequence[str] = ()) -> str:
+        """labels: what stands under the first units of x, in place of ticks."""
         parts = []
         for value in _ticks(*self.ys, 5):
             y = self.y(value)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
-        for value in _ticks(*self.xs, 7):
-            parts.append(f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+        under = [(n + 0.5, text) for n, text in enumerate(labels)] or [(value, f"{value:g}") for value in _ticks(*self.xs, 7)]
+        for value, text in under:
+            parts.append(f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>')
         parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_name)}</text>')
         label = f"{escape(y_name)} over {escape(x_name)}"
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}{inside}</svg>'

@@ -27,12 +27,13 @@ class Hit(TypedDict):
 
 
 class Example(TypedDict):
-    """A query; rank (1 = top) is that of its best annotated pair."""
+    """A query; rank (1 = top) is that of its best annotated pair, `answer`."""
 
     query: int
     right: bool
     rank: int
     hits: list[Hit]
+    answer: Hit
 
 
 def examples(scored: Scored, each: int = 4) -> dict[str, list[Example]]:
@@ -40,12 +41,12 @@ def examples(scored: Scored, each: int = 4) -> dict[str, list[Example]]:
 
     A hit is right when the pair is annotated or, where the source knows, when it truly holds.
     """
-    return {way: _one_way(*_rows(scored, way), each) for way in ("t2i", "i2t")}
+    return {way: _one_way(*rows_of(scored, way), each) for way in ("t2i", "i2t")}
 
 
 def histogram(scored: Scored, bins: int = BINS) -> dict[str, list[float]]:
     """Share of positive and of negative pairs in each of `bins` equal score intervals; `edges` has bins + 1 values."""
-    _, scores, _, positives = _rows(scored, "i2t")
+    _, scores, _, positives = rows_of(scored, "i2t")
     scores = scores.double()
     finite = scores.isfinite()
     low, high = float(scores[finite].min()), float(scores[finite].max())
@@ -58,7 +59,7 @@ def histogram(scored: Scored, bins: int = BINS) -> dict[str, list[float]]:
     return {"edges": torch.linspace(low, high, bins + 1).tolist(), **share}
 
 
-def _rows(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows_of(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries (Q,) and their scores, annotated pairs and true pairs (Q,G): all of a small matrix, else evenly spread `SAMPLE`."""
     turned = way == "t2i"
     sampled = isinstance(scored.scores, Streamed) or math.prod(scored.scores.shape) > WHOLE_PAIRS
@@ -77,7 +78,7 @@ def _one_way(queries: Tensor, scores: Tensor, annotated: Tensor, truth: Tensor, 
     top = scores.argmax(1)
     right = truth[torch.arange(len(scores)), top]
     chosen = [*_spread(right.nonzero()[:, 0], each), *_spread((~right).nonzero()[:, 0], each)]
-    return [_row(int(queries[row]), scores[row], annotated[row], truth[row]) for row in chosen]
+    return [example(int(queries[row]), scores[row], annotated[row], truth[row]) for row in chosen]
 
 
 def _spread(rows: Tensor, each: int) -> list[int]:
@@ -85,8 +86,10 @@ def _spread(rows: Tensor, each: int) -> list[int]:
     return rows[places].tolist()
 
 
-def _row(query: int, scores: Tensor, annotated: Tensor, truth: Tensor) -> Example:
-    best = scores[annotated].max()
-    hits = scores.topk(min(HITS, len(scores))).indices.tolist()
-    shown: list[Hit] = [{"row": h, "score": float(scores[h]), "annotated": bool(annotated[h]), "holds": bool(truth[h])} for h in hits]
-    return {"query": query, "right": shown[0]["holds"], "rank": int((scores[~annotated] >= best).sum()) + 1, "hits": shown}
+def example(query: int, scores: Tensor, annotated: Tensor, truth: Tensor) -> Example:
+    best = int(scores.masked_fill(~annotated, -torch.inf).argmax())
+    found = scores.topk(min(HITS, len(scores))).indices.tolist()
+    hits: list[Hit] = [{"row": h, "score": float(scores[h]), "annotated": bool(annotated[h]), "holds": bool(truth[h])} for h in found]
+    answer: Hit = {"row": best, "score": float(scores[best]), "annotated": True, "holds": bool(truth[best])}
+    rank = int((scores[~annotated] >= scores[best]).sum()) + 1
+    return {"query": query, "right": hits[0]["holds"], "rank": rank, "hits": hits, "answer": answer}

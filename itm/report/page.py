@@ -6,6 +6,7 @@ templates/style.css; here the figures become text. Everything that comes from da
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from itm.report.charts import Series, curves, histogram, meter
+from itm.report.charts import Series, bars, curves, histogram, meter
+from itm.report.looks import looks
 
 RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("semantic_r1", "semantic R@1"))
 FRACTIONS = (("map_at_r", "mAP@R"), ("r_precision", "R-precision"))
@@ -37,7 +39,7 @@ Losses = Sequence[Mapping[str, float]]
 @dataclass(frozen=True)
 class Page:
     """What the page shows. `others`, `other_losses`: by name, of the runs to compare with; `thumbnails`: image key -> data URI;
-    `lineage`: label -> text."""
+    `lineage`: label -> text; `validations`: rows of step and metrics; `missing`: what is not here, and what would bring it."""
 
     title: str
     about: str
@@ -47,6 +49,8 @@ class Page:
     other_losses: Mapping[str, Losses] = field(default_factory=dict)
     thumbnails: Mapping[str, str] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
+    validations: Losses = ()
+    missing: Sequence[str] = ()
 
 
 class Figure(NamedTuple):
@@ -101,7 +105,10 @@ def render(page: Page) -> str:
             ways=_ways(page.evaluation),
             charts={title: Markup(chart) for title, chart in _charts(page).items() if chart},
             score_histogram=_histogram(page.evaluation.get("histogram")),
+            ranks={WAYS[way]: Markup(_ranks(found)) for way, found in page.evaluation.get("ranks", {}).items()},
             examples={way: page.evaluation.get("examples", {}).get(way, []) for way in ("t2i", "i2t")},
+            worst={way: page.evaluation.get("worst", {}).get(way, []) for way in ("t2i", "i2t")},
+            looks=looks(page.evaluation.get("attention", [])),
             lineage={label: text for label, text in page.lineage.items() if text},
         )
     )
@@ -170,7 +177,10 @@ def _charts(page: Page) -> dict[str, str]:
     terms = [n for n in names if n not in PACE and n not in heats + followed]
     # A single term is the loss itself; drawing both would hide one line under the other.
     shown = ["loss"] if "loss" in terms and len(terms) <= 2 else terms
+    recalls = {TITLES["r1"] + " " + WAYS[way]: _series(page.validations, [f"{way}_r1"])[f"{way}_r1"] for way in ("t2i", "i2t")}
     charts = {
+        "validation: rSum": curves(_series(page.validations, ["rsum"]), "step", "rSum"),
+        "validation: recall": curves(recalls, "step", "percent"),
         "loss and its terms": curves(_series(page.losses, shown), "step", "loss"),
         "temperatures": curves(_series(page.losses, heats), "step", "temperature"),
         "relevance threshold": curves(_series(page.losses, cuts), "step", "similarity"),
@@ -185,6 +195,14 @@ def _charts(page: Page) -> dict[str, str]:
 
 def _series(rows: Losses, names: Sequence[str]) -> Series:
     return {name: [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)] for name in names}
+
+
+def _ranks(found: Mapping[str, Any]) -> str:
+    """Bars of the share of queries by the rank of their answer."""
+    bounds = [*found["first"], found["gallery"] + 1]
+    labels = [f"{a:,}" if b == a + 1 else f"≤ {b - 1:,}" for a, b in itertools.pairwise(bounds)]
+    share, chance = ([100 * value for value in found[name]] for name in ("share", "chance"))
+    return bars(labels, {"queries": share}, chance, "chance", "rank of the answer", "percent of the queries")
 
 
 def _histogram(shares: Mapping[str, Sequence[float]] | None) -> Markup:

@@ -13,7 +13,8 @@ from itm.data.formats import Json, check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import Example, examples, histogram
-from pipelines.evaluating import FORMAT
+from itm.report.ranks import ranks_and_worst
+from pipelines.evaluating import FORMAT, group_of
 
 
 def table(result: Json) -> str:
@@ -49,23 +50,30 @@ def _number(value: float | None) -> str:
 
 def content(outcome: Outcome, scored: Scored, score_type: str) -> Json:
     names = scored.names
-    shown = {way: [_named(row, names, way) for row in rows] for way, rows in examples(scored).items()}
+    ranks, worst = ranks_and_worst(scored)
     return {
         "protocol": outcome.protocol,
         "score_type": score_type,
         "metrics": outcome.metrics,
         "chance": outcome.chance,
         "counts": outcome.counts,
-        "examples": shown,
+        "examples": _all_named(examples(scored), names),
+        "worst": _all_named(worst, names),
+        "ranks": ranks,
         "histogram": histogram(scored),
     }
+
+
+def _all_named(found: dict[str, list[Example]], names: Names) -> Json:
+    return {way: [_named(row, names, way) for row in rows] for way, rows in found.items()}
 
 
 def _named(row: Example, names: Names, way: str) -> Json:
     """An example with keys and texts in place of row numbers."""
     asked, found = (_image, _caption) if way == "i2t" else (_caption, _image)
-    hits = [{**asked_hit, **found(names, asked_hit["row"])} for asked_hit in row["hits"]]
-    return {**row, **asked(names, row["query"]), "hits": hits}
+    hits = [{**hit, **found(names, hit["row"])} for hit in row["hits"]]
+    answer = {**row["answer"], **found(names, row["answer"]["row"])}
+    return {**row, **asked(names, row["query"]), "hits": hits, "answer": answer}
 
 
 def _image(names: Names, row: int) -> Json:
@@ -99,18 +107,27 @@ def stored(output: str, identity: Json) -> Json | None:
     return result if all(result.get(key) == value for key, value in identity.items()) else None
 
 
+def check_track(recipe: Recipe) -> None:
+    """Before the work: raises DeadTracking where `track` would wait for a server, and says where it has no run to write to."""
+    if files.exists(files.join(recipe.folder, "run.json")):
+        from itm.tracking.runs import run_to_log
+
+        run_to_log(recipe.folder)
+
+
 def track(recipe: Recipe, result: Json, output: str) -> None:
-    """Metrics and file into the MLflow run of the training, where there is one."""
-    receipt = files.join(recipe.folder, "run.json")
-    if not files.exists(receipt):
+    """Metrics, as <split>/<protocol>/<name>, and file into the MLflow run of the training, where there is one."""
+    if not files.exists(files.join(recipe.folder, "run.json")):
         return
     from itm.tracking.loggers import loggers_of
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker, run_to_log
 
-    run_id = json.loads(files.read_bytes(receipt))["run_id"]
+    if (run_id := run_to_log(recipe.folder, quiet=True)) is None:
+        return
+    group = group_of(result)
     with Tracker.resume(run_id, loggers=loggers_of(recipe, run_id)) as tracker:
         flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
-        tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
-        tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
+        tracker.metrics({f"{group}/{name}": value for name, value in (result["metrics"] | flow).items()})
+        tracker.tags({f"{group}/protocol": result["protocol"], f"{group}/split_hash": result["split_hash"]})
         with files.local_copy(output) as written:
             tracker.artifact(written)

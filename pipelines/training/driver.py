@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import yaml
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.mix import Mixture, parts_of
+from itm.device import resolve_device
+from itm.environment import environment
 from itm.progress import Progress
+from itm.tracking.addresses import check_alive, tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
-from itm.tracking.registry import Tracker, tracking_uri
+from itm.tracking.runs import DESCRIPTION, RECIPE, Tracker
 from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
+from pipelines.training.earlier import begun, check_same
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
 from pipelines.training.preparation import prepare, training_manifest
@@ -40,25 +45,37 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         files.remove_abandoned(folder)
     manifest = training_manifest(recipe)
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
-    _check_same(recipe.folder, (finished, started), given, manifest)
-    if finished:
-        print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
+    try:
+        longer = check_same(recipe.folder, (finished, started), given, recipe, manifest)
+    except ValueError:
+        if finished or begun(recipe.folder):
+            raise
+        forget(recipe.folder)  # a start that failed: nothing was learned that another choice could spoil
+        longer, started = False, None
+    if finished and not longer:
+        print(f"{recipe.folder} is finished (run {finished['run_id']}); more steps go on from there, --overwrite trains it again")
         return finished
+    check_alive()
     check_gpus(recipe)
-    job = prepare(recipe, manifest)
+    job = _prepared(recipe, manifest, started)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    if longer:
+        started = _lengthened(job, finished, started, about)
     share = job.course.same_image_share(manifest)
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
-        summary = execute(job)
-        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary}
+        summary = execute(job, tracker.say)
+        done = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, "name": recipe.name, **about, **summary}
+        done["environment"] = environment()
         done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
-        flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
-        flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
-        tracker.metrics(flow, step=summary["steps"])
+        names = ("rows_in", "rows_out", "rows_rejected", "samples_per_s", "seconds")
+        tracker.metrics({f"train/{name}": float(summary[name]) for name in names}, step=summary["steps"])
+        for uri in files.list_files(recipe.folder, ".jsonl"):
+            with files.local_copy(uri) as kept:
+                tracker.artifact(kept, "log")
     return done
 
 
@@ -68,10 +85,41 @@ def finished(recipe: Recipe) -> Json | None:
     if receipt is None:
         return None
     try:
-        _check_same(recipe.folder, (receipt,), recipe, training_manifest(recipe))
+        manifest = training_manifest(recipe)
+        longer = check_same(recipe.folder, (receipt, _read(files.join(recipe.folder, "started.json"))), recipe, located(recipe), manifest)
     except ValueError:  # another run, or no training split: `train` says which
         return None
-    return receipt
+    return None if longer else receipt
+
+
+def _prepared(recipe: Recipe, manifest: Manifest | Mixture, started: Json | None) -> Job:
+    """As `prepare`; a start that is refused leaves nothing that the next one, of other choices, would take up."""
+    try:
+        return prepare(recipe, manifest)
+    except Exception:
+        if started is None:
+            forget(recipe.folder)
+        raise
+
+
+def _lengthened(job: Job, finished: Json | None, started: Json | None, about: Json) -> Json:
+    """Let a run go on for more steps: started.json tells of the new length before run.json, which tells of the old one, goes.
+
+    Raises ValueError when the run has more steps behind it than are asked for.
+    """
+    behind, folder = finished["steps"] if finished else 0, job.recipe.folder
+    if job.course.steps <= behind:
+        raise ValueError(
+            f"{folder} has {behind} steps behind it, this recipe ends at {job.course.steps}: ask for more train.steps or train.epochs, "
+            "give the run another name=, or --overwrite to start afresh"
+        )
+    assert started is not None
+    said = started | about | {"recipe": job.recipe.model_dump(mode="json")}
+    files.write_atomic(files.join(folder, "started.json"), json.dumps(said, indent=1).encode())
+    if finished:
+        files.delete(files.join(folder, "run.json"))
+        print(f"{folder} goes on from step {behind} to {job.course.steps}")
+    return said
 
 
 def flow_line(done: Json) -> str:
@@ -105,6 +153,8 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
         tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
     else:
         name, held = f"{recipe.name}-{recipe.data.train_split}", parts_of(job.split(recipe.data.train_split), job.manifest)
+        if started:
+            print(f"this run was recorded in {started['tracking_uri']}; from here on it is recorded in {tracking_uri()}, as a new run")
         tracker = Tracker.start(
             recipe.registry.experiment,
             recipe.name,
@@ -115,19 +165,40 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
         )
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
         files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
+    tracker.text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), RECIPE)
+    tracker.tags({DESCRIPTION: about_run(job)})
     with tracker:
         yield tracker
 
 
-def execute(job: Job) -> Json:
+def about_run(job: Job) -> str:
+    """The description of the run on its MLflow page."""
+    recipe, manifest = job.recipe, job.manifest
+    rows = {
+        "model": f"{recipe.model.kind}, trained by `{recipe.method.kind}`",
+        "data": f"{job.split(recipe.data.train_split)} {manifest.fingerprint()}",
+        "size": f"{manifest.samples:,} images, {manifest.captions:,} captions",
+        "teachers": ", ".join(f"{modality}: {store.teacher}" for modality, store in job.stores.items()) or "none",
+        "steps": f"{job.course.steps:,}, the matcher is kept in {recipe.folder}/matcher",
+    }
+    return "\n\n".join(filter(None, [recipe.about, "\n".join(f"- {name}: {text}" for name, text in rows.items())]))
+
+
+def execute(job: Job, say: Callable[[str], None]) -> Json:
+    """say: is told a line at each logged step."""
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
+
+        def show(done: int, text: str) -> None:
+            progress.to(done, text)
+            say(f"step {done} of {job.course.steps}, {text}")
+
         if train.workers:
-            return run_group(job, progress.to)
-        device = torch.device("cuda" if train.use_gpu else "cpu")
+            return run_group(job, show)
+        device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
-        return work(job, device, progress.to)
+        return work(job, device, show)
 
 
 def forget(folder: str) -> None:
@@ -142,18 +213,3 @@ def forget(folder: str) -> None:
 
 def _read(uri: str) -> Json | None:
     return read_json(uri, FORMAT) if files.exists(uri) else None
-
-
-def _check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, manifest: Manifest | Mixture) -> None:
-    """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
-    recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
-    same: dict[str, list[str | None]] = {
-        "recipe_fingerprint": [recipe.fingerprint(), recipe.whole_fingerprint(recorded) if recorded else None],
-        "manifest": [manifest.fingerprint()],
-    }
-    for said in filter(None, earlier):
-        for what, values in same.items():
-            if said[what] not in values:
-                raise ValueError(
-                    f"{folder} holds a run with {what} {said[what]}, this one has {values[0]}; give the run another name=, or --overwrite"
-                )

@@ -13,7 +13,7 @@ from torch import Tensor
 from itm.data.plan import Position
 from itm.distributed import rank, world_size
 from itm.tracking.loggers import loggers_of
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.step import Step
 from itm.training.switches import build_step
@@ -60,7 +60,7 @@ class Rank:
             state,
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
-            Tracker.resume(job.run_id, job.tracking_uri, loggers=loggers_of(job.recipe, job.run_id)) if rank() == 0 else None,
+            _tracker(job) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )
 
@@ -68,6 +68,13 @@ class Rank:
     def first(self) -> int:
         """The step at which this process took the run up."""
         return self.course.plan.start.step
+
+
+def _tracker(job: Job) -> Tracker:
+    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own."""
+    train = job.recipe.train
+    node = "trainer" if train.use_gpu and train.workers else ""
+    return Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
 
 
 class Stopwatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ STEP = 5
 
 
 class LosesItsDevice(Matching):
-    def __init__(self, matcher: Matcher, *, notes: str) -> None:
-        """notes: a file that gets a line with the process and the number of each step."""
-        super().__init__(matcher)
+    def __init__(self, matcher: Matcher, *, notes: str, **options: Any) -> None:
+        """notes: a file that gets a line with the process and the number of each step; options: as `Matching`."""
+        super().__init__(matcher, **options)
         self.notes = Path(notes)
 
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ class BuaTsv(Source):
     """`features`: a TSV file or several; `captions`: a source of image files whose captions and splits are taken, their images not read.
 
     Rows and images meet by the stem of the file name, its part behind the last underscore, or the image_id of the captions, leading
-    zeros aside; of rows with one id the first counts. Opening reads the files once, to know where each row begins.
-    Raises ValueError for a row that is no row.
+    zeros aside. Opening reads the files once, to know where each row begins.
+    Raises ValueError for a row that is no row, and for two rows of one id.
     """
 
     def __init__(self, features: str | list[str], captions: Mapping[str, Any]) -> None:
@@ -38,6 +38,7 @@ class BuaTsv(Source):
         self.said, self.splits = said, said.splits
         self.files = [Path(files.absolute(f)) for f in ([features] if isinstance(features, str) else features)]
         self.rows: dict[str, tuple[int, int, int]] = {}
+        self._lines: dict[str, int] = {}
         for number, file in enumerate(self.files):
             self._index(number, file)
         self._keys = {split: unique_keys([row.path for row in rows]) for split, rows in said.listings.items()}
@@ -78,11 +79,15 @@ class BuaTsv(Source):
             raise ValueError(f"data.source.options.features: {file} cannot be read: {error.strerror}") from None
         with stream:
             at = 0
-            for line in stream:
+            for count, line in enumerate(stream, 1):
                 cells = line.split(b"\t", 2)
                 if len(cells) < 3:
                     raise ValueError(f"{file} at byte {at} is no row of {' '.join(FIELDS)}, separated by tabs")
-                self.rows.setdefault(_plain(cells[0].decode(errors="replace")), (number, at, len(line)))
+                name = _plain(cells[0].decode(errors="replace"))
+                if name in self.rows:
+                    earlier = f"{self.files[self.rows[name][0]]} line {self._lines[name]}"
+                    raise ValueError(f"image_id {name} has a row in {earlier} and in {file} line {count}: keep the right one of them")
+                self.rows[name], self._lines[name] = (number, at, len(line)), count
                 at += len(line)
 
     def _row(self, place: tuple[int, int, int]) -> bytes:

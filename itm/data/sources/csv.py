@@ -6,10 +6,11 @@ import csv
 from collections.abc import Iterator
 from typing import Literal, TypedDict, Unpack, get_args
 
-from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Caption
-from itm.data.sources.source import ListedImages, group_by_path, paths_by_split
+from itm.data.sources.source import ListedImages, group_by_path, paths_by_split, read_text
+
+csv.field_size_limit(1 << 30)  # a longer caption than the default is read, and then quarantined
 
 _Row = tuple[str, list[Caption], Json]
 BadRows = Literal["refuse", "quarantine"]
@@ -71,7 +72,7 @@ class CsvPairs(ListedImages):
     def _rows(self, path: str, split: str) -> Iterator[tuple[str, _Row]]:
         delimiter = self.delimiter or ("\t" if path.endswith(".tsv") else ",")
         quoted = delimiter != "\t" if self.quoting is None else self.quoting
-        lines = [line.removesuffix("\r") for line in files.read_bytes(path).decode("utf-8-sig").split("\n")]
+        lines = [line.removesuffix("\r").replace("\r", " ") for line in read_text(path).split("\n")]
         self.quotes_are_text |= not quoted and any('"' in line for line in lines)
         found = [(n, cells) for n, line in enumerate(lines, 1) if (cells := self._cells(path, n, line, delimiter, quoted))] or [(1, [])]
         header, rows = (self.columns, found) if self.columns else (found[0][1], found[1:])

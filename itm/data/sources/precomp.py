@@ -10,7 +10,7 @@ import numpy as np
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Caption, Problem, Record, Regions
-from itm.data.sources.source import Source, stored_features, unique_keys
+from itm.data.sources.source import Source, read_text, refuse_pointer, stored_features, unique_keys
 
 
 class Precomp(Source):
@@ -60,7 +60,7 @@ class Precomp(Source):
 
     def _open(self, split: str) -> tuple[np.ndarray, list[str], list[str], int]:
         """(features, captions, key of each image, rows an image)."""
-        features = np.load(self._file(split, "ims.npy"), mmap_mode="r", allow_pickle=False)
+        features = _load(self._file(split, "ims.npy"))
         captions = self._lines(split, "caps.txt")
         images, odd = divmod(len(captions), self.per_image)
         if features.ndim != 3 or odd or len(features) not in (images, len(captions)):
@@ -81,5 +81,19 @@ class Precomp(Source):
         return [f"{split}-{index:06d}" for index in range(images)]
 
     def _lines(self, split: str, name: str) -> list[str]:
-        text = self._file(split, name).read_text(encoding="utf-8", errors="replace")
-        return text.removesuffix("\n").split("\n")
+        return read_text(self._file(split, name)).removesuffix("\n").split("\n")
+
+
+def _load(path: Path) -> np.ndarray:
+    """Memory-mapped. Raises ValueError naming the file and what it is instead."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    refuse_pointer(path, start)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        what = "is an archive of arrays"
+    except Exception:  # numpy raises almost anything for what is no array
+        what = "is no .npy file" if not start.startswith(b"\x93NUMPY") else "is cut short, or holds objects instead of numbers"
+    raise ValueError(f"{path} {what}: write it with numpy.save, as float32 or float16")

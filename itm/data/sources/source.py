@@ -200,13 +200,33 @@ def field_of(row: object, name: str, where: str) -> Any:
     return row[name]
 
 
-def read_json(path: str | Path) -> Any:
-    """Raises ValueError naming the file when it is missing or no JSON."""
+def refuse_pointer(path: str | Path, start: bytes) -> None:
+    """Raises ValueError when a file that begins with `start` is what Git LFS left in place of the real one."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download the file")
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises ValueError naming the file when it is missing or of another encoding."""
     if not files.exists(path):
         raise ValueError(f"no annotation file at {path}")
+    data = read_file(str(path))
+    refuse_pointer(path, data)
     try:
-        return json.loads(read_file(str(path)).decode("utf-8"))
-    except json.JSONDecodeError as error:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); if it is Latin-1, convert it with "
+            f"`iconv -f latin1 -t utf-8 {files.name_of(path)}`, if it comes from Excel, save it as CSV UTF-8"
+        ) from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises ValueError naming the file when it is missing, of another encoding than UTF-8, or no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 

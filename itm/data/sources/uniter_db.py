@@ -33,11 +33,13 @@ class UniterDb(Source):
 
     A caption is the annotation's own text where the database kept it, else its word pieces joined by `vocab` (the vocab.txt of
     bert-base-cased, which is read where it is needed only).
-    Raises ValueError for a folder that is no database, and when there is neither text nor `vocab`.
+    Raises ValueError for a folder that is no database, for an image that two of the image databases hold, for a text that two images claim,
+    and when there is neither text nor `vocab`.
     """
 
     def __init__(self, texts: dict[str, str | list[str]], images: str | list[str], vocab: str | None = None) -> None:
         self.images = [ImageDatabase(Path(files.absolute(folder))) for folder in _several(images)]
+        _check_once(self.images)
         self.texts = {split: [TextDatabase(Path(files.absolute(f))) for f in _several(given)] for split, given in texts.items()}
         self.splits = list(self.texts)
         self._rows = {split: [(name, db) for db in held for name in db.captions_of] for split, held in self.texts.items()}
@@ -46,7 +48,7 @@ class UniterDb(Source):
         if bare and vocab is None:
             split, db = bare[0]
             raise ValueError(f"{db.folder} keeps word pieces only (split {split}): give vocab=<vocab.txt of bert-base-cased>")
-        self.pieces = files.read_bytes(vocab).decode().splitlines() if bare and vocab is not None else None
+        self.pieces = _pieces(vocab) if bare and vocab is not None else None
 
     def count(self, split: str) -> int:
         return len(self._rows[split])
@@ -81,6 +83,18 @@ class UniterDb(Source):
             return " ".join(self.pieces[i] for i in annotation["input_ids"]).replace(" ##", "")
         except IndexError:
             raise ValueError(f"word piece {max(annotation['input_ids'])} is beyond the {len(self.pieces)} lines of vocab") from None
+
+
+def _check_once(databases: list[ImageDatabase]) -> None:
+    """Raises ValueError naming an image that two databases hold, or one lists twice: which of the two is meant cannot be told."""
+    owner: dict[str, Path] = {}
+    for db in databases:
+        for name in db.names:
+            if name in owner:
+                raise ValueError(
+                    f"image {name} is in {owner[name]} and in {db.folder}{' again' if owner[name] == db.folder else ''}: give one"
+                )
+            owner[name] = db.folder
 
 
 class ImageDatabase:
@@ -136,6 +150,12 @@ class TextDatabase:
         self.image_of: dict[str, str] = read_json(folder / "txt2img.json")
         self.captions_of: dict[str, list[str]] = read_json(folder / "img2txts.json")
         self.meta: dict[str, int] = read_json(folder / "meta.json")
+        owner: dict[str, str] = {}
+        for image, texts in self.captions_of.items():
+            for text in texts:
+                if owner.setdefault(text, image) != image or self.image_of.get(text, image) != image:
+                    other = owner[text] if owner[text] != image else self.image_of[text]
+                    raise ValueError(f"text {text} of {folder} is of {image} and of {other}: img2txts.json and txt2img.json must agree")
 
     def has_text(self) -> bool:
         """Whether its annotations keep the caption itself, as the first one tells; an empty database does."""
@@ -160,6 +180,13 @@ class TextDatabase:
     def digest(self) -> str:
         size = (self.folder / "data.mdb").stat().st_size
         return hashlib.sha256(json.dumps([self.captions_of, self.lengths, size]).encode()).hexdigest()
+
+
+def _pieces(vocab: str) -> list[str]:
+    try:
+        return files.read_bytes(vocab).decode().splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"vocab={vocab} is not there, and a text database keeps word pieces only: put bert-base-cased's there") from None
 
 
 def _several(given: str | list[str]) -> list[str]:

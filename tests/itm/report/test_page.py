@@ -5,10 +5,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-from itm.report.charts import curves, histogram, meter
+from itm.report.charts import bars, curves, histogram, meter
+from itm.report.looks import looks
 from itm.report.page import TEMPLATES, Page, render
 from pipelines import evaluate, report
+from pipelines.cli import stage_main
 from tests.support import ROOT
 from tests.support.small_split import small_run
 
@@ -53,7 +56,8 @@ def run(tmp_path):
 
 def test_the_page_has_every_section_and_needs_nothing_from_outside(run):
     text = Path(report.report(run)).read_text()
-    assert Outline(text).headings == ["Metrics", "Training", "Scores of pairs", "Text finds images", "Image finds text", "Lineage"]
+    sections = ["Metrics", "Training", "Ranks of the answers", "Scores of pairs", "Text finds images", "Image finds text", "Worst queries"]
+    assert Outline(text).headings == [*sections, "Lineage", "Not on this page"]
     assert not re.search(r"<script|<link|https?://|@import", text)
     assert text.count("data:image/jpeg;base64,") > 8
 
@@ -65,13 +69,18 @@ def test_text_from_recipes_is_escaped(run):
 
 def hostile_page(text: str) -> Page:
     """A page that says `text` wherever data or recipes can put a word."""
-    hit = {"text": text, "image": text, "score": 0.5, "holds": True}
-    row = {"text": text, "image": f"{text}2", "right": True, "rank": 1, "hits": [hit]}
+    hit = {"text": text, "image": text, "score": 0.5, "holds": True, "row": 3}
+    row = {"text": text, "image": f"{text}2", "right": True, "rank": 1, "hits": [hit], "answer": hit | {"row": 4}}
     metrics = {"rsum": 1.0, f"t2i_{text}": 2.0}
     evaluation = {"protocol": text, "score_type": text, "counts": {text: 1}, "metrics": metrics, "chance": {"rsum": 0.5}}
-    evaluation |= {"split_hash": text, "examples": {"t2i": [row], "i2t": [row]}}
+    evaluation |= {"split_hash": text, "examples": {"t2i": [row], "i2t": [row]}, "worst": {"t2i": [row], "i2t": [row]}}
+    boxes, weights = [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]], [[0.2, 0.8]]
+    look = {"image": f"{text}2", "text": text, "words": [text], "boxes": boxes, "weights": weights}
+    evaluation["attention"] = [look | {"grid": True}, look | {"grid": False}]
     losses = [{"step": step, text: 1.0, "loss": 2.0, "tau": 3.0} for step in range(2)]
-    return Page(text, text, evaluation, losses, {"b" + text: evaluation}, {text: losses}, {f"{text}2": "data:,x"}, {text: text})
+    return Page(
+        text, text, evaluation, losses, {"b" + text: evaluation}, {text: losses}, {f"{text}2": "data:,x"}, {text: text}, missing=[text]
+    )
 
 
 def test_no_word_of_captions_keys_names_or_metrics_becomes_markup():
@@ -143,3 +152,59 @@ def test_points_that_are_not_finite_are_left_out_and_an_empty_chart_is_nothing()
 def test_bars_and_meters_have_the_size_of_their_values():
     assert 'height="208.0"' in histogram([0.0, 1.0, 2.0], {"a": [1.0, 0.5], "b": [0.0, 0.5]}, "score")
     assert meter(25.0, 10.0, 100.0) == '<span class="meter"><b style="width:25.00%"></b><i style="left:10.00%" title="chance"></i></span>'
+
+
+def test_a_query_says_where_its_own_answer_is_and_shows_it_where_it_was_not_found(run):
+    text = Path(report.report(run)).read_text()
+    found = json.loads(Path(run.folder, "evaluation.json").read_text())
+    rows = [row for shown in (found["examples"], found["worst"]) for way in ("t2i", "i2t") for row in shown[way]]
+    apart = [row for row in rows if row["answer"]["row"] not in [hit["row"] for hit in row["hits"]]]
+    assert text.count("its own:") + text.count("<b>its own</b>") == len(apart) > 0
+    wrong = [row for row in found["worst"]["t2i"] if not row["right"]]
+    assert all(f"wrong: its own image is at rank {row['rank']}" in text for row in wrong) and wrong
+
+
+def test_the_page_says_when_and_on_what_it_was_made_and_how_large_the_splits_are(run):
+    said = report.page_of(run).lineage
+    made = json.loads(Path(run.folder, "evaluation.json").read_text())["environment"]
+    assert said["Evaluated"] == f"{made['date'].replace('T', ' ').replace('+00:00', ' UTC')}, {made['device']}"
+    assert f"torch {torch.__version__}" in said["Versions"] and "cores" in said["Machine"]
+    assert said["Splits"] == "test 12 images, 60 captions, 0 rejected"
+
+
+def test_what_is_missing_is_named_with_what_would_bring_it_on_the_page_and_in_the_terminal(run, tmp_path, capsys):
+    choices = tmp_path / "r.json"
+    choices.write_text(run.model_dump_json())
+    path = Path(run.folder, "evaluation.json")
+    earlier = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in earlier.items() if name not in ("ranks", "worst", "environment")}))
+    assert stage_main("report", ["-c", str(choices)]) == 0
+    first, *missing = capsys.readouterr().out.splitlines()
+    assert first == f"{run.folder}/report.html"
+    assert missing == [
+        f"not on the page: the training: no run.json in {run.folder}; the matcher was made elsewhere, or `itm train` has not ended",
+        "not on the page: ranks and worst queries: an earlier version evaluated this run; "
+        "delete evaluation.json, and run `itm evaluate` again",
+    ]
+    assert "Not on this page" in Path(first).read_text()
+
+
+def test_patches_darken_where_a_word_does_not_look_and_regions_are_outlined_by_strength():
+    boxes = [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]
+    row = {"image": "a", "text": "red", "words": ["red"], "boxes": boxes, "weights": [[0.2, 0.8]]}
+    (patches,), (regions,) = looks([row | {"grid": True}])[0].words, looks([row | {"grid": False}])[0].words
+    assert re.findall(r'x="([\d.]+)".*?fill-opacity="([\d.]+)"', patches.overlay) == [("0.0000", "0.58"), ("0.5000", "0.00")]
+    assert re.findall(r'x="([\d.]+)".*?stroke-opacity="([\d.]+)"', regions.overlay) == [("0.0000", "0.25"), ("0.5000", "1.00")]
+    assert patches.most == 0.8
+
+
+def test_the_words_that_look_most_sharply_are_shown_in_the_order_of_the_caption():
+    weights = [[0.5, 0.5], [0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.1, 0.9], [0.8, 0.2], [0.2, 0.8], [0.55, 0.45]]
+    row = {"image": "a", "text": "", "words": list("abcdefgh"), "boxes": [[0, 0, 1, 1]] * 2, "weights": weights, "grid": True}
+    assert "".join(word.text for word in looks([row])[0].words) == "bcdefg"
+
+
+def test_bars_stand_side_by_side_with_a_mark_of_chance_at_each():
+    svg = bars(["1", "2"], {"queries": [50.0, 25.0]}, [10.0, 100.0], "chance", "rank", "percent")
+    assert re.findall(r'class="bar c0".*?height="([\d.]+)"', svg) == ["104.0", "52.0"]
+    assert len(re.findall('class="mark"', svg)) == 2 and "chance</span>" in svg

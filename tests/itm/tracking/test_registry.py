@@ -14,8 +14,10 @@ import torch
 import yaml
 
 import itm
-from itm.tracking.lineage import LONGEST_PARAM
-from itm.tracking.registry import DatasetRef, Tracker, client, download, find_version, promote
+from itm.tracking.fetch import download
+from itm.tracking.lineage import LONGEST_PARAM, DatasetRef
+from itm.tracking.registry import find_version, promote
+from itm.tracking.runs import Tracker, client
 from tests.support import ROOT
 from tests.support.ports import free_ports
 from tests.support.registry_world import TEXTS, matcher_folder, register_matcher, tiny_matcher, wait_for
@@ -53,8 +55,8 @@ def test_a_run_keeps_params_metrics_lineage_and_artifacts(registry: Path, tmp_pa
 def test_a_worker_in_another_directory_resumes_the_run_and_leaves_it_open(registry: Path, tmp_path: Path):
     tracker = Tracker.start("tests", "two processes")
     code = f"""
-from itm.tracking.registry import Tracker
-with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, system_metrics=True) as rank0:
+from itm.tracking.runs import Tracker
+with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, node="trainer") as rank0:
     rank0.metrics({{"loss": 0.5}}, 7)
     __import__("time").sleep(1.5)
 """
@@ -64,7 +66,7 @@ with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, system_metrics=True) as
     run = client().get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.metrics["loss"] == 0.5
-    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert "system/trainer/cpu_utilization_percentage" in run.data.metrics
     assert not (tmp_path / "mlflow.db").exists()
     tracker.finish()
     assert client().get_run(tracker.run_id).info.status == "FINISHED"

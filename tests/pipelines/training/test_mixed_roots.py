@@ -40,7 +40,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_unbroken_one_and_tells_t
             train(recipe(tmp_path, data=roots, name="broken", steps=20))
     train(recipe(tmp_path, data=roots, name="broken", steps=20))
     assert same(final(tmp_path, "whole", 20), final(tmp_path, "broken", 20))
-    with pytest.raises(ValueError, match="recipe_fingerprint|data.mix"):
+    with pytest.raises(ValueError, match="holds a run on other shards"):
         train(recipe(tmp_path, name="whole", steps=20))
 
 
