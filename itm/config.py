@@ -14,7 +14,7 @@ import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,11 +50,27 @@ class Data(Strict):
     image_size: int = Field(224, ge=8, description="pixels a side")
     crop: Literal["center", "random", "squash"] = Field("center", description="squash resizes without cropping; random: training only")
     flip: bool = Field(False, description="random horizontal flip in training (wrong for captions that say left or right)")
+    exif: bool = Field(True, description="turn photos as their EXIF orientation says; false = as stored, for weights trained so")
     max_regions: int = Field(36, ge=1, description="regions kept of each image (image: regions)")
-    shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together")
+    shuffle_window: int = Field(8, ge=1, description="shards whose pairs are shuffled together; shuffle_pairs goes before it")
+    shuffle_pairs: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        None,
+        description="at least so many pairs are shuffled together, by whole shards, or all, as published loaders do; each costs "
+        "48 bytes of every reader. Unset = shuffle_window",
+    )
+    regions_dtype: Literal["fp16", "fp32"] = Field(
+        "fp16", description="how `itm pack` stores region features; fp32 as published, twice as large"
+    )
+    exact_pixels: bool = Field(
+        False,
+        description="training pixels as evaluation has them, resized by PIL: five times the time, and one level in 500 of them differs",
+    )
+    val_images: int | None = Field(None, ge=1, description="validation reads the first so many images of val_split; unset = all")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
     decode: Literal["actors", "trainer"] = Field("trainer", description="who decodes: actors on any node, or threads of each trainer")
-    decode_workers: int = Field(1, ge=1, description="actors or threads that decode for a trainer")
+    decode_workers: int | None = Field(
+        None, ge=1, description="actors or threads that decode for a trainer; unset = for a GPU its share of the cores, for a CPU one"
+    )
 
 
 class Text(Strict):
@@ -97,12 +113,19 @@ class Train(Strict):
         "fp32", description="of products and convolutions, weights stay fp32; bf16, fp16 = autocast; auto = bf16 on a GPU, fp32 on a CPU"
     )
     deterministic: bool = Field(False, description="the same bits each run on one kind of device, or an error naming what cannot; slower")
-    optimizer: Literal["adam", "adamw", "adamax"] = "adamw"
+    optimizer: Literal["adam", "adamw", "adamax", "adamw_uniter"] = Field(
+        "adamw", description="adamw_uniter: AdamW of UNITER's code, which adds eps before the bias correction and decays after the update"
+    )
     lr: float = Field(1e-3, gt=0, description="highest learning rate")
     min_lr: float = Field(0.0, ge=0, description="lowest learning rate of the schedule")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(1e-4, ge=0)
+    decayed: Literal["matrices", "cusa", "uniter"] = Field(
+        "matrices",
+        description="which weights decay: matrices = all but vectors, temperatures and biases; cusa = temperatures too; uniter = all but "
+        "biases and what is named LayerNorm. The last two are what the authors' code does",
+    )
     schedule: Literal["constant", "cosine", "cosine_epoch", "step", "linear"] = Field(
         "cosine", description="how the learning rate falls after the warm-up; cosine_epoch changes it once an epoch"
     )
@@ -125,12 +148,18 @@ class Train(Strict):
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
     log_every: int = Field(10, ge=1, description="steps between logged losses")
+    log_shares: bool = Field(
+        False,
+        description="log the share of each loss in the gradient, by the norm of its own: a backward pass more for each, where logged",
+    )
     max_failures: int = Field(0, ge=0, description="worker-group restarts from the last checkpoint; 0 = the first lost node ends the run")
 
     @model_validator(mode="after")
     def _check_workers(self) -> Train:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}; lower min_workers, or leave it unset")
+        if self.log_shares and self.shard_weights:
+            raise ValueError("log_shares needs whole weights, which shard_weights splits: switch one of them off")
         if self.precision == "fp16" and self.shard_weights:
             raise ValueError("precision=fp16 scales its losses by each worker's own gradients, which shard_weights splits: use bf16")
         return self
@@ -269,7 +298,7 @@ def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Reso
 
 def overridden(recipe: Recipe, overrides: list[str]) -> Recipe:
     """The recipe with `key.sub=value` overrides applied. Raises ValueError as `load_recipe`."""
-    choices = recipe.model_dump(mode="json")
+    choices = recipe.model_dump(mode="json", exclude_unset=True)
     _apply(choices, overrides)
     return parse_recipe(choices, where=recipe.name)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+CGROUP = Path("/sys/fs/cgroup")
 HELP = "auto (a GPU where there is one), cpu, cuda, cuda:1, or any other device of torch (default: auto)"
 
 
@@ -40,6 +41,25 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if device.index is not None and device.index >= (count := torch.cuda.device_count()):
         raise ValueError(f"device {str(name)!r} was asked for, but there are {count} GPUs, cuda:0 to cuda:{count - 1}")
     return device
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this process can't use its device any more: after a fault of a kernel or of the hardware every call fails as that one did.
+
+    A device that is only full is not lost.
+    """
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error:" in str(error))
+
+
+def cores() -> int:
+    """CPU cores that this process may use: of the machine, of its affinity, and of its container's limit, which the others do not show."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or `max`: no limit
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        there = min(there, int(quota) // int(period))
+    return max(1, there)
 
 
 def keep_kernels_apart() -> None:

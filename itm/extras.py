@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
-EXTRAS = {"tracking": ("mlflow",), "pipeline": ("ray", "mlflow"), "s3": ("boto3",)}  # extra -> packages
+EXTRAS = {  # extra -> packages
+    "tracking": ("mlflow",),
+    "pipeline": ("ray", "mlflow"),
+    "s3": ("boto3",),
+    "hf": ("datasets",),
+    "lora": ("peft",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
 
 
 class MissingExtra(ModuleNotFoundError):

@@ -1,7 +1,7 @@
 """The nouns of image-text matching, with their shapes. Everything else in `itm` speaks these types.
 
 B, I, T, N = rows (batch, images, captions, either)   R = regions   L = tokens   K = parts   D = width   H, W = pixels
-`image_id` is an int64 dense index (position of the image in its split); string ids stay in the rows.
+`image_id` is an int64 that is equal for rows of one image, and says no more; string ids stay in the rows.
 """
 
 from __future__ import annotations
@@ -186,9 +186,19 @@ class ImageForm(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def crop(self) -> str: ...
+
+    @property
+    def exif(self) -> bool: ...
+
+    def said(self) -> Options: ...
+
 
 class Tokenizer(Protocol):
-    """How captions become token ids: (N,L) int64 and their mask (N,L) bool."""
+    """How captions become token ids: (N,L) int64 and their mask (N,L) bool. clean: they are cleaned up first."""
+
+    clean: bool
 
     @property
     def vocab_size(self) -> int: ...
@@ -265,6 +275,8 @@ class Matcher(nn.Module):
     pruning: Pruning | None = None
     recompute: bool = False
     """Run again in the backward pass what `score` computes in chunks, instead of keeping its activations."""
+    keeps_whole: bool = False
+    """A method sets this where it reads `whole` after `score`, which then keeps what it made of the same rows in training."""
     fuse_tiles: bool = False
     """Without gradient, run what `score` does to a tile as torch.compile makes it."""
     _inputs: MatcherInputs | None = None
@@ -290,6 +302,10 @@ class Matcher(nn.Module):
         scores: what `score` gave (I,T); positives (I,T) bool; rows: images of this rank among the I, fewer where ranks gather.
         """
         return {}
+
+    def whole(self, encoded: Encoded, side: str) -> Tensor | None:
+        """(N,D) the vector of a whole image or caption that the matcher makes of its parts; None = it makes none. side: image or text."""
+        return None
 
     def layers(self) -> list[nn.Module]:
         """The modules that hold most weights and activations: encoders, and layers of a joint encoder. They are compiled, run again in

@@ -35,8 +35,11 @@ class Stage:
 
 
 STAGES = {
+    "init": Stage("look", "look at your photos and captions and write a first recipe for them"),
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
+    "plan": Stage("look", "what `itm run` will do with a recipe: inputs, outputs, what is done, steps, time, memory, bytes"),
+    "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),
     "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
@@ -49,6 +52,7 @@ STAGES = {
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
 RECIPES = Path(__file__).parent / "recipes"
@@ -65,6 +69,7 @@ def recipe_arguments(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. train.steps=50 model.options.width=64")
     allow_argument(parser)
     parser.add_argument("--debug", action="store_true", help="the recipe's debug twin: tiny sizes, synthetic data, three steps")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read, written and done, and what it costs; do nothing")
 
 
 def allow_argument(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +119,9 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             module = import_module(module_of(stage))
             args = _parsed(stage, module, argv)
             with needed_by(f"itm {stage}", extra="pipeline"):
+                if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
+                    import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
+                    return 0
                 return int(module.run(args) or 0)
         except KeyboardInterrupt:
             if traced():

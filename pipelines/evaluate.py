@@ -5,6 +5,8 @@
     itm evaluate -c coco.yaml --protocol coco-1k-5fold
     itm evaluate -c sgraf-f30k                                 # an ensemble: the mean of the scores of evaluation.ensemble
     itm evaluate -c sgr-f30k --matcher runs/sgr-f30k/matcher --matcher runs/saf-f30k/matcher     # the same
+    itm evaluate --model openai/clip-vit-base-patch32 --shards data/shards/test      # zero-shot, without a recipe
+    itm evaluate --model openai/clip-vit-base-patch32 --model models:/itm-matcher@champion --shards data/shards/test     # side by side
     itm evaluate --scores scores.npy --truth ids.json          # (images, captions) scores of a foreign model
     itm evaluate --protocol sts --pairs sts-test.tsv --matcher models:/itm-matcher@champion      # likeness of sentences
 
@@ -34,9 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser, required=False)
     parser.add_argument(
         "--matcher",
+        "--model",
         action="append",
-        help="matcher folder or models:/name@alias (default: what the recipe's training wrote); several: an ensemble, mean of scores",
+        metavar="URI",
+        help="matcher folder, models:/name@alias, runs:/... or a CLIP or SigLIP of Hugging Face (default: what the recipe trained); "
+        "several: with a recipe an ensemble, the mean of scores; with --shards side by side",
     )
+    parser.add_argument("--shards", metavar="URI", help="folder of a split: evaluate the matchers on it, without a recipe")
     parser.add_argument("--split", help="which split (default: data.test_split)")
     parser.add_argument("--protocol", metavar="NAME", help="one of the above (default: evaluation.protocol of the recipe)")
     parser.add_argument("--tie", choices=TIES, default="pessimistic", help="how equal scores are ordered")
@@ -50,14 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pipelines.evaluating.result import table
+    from pipelines.evaluating.result import flow_line, table
     from pipelines.on_ray.scoring import described
 
+    if args.shards and args.matcher and not args.recipe:
+        from pipelines.evaluating.side_by_side import compare, shown
+
+        print(shown(compare(args.matcher, args.shards, args.protocol or "auto", args.tie, How.of(args), args.allow, args.output)))
+        return 0
     if args.scores:
         result = evaluate_scores(args.scores, args.truth, args.protocol or "auto", args.tie, args.output)
     else:
         result = _of_matcher(args)
-    print("\n".join(filter(None, (table(result), described(result)))))
+    print("\n".join(filter(None, (table(result), described(result), flow_line(result)))))
     return 0
 
 
@@ -70,8 +81,10 @@ def _of_matcher(args: argparse.Namespace) -> Json:
         protocol = find_protocol(name)
         if isinstance(protocol, MatcherProtocol):
             return probe(args, recipe, name, protocol)
+    if args.shards:
+        raise ValueError("--shards names the split where there is no recipe; with -c the split is data.root and --split")
     if recipe is None:
-        raise ValueError("say what to evaluate: -c RECIPE, or --scores FILE.npy --truth IDS.json")
+        raise ValueError("say what to evaluate: -c RECIPE, --model URI --shards FOLDER, or --scores FILE.npy --truth IDS.json")
     options = {"protocol": args.protocol, "tie": args.tie, "how": How.of(args), "save_scores": args.save_scores}
     return evaluate(recipe, args.matcher, args.split, **options)
 

@@ -5,7 +5,8 @@
     itm import ViT-B-32.pt --tokenizer bpe_simple_vocab_16e6.txt.gz -o matchers/clip       CLIP, CUSA
 
 The family is found out from the keys. Pickles are read without running code; a file that holds anything but tensors and plain
-values is refused. What the file does not say is given as name=value, e.g. cross_attn=t2i or heads=12.
+values is refused. What the file does not say is given as name=value, e.g. cross_attn=t2i or heads=12; of a CLIP the config.json beside
+the file says it, else heads=12 (or heads=[12,8], vision and text) and hidden_act=gelu do.
 """
 
 from __future__ import annotations

@@ -4,39 +4,55 @@
     itm inspect s3://bucket/coco/train       one split
     itm inspect shards/train/00003.tar       one shard
     itm inspect /data/img2dataset --index    also write manifest.json and an index beside each tar: later stages start at once
+    itm inspect -c recipe.yaml               the raw data of data.source: what `itm pack` would reject, and nothing is written
 
-Exit code 1 when anything is wrong: unusable samples, or shards that differ from their manifest.
+Every image and region file is decoded, --quick looks at a few of each shard only. Exit code 1 when anything is wrong: samples or captions
+that would be left out, or shards that differ from their manifest.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 from itm.data import files
 from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
-from itm.data.records import Problem, check_image
-from itm.data.shards import REGIONS, read_manifest, scan_bytes
+from itm.data.pixels import Traits, traits
+from itm.data.records import Problem
+from itm.data.same_image import bytes_of, image_of
+from itm.data.shards import REGIONS, Sample, parse_range, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
 from itm.progress import over
-from pipelines.cli import script
+from pipelines.cli import recipe_arguments, recipe_from, script
 
-SIZED = 64  # images of a split that are decoded
+if TYPE_CHECKING:
+    from itm.config import Recipe
+
+QUICK = 8  # images of a shard that --quick decodes
 SHOWN = 10  # problems printed by name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uri", help="folder or URI of shards: a root of splits, one split, or one .tar")
+    parser.add_argument("uri", nargs="?", help="folder or URI of shards: a root of splits, one split, or one .tar")
+    recipe_arguments(parser, required=False)
     parser.add_argument("--index", action="store_true", help="write manifest.json and indexes for shards made by other tools")
+    parser.add_argument("--quick", action="store_true", help=f"decode {QUICK} images of each shard only")
 
 
 def run(args: argparse.Namespace) -> int:
+    if getattr(args, "recipe", None):
+        args.overrides = [*filter(None, [args.uri]), *args.overrides]
+        return _inspect_source(recipe_from(args))
+    if not args.uri or getattr(args, "overrides", []):
+        raise ValueError("give one folder or URI of shards, or -c and a recipe")
     healthy = True
     for uri in splits_below(args.uri):
-        report = inspect(uri)
+        report = inspect(uri, getattr(args, "quick", False))
         print(report.text())
         healthy &= not report.problems
         if args.index and not uri.endswith(".tar"):
@@ -46,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass
 class Report:
-    """What one split holds. sizes: (width, height) of sampled images; captions: how many samples have so many captions."""
+    """What one split holds. looks: of decoded images; captions: how many samples have so many captions; images: what is equal for samples
+    that show one image, and for equal files (`itm.data.same_image`), of each sample."""
 
     uri: str
     layout: str = ""
@@ -55,7 +72,8 @@ class Report:
     captions: Counter[int] = field(default_factory=Counter)
     members: Counter[str] = field(default_factory=Counter)
     member_bytes: Counter[str] = field(default_factory=Counter)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    looks: list[Traits] = field(default_factory=list)
+    images: list[tuple[str, str]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
     def text(self) -> str:
@@ -63,22 +81,44 @@ class Report:
         lines = [
             f"{self.uri}",
             f"  layout    {self.layout}",
-            f"  shards    {len(self.infos):,}, {sum(i.bytes for i in self.infos):,} bytes",
         ]
+        if self.infos:
+            lines.append(f"  shards    {len(self.infos):,}, {sum(i.bytes for i in self.infos):,} bytes")
         lines.append(f"  samples   {samples:,}")
         if samples:
             spread = f"{min(self.captions)} / {captions / samples:.2f} / {max(self.captions)}"
             lines.append(f"  captions  {captions:,}; per image least / mean / most: {spread}")
         for extension, count in self.members.most_common():
             lines.append(f"  members   .{extension:<12} {count:>10,}   mean {self.member_bytes[extension] / count:,.0f} bytes")
-        if self.sizes:
-            widths, heights = zip(*self.sizes, strict=True)
-            lines.append(f"  images    {min(widths)}-{max(widths)} x {min(heights)}-{max(heights)} pixels in a sample of {len(self.sizes)}")
-        lines.append(f"  problems  {len(self.problems):,}")
+        if self.looks:
+            widths, heights = [look.width for look in self.looks], [look.height for look in self.looks]
+            lines.append(f"  images    {min(widths)}-{max(widths)} x {min(heights)}-{max(heights)} pixels, {len(self.looks):,} decoded")
+        lines += [f"  {name:<9} {count:,} {words}" for name, count, words in self._remarks() if count]
+        lost = sum(p.what == "sample" for p in self.problems), sum(p.lost_captions for p in self.problems)
+        lines.append(
+            f"  problems  {len(self.problems):,}" + (f"; left out: {lost[0]:,} samples, {lost[1]:,} captions" if any(lost) else "")
+        )
         lines += [f"    {p.shard} {p.key or '(shard)'}: {p.reason}" for p in self.problems[:SHOWN]]
         if len(self.problems) > SHOWN:
             lines.append(f"    ... and {len(self.problems) - SHOWN:,} more")
         return "\n".join(lines)
+
+    def _remarks(self) -> list[tuple[str, int, str]]:
+        """What is no fault, and a reader should know: (name, count, words)."""
+        users = Counter(key for receipt in self.receipts for key in {row[0] for row in receipt.rows})
+        shown, equal = len({image for image, _ in self.images}), len({file for _, file in self.images})
+        turned, clear = (sum(getattr(look, name) for look in self.looks) for name in ("turned", "transparent"))
+        return [
+            ("turned", turned, "by their EXIF orientation, unless data.exif=false"),
+            ("clear", clear, "have a transparent layer: it is laid over white"),
+            (
+                "copies",
+                len(self.images) - shown,
+                "samples show an image of others (equal image_id, or for want of one equal bytes): joined",
+            ),
+            ("equal", shown - equal, "images are equal bytes under another image_id: negatives of each other"),
+            ("keys", sum(n > 1 for n in users.values()), "are used by several shards: told apart as <shard>/<key>, renamed by itm repair"),
+        ]
 
 
 def splits_below(uri: str) -> list[str]:
@@ -90,19 +130,21 @@ def splits_below(uri: str) -> list[str]:
     raise ValueError(f"no .tar in {uri} nor in a folder right below it")
 
 
-def inspect(uri: str) -> Report:
-    """Scan a split folder or one tar. What the manifest says otherwise is reported as a problem, too."""
+def inspect(uri: str, quick: bool = False) -> Report:
+    """Scan a split folder or one tar. What the manifest says otherwise is reported as a problem, too. quick: decode `QUICK` a shard."""
     report = Report(uri)
     shards = [uri] if uri.endswith(".tar") else list_shards(uri)
+    look = partial(_look, most=QUICK if quick else None)
     pool = ThreadPoolExecutor(8)  # reading and hashing release the GIL
     try:
-        for receipt, inside, sizes in over(pool.map(_look, shards), "inspect", len(shards), "shard"):
-            report.infos.append(receipt.info)
-            report.receipts.append(receipt)
-            report.problems += receipt.problems
-            report.captions.update(row[1] for row in receipt.rows)
-            report.sizes += sizes[: max(0, SIZED - len(report.sizes))]
-            for extension, size in inside:
+        for shard in over(pool.map(look, shards), "inspect", len(shards), "shard"):
+            report.infos.append(shard.receipt.info)
+            report.receipts.append(shard.receipt)
+            report.problems += shard.problems
+            report.captions.update(row[1] for row in shard.receipt.rows)
+            report.looks += shard.looks
+            report.images += shard.images
+            for extension, size in shard.inside:
                 report.members[extension] += 1
                 report.member_bytes[extension] += size
     finally:
@@ -112,24 +154,70 @@ def inspect(uri: str) -> Report:
     return report
 
 
-def _look(uri: str) -> tuple[Receipt, list[tuple[str, int]], list[tuple[int, int]]]:
-    """(receipt as packing would have written it, (extension, bytes) of each member, sizes of a few images)."""
+@dataclass(frozen=True)
+class Shard:
+    """What one tar holds: its receipt as packing would have written it, (extension, bytes) of each member, and all problems: those of the
+    receipt, and what later stages would leave out."""
+
+    receipt: Receipt
+    inside: list[tuple[str, int]]
+    looks: list[Traits]
+    images: list[tuple[str, str]]
+    problems: list[Problem]
+
+
+def _look(uri: str, most: int | None) -> Shard:
+    """most: images that are decoded; None = all."""
     name, data = files.name_of(uri), files.read_bytes(uri)
     index, problems, sha256 = scan_bytes(data, name)
-    inside: list[tuple[str, int]] = []
-    sizes: list[tuple[int, int]] = []
-    for member in _readable(memoryview(data)):
-        extension = files.name_of(member.name).partition(".")[2].lower()
-        inside.append((extension, member.size))
-        if extension in ("jpg", "jpeg", "png", "webp") and len(sizes) < SIZED // 8:
-            try:
-                sizes.append(check_image(data[member.start : member.start + member.size]))
-            except ValueError as error:
-                problems.append(Problem(files.name_of(member.name).partition(".")[0], name, "inspect", str(error)))
+    inside = [(files.name_of(m.name).partition(".")[2].lower(), m.size) for m in _readable(memoryview(data))]
+    looks: list[Traits] = []
+    images: list[tuple[str, str]] = []
+    later: list[Problem] = []
+    for number, row in enumerate(index):
+        sample = parse_range(data[row.start : row.end], uri, row.start)
+        images.append((image_of(sample), bytes_of(sample)))
+        later += _wordless(sample, name)
+        if most is None or number < most:
+            faults = [_fault(what, check) for what, check in _checks(sample, looks)]
+            if reason := "; ".join(filter(None, faults)):
+                whole = None not in faults
+                later.append(Problem(row.key, name, "inspect", reason, "sample" if whole else "member", row.captions if whole else 0))
     captions = sum(row.captions for row in index)
     info = ShardInfo(name=name, samples=len(index), captions=captions, bytes=len(data), sha256=sha256)
     rows = [(row.key, row.captions, row.start, row.end) for row in index]
-    return Receipt(info=info, made_from="foreign", rows=rows, problems=problems), inside, sizes
+    return Shard(Receipt(info=info, made_from="foreign", rows=rows, problems=problems), inside, looks, images, problems + later)
+
+
+def _checks(sample: Sample, looks: list[Traits]) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What decodes each file of a sample; the looks of its image are added to `looks`."""
+    image, regions = sample.image, sample.regions
+    if image is not None:
+        yield "image", lambda: looks.append(traits(image))
+    if regions is not None:
+        from itm.data.preprocess import read_regions  # with torch, which the command line must not wait for
+
+        yield "regions", lambda: read_regions(regions, 1 << 16)
+
+
+def _fault(what: str, check: Callable[[], object]) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        return f"{what}: {error}"
+    return None
+
+
+def _wordless(sample: Sample, shard: str) -> Iterator[Problem]:
+    """Captions that training and evaluation leave out where captions are cleaned."""
+    for caption in sample.captions:
+        if not any(map(str.isalnum, caption.text)):
+            from itm.data.text import clean_caption
+
+            try:
+                clean_caption(caption.text)
+            except ValueError as error:
+                yield Problem(sample.key, shard, "inspect", f"caption {caption.id}: {error}", "caption")
 
 
 def _readable(data: memoryview) -> Iterator[Member]:
@@ -164,6 +252,24 @@ def _against_manifest(uri: str, infos: list[ShardInfo]) -> list[Problem]:
         elif info.name in promised and info != promised[info.name]:
             problems.append(Problem("", info.name, "inspect", "differs from the manifest (samples, captions, bytes or sha256)", "shard"))
     return sorted(problems, key=lambda p: p.shard)
+
+
+def _inspect_source(recipe: Recipe) -> int:
+    """The splits of `data.source`, each item made as packing makes it."""
+    from pipelines.pack import Job, accepted, source_of
+
+    source, part = source_of(recipe), recipe.data.source
+    assert part is not None
+    healthy = True
+    for split in source.splits:
+        problems: list[Problem] = []
+        read: Counter[str] = Counter()
+        kept = [len(r.captions) for r in accepted(Job(part, split, recipe.data.image, "", "", 0, source.count(split)), problems, read)]
+        report = Report(f"{split} of {part.kind}", f"raw: {source.count(split):,} images, {read['captions']:,} captions read")
+        report.captions, report.problems = Counter(kept), problems
+        print(report.text())
+        healthy &= not problems
+    return 0 if healthy else 1
 
 
 def _write_index(uri: str, report: Report) -> str:

@@ -5,7 +5,8 @@
 
 Each split becomes <data.root>/<split>/00000.tar, 00001.tar, ... with an index beside every tar, quarantine.jsonl (one row for each
 thing left out: key, shard, stage, reason) and, written last, manifest.json. Running it again does nothing; after a crash it goes on
-with the missing shards and ends with the same bytes. White space in captions is normalised; images are checked, not changed.
+with the missing shards and ends with the same bytes. White space in captions is normalised. JPEG, PNG and WebP files are checked and
+stored byte for byte, GIF, BMP and TIFF as PNG of their first frame (`converted_from` in the json); the format is told by the bytes.
 """
 
 from __future__ import annotations
@@ -13,19 +14,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
-from itm.data.manifest import NAME, QUARANTINE, Manifest, Receipt, read_receipt, write_manifest, write_receipt
-from itm.data.records import Problem, Record, check_image, json_fault
+from itm.data.manifest import (
+    NAME,
+    QUARANTINE,
+    Manifest,
+    Receipt,
+    manifest_of,
+    read_receipt,
+    rejected_captions,
+    write_manifest,
+    write_receipt,
+)
+from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
-from itm.data.sources import SOURCES
+from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
-from itm.kinds import build_part
 from itm.progress import Progress
 from pipelines.cli import recipe_arguments, recipe_from, script
 
@@ -39,11 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for split, manifest in pack(recipe_from(args), overwrite=args.overwrite, splits=args.splits).items():
+    recipe = recipe_from(args)
+    root = recipe.data.root
+    for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
         print(
             f"{split}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
-            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}"
+            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, files.join(root, split))}"
         )
+        if count := others_passed_over(files.join(recipe.data.root, split)):
+            print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
+
+
+def others_passed_over(folder: str) -> int:
+    """How many files of the source were no items, by the quarantine of a split."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
 
 
 def kept(args: argparse.Namespace) -> str:
@@ -51,6 +74,15 @@ def kept(args: argparse.Namespace) -> str:
     data = recipe_from(args).data
     whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
     return f"{whole:,} whole shards are kept in {data.root}"
+
+
+def kept_and_lost(manifest: Manifest, folder: str) -> str:
+    """Both sums of a folder that was written, as the last line of a stage states them."""
+    images, captions, lost = manifest.samples, manifest.captions, rejected_captions(folder)
+    return (
+        f"{images + manifest.rejected:,} images = {images:,} kept + {manifest.rejected:,} rejected, "
+        f"{captions + lost:,} captions = {captions:,} kept + {lost:,} rejected"
+    )
 
 
 @dataclass(frozen=True)
@@ -64,6 +96,8 @@ class Job:
     uri: str
     start: int
     stop: int
+    places: list[Any] | None = None  # of the items, where the source had to look through its data for them
+    regions_dtype: str = "fp16"
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -72,37 +106,71 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     Raises ValueError when the output is unwritable or belongs to other choices, when a key is used twice, and when more than
     `data.max_reject_rate` of a split had to be rejected.
     """
-    data = recipe.data
-    if data.source is None:
-        raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
-    source = _source(data.source.model_dump_json())
+    data, source = recipe.data, source_of(recipe)
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
     return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
 
 
+def packed(recipe: Recipe) -> dict[str, Manifest] | None:
+    """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    assert recipe.data.source is not None
+    source = open_source(recipe.data.source)
+    manifests = {}
+    for split in source.splits:
+        folder = files.join(recipe.data.root, split)
+        claim = files.join(folder, CLAIM)
+        if not files.exists(files.join(folder, NAME)) or not files.exists(claim):
+            return None
+        if read_json(claim, FORMAT).get("made_from") != _digest(_choices(recipe, source, split)):
+            return None
+        manifests[split] = read_manifest(folder)
+    return manifests
+
+
+def _choices(recipe: Recipe, source: Source, split: str) -> Json:
+    """What the bytes of a split depend on."""
+    data = recipe.data
+    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
+    return choices | ({"regions_dtype": data.regions_dtype} if data.regions_dtype != "fp16" else {})
+
+
+def _digest(choices: Json) -> str:
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def source_of(recipe: Recipe) -> Source:
+    """Raises ValueError when the recipe names none."""
+    if recipe.data.source is None:
+        raise ValueError("data.source is not set, so there is nothing to pack; shards made elsewhere are read as they are")
+    return open_source(recipe.data.source)
+
+
 def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     data = recipe.data
     assert data.source is not None
-    source = _source(data.source.model_dump_json())
-    choices = {"source": source.identity(), "split": split, "shard_samples": data.shard_samples, "image": data.image}
-    made_from = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
+    source = open_source(data.source)
+    choices = _choices(recipe, source, split)
+    made_from = _digest(choices)
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
     _claim(folder, made_from, choices, overwrite)
-    jobs = [
-        Job(data.source, split, data.image, made_from, files.join(folder, f"{n:05d}.tar"), start, min(start + data.shard_samples, count))
-        for n, start in enumerate(range(0, count, data.shard_samples))
-    ]
+    jobs = []
+    for n, start in enumerate(range(0, count, data.shard_samples)):
+        stop = min(start + data.shard_samples, count)
+        uri, places = files.join(folder, f"{n:05d}.tar"), source.places(split, start, stop)
+        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places, data.regions_dtype))
     finished = files.exists(files.join(folder, NAME))
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
         return read_manifest(folder)
     receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
     files.remove_abandoned(folder)
-    manifest = _close(folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate)
+    manifest = _close(
+        folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split)
+    )
     if manifest.samples + manifest.rejected != count:
         raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
     _track(recipe, folder, manifest)
@@ -169,65 +237,84 @@ def pack_shard(job: Job) -> str:
     """Make one shard and its receipt (returned as JSON). What was written is read back before it counts."""
     name = files.name_of(job.uri)
     problems: list[Problem] = []
-    info = write_shard(job.uri, _accepted(job, problems))
+    read = Counter[str]()
+    info = write_shard(job.uri, accepted(job, problems, read))
     problems = [replace(p, shard=name) for p in problems]
     index, unreadable, sha256 = scan_shard(job.uri)
     rejected = sum(p.what == "sample" for p in problems)
     if unreadable or sha256 != info.sha256 or len(index) + rejected != job.stop - job.start:
         reason = unreadable[0].reason if unreadable else f"{len(index)} written + {rejected} rejected of {job.stop - job.start}"
         raise ValueError(f"{job.uri} does not read back as written: {reason}")
+    check_rows(f"captions of {job.uri}", read["captions"], info.captions, sum(p.lost_captions for p in problems))
     rows = [(row.key, row.captions, row.start, row.end) for row in index]
     receipt = Receipt(info=info, made_from=job.made_from, rows=rows, problems=problems)
     write_receipt(job.uri, receipt)
     return receipt.model_dump_json()
 
 
-def _accepted(job: Job, problems: list[Problem]) -> Iterator[Record]:
-    """The usable records of a slice; the others, and dropped captions, are added to `problems`."""
+def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[Record]:
+    """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
-    for item in _source(job.source.model_dump_json()).records(job.split, job.start, job.stop):
+    source = _source(job.source.model_dump_json())
+    bare = source.uncaptioned(job.split)
+    source.regions_dtype = job.regions_dtype
+    for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
+        read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
         if isinstance(item, Record):
+            if item.regions is not None:
+                item = replace(item, regions=replace(item.regions, whole=job.regions_dtype == "fp32"))
             captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
             faults = [c.fault() for c in captions]
             problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
             item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
-            reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image)
+            reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image, bare)
+            if not reason:
+                item, reason = _stored(item)
             if not reason:
                 keys.add(item.key)
                 yield item
                 continue
-            item = Problem(item.key, "", "pack", reason)
+            item = Problem(item.key, "", "pack", reason, captions=len(item.captions))
         problems.append(item)
 
 
-def _fault(record: Record, image: str) -> str | None:
-    """Why a record cannot be packed, or None."""
+def _fault(record: Record, image: str, bare: bool) -> str | None:
+    """Why a record cannot be packed, or None. bare: its split is of images without captions."""
     if fault := json_fault(record.key, record.meta, [c.meta for c in record.captions]):
         return fault
-    if not record.captions:
+    if not record.captions and not bare:
         return "no caption"
     if image == "regions" and record.regions is None:
         return "no regions, but the recipe says data.image: regions (scenes make them with regions: true)"
     if image == "pixels" and record.image is None:
         return "no image, but the recipe says data.image: pixels"
-    if record.image is not None:
-        try:
-            check_image(record.image)
-        except ValueError as error:
-            return str(error)
     return None
 
 
-def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float) -> Manifest:
+def _stored(record: Record) -> tuple[Record, str | None]:
+    """The record with its image as a shard holds it, which is another file only of a GIF, BMP or TIFF; and why it has none."""
+    if record.image is None:
+        return record, None
+    try:
+        check_image(record.image)
+        image, kind = storable(record.image)
+    except ValueError as error:
+        return record, str(error)
+    if image is not record.image:
+        record = replace(record, meta=record.meta | {"converted_from": image_format(record.image)})
+    return replace(record, image=image, image_format=kind), None
+
+
+def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float, passed_over: list[Problem]) -> Manifest:
     """Quarantine table and checks over all shards; the manifest, which is not written yet."""
-    problems = [p for receipt in receipts for p in receipt.problems]
+    problems = [*passed_over, *(p for receipt in receipts for p in receipt.problems)]
     quarantine = files.join(folder, QUARANTINE)
     if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     shards = [r.info for r in receipts if r.info.samples]
     rejected, samples = sum(r.rejected for r in receipts), sum(s.samples for s in shards)
     if rejected > max_reject_rate * (samples + rejected):
-        worst = next(p for p in problems if p.what != "caption")
+        worst = next(p for p in problems if p.what in ("sample", "shard"))
         raise ValueError(
             f"{folder}: {rejected:,} of {samples + rejected:,} samples rejected, more than data.max_reject_rate={max_reject_rate:g}; "
             f"the first: {worst.key}: {worst.reason}. All are in {quarantine}"
@@ -238,15 +325,19 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
             if key in owner:
                 raise ValueError(f"{folder}: key {key!r} is in {owner[key]} and in {receipt.info.name}; keys must be unique in a split")
             owner[key] = receipt.info.name
-    return Manifest(split=files.name_of(folder), source=made_from, shards=shards, rejected=rejected)
+    return manifest_of(files.name_of(folder), made_from, shards, rejected)
+
+
+def open_source(part: Part) -> Source:
+    """Raises ValueError for an unknown kind or option, and as the source does."""
+    return _source(part.model_dump_json())
 
 
 @lru_cache(maxsize=2)
 def _source(part: str) -> Source:
     """Built once a worker process: a source may have a large annotation file to read."""
     choice = Part.model_validate_json(part)
-    source: Source = build_part(SOURCES, choice.kind, choice.options, "source")
-    return source
+    return build_source(choice.kind, choice.options)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ lineage as tags (weights, training and test manifests, teachers, recipe, git com
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
 from pipelines.training import FORMAT as RUN_FORMAT
 
+RECEIPT, RECEIPT_FORMAT = "registered.json", 1  # in the run's folder: which version this evaluation became
 SERVED = Path(itm.__file__).with_name("pyfunc.py")
 
 
@@ -70,7 +73,27 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
         version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated), code=SERVED)
     gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")
+    if run_folder is None:
+        said = _receipt_of(recipe) | {"version": version, "champion": bool(gained), "reason": gained.reason}
+        files.write_atomic(files.join(folder, RECEIPT), json.dumps(said, indent=1).encode())
     return Registered(gate.model, version, bool(gained), gained.reason)
+
+
+def receipt(recipe: Recipe) -> Json | None:
+    """What `registered.json` of the recipe's run says, if it is of this evaluation, gate and tracking store; else None."""
+    uri = files.join(recipe.folder, RECEIPT)
+    if not files.exists(uri) or not files.exists(files.join(recipe.folder, "evaluation.json")):
+        return None
+    said = read_json(uri, RECEIPT_FORMAT)
+    return said if all(said.get(key) == value for key, value in _receipt_of(recipe).items()) else None
+
+
+def _receipt_of(recipe: Recipe) -> Json:
+    from itm.tracking.registry import tracking_uri
+
+    gate, evaluated = recipe.registry, files.read_bytes(files.join(recipe.folder, "evaluation.json"))
+    about = {"model": gate.model, "metric": gate.metric, "min_gain": gate.min_gain, "tracking_uri": tracking_uri()}
+    return {"format": RECEIPT_FORMAT, **about, "evaluation": hashlib.sha256(evaluated).hexdigest()[:12]}
 
 
 def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:

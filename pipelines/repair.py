@@ -4,7 +4,8 @@
     itm repair s3://bucket/coco --output /data/coco            # every split right below
 
 For tars whose members are not grouped by key, that are truncated, or that hold links, unsafe names, second samples of a key, images
-or region files that cannot be read. What stays is copied byte for byte, in the order of its first member; `/` in a key becomes `_`.
+or region files that cannot be read. What stays is copied byte for byte, in the order of its first member; `/` in a key becomes `_`, and
+a key that an earlier shard uses gets the name of its own shard in front.
 quarantine.jsonl lists what was left out (key, shard, stage, reason). The source is not changed; running it again does nothing.
 """
 
@@ -14,15 +15,17 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from itm.data import files
-from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, read_receipt, write_manifest, write_receipt
+from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, check_image, json_fault
-from itm.data.shards import Sample, copy_samples, read_scattered, scan_shard
+from itm.data.same_image import bytes_of
+from itm.data.shards import Sample, copy_samples, read_samples, read_scattered, scan_shard
 from itm.progress import over
 from pipelines.cli import script
 from pipelines.inspect import splits_below
+from pipelines.pack import kept_and_lost
 
 MADE = "repair of "
 CLAIM = "repair.json"  # written first: the shards here are copies
@@ -42,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         manifest = repair(uri, output)
         print(
             f"{output}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
-            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}"
+            f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, output)}"
         )
 
 
@@ -57,29 +60,46 @@ def repair(split_uri: str, output: str) -> Manifest:
     files.write_atomic(files.join(output, CLAIM), json.dumps({"source": split_uri}).encode())
     files.remove_abandoned(output)
     receipts: list[Receipt] = []
-    owner: dict[str, str] = {}
+    taken = Taken()
     for uri in over(sources, f"repair {files.name_of(split_uri)}", len(sources), "shard"):
-        receipts.append(repair_shard(uri, files.join(output, files.name_of(uri)), owner))
-        owner |= dict.fromkeys((row[0] for row in receipts[-1].rows), files.name_of(uri))
+        receipts.append(repair_shard(uri, files.join(output, files.name_of(uri)), taken))
     problems = [p for receipt in receipts for p in receipt.problems]
     files.write_atomic(files.join(output, QUARANTINE), "".join(p.row() + "\n" for p in problems).encode())
     shards = [r.info for r in receipts if r.info.samples]
     if not shards:
         raise ValueError(f"{split_uri}: not one sample can be used; the reasons are in {files.join(output, QUARANTINE)}")
     rejected = sum(p.what == "sample" for p in problems)
-    manifest = Manifest(split=files.name_of(output), source=f"{MADE}{split_uri}", shards=shards, rejected=rejected)
+    manifest = manifest_of(files.name_of(output), f"{MADE}{split_uri}", shards, rejected)
     write_manifest(output, manifest)
     return manifest
 
 
-def repair_shard(uri: str, target: str, owner: dict[str, str]) -> Receipt:
-    """Copy one shard, keys of `owner` (key -> shard) left out; read it back; its receipt. A copy of the same bytes is kept as it is."""
+@dataclass(frozen=True)
+class Taken:
+    """What the shards before this one hold: the shard of each key, and the image_id of each image file."""
+
+    owner: dict[str, str] = field(default_factory=dict)
+    image_id: dict[str, object] = field(default_factory=dict)
+
+    def add(self, sample: Sample, shard: str) -> Sample:
+        """The sample, with the image_id of its first copy where the source stated none: two shards may call two images by one key."""
+        self.owner[sample.key] = shard
+        own = sample.meta["image_id"] if sample.states_image else sample.key
+        image_id = self.image_id.setdefault(bytes_of(sample), own)
+        return sample if sample.states_image else replace(sample, meta=sample.meta | {"image_id": image_id})
+
+
+def repair_shard(uri: str, target: str, taken: Taken) -> Receipt:
+    """Copy one shard; read it back; its receipt. A copy of the same bytes is kept as it is."""
     made_from = MADE + scan_shard(uri)[2][:12]
     done = read_receipt(target)
     if done is not None and done.made_from == made_from:
+        for sample in read_samples(target):
+            if isinstance(sample, Sample):
+                taken.add(sample, files.name_of(uri))
         return done
     problems: list[Problem] = []
-    info = copy_samples(target, _usable(uri, owner, problems), files.name_of(target.rsplit("/", 1)[0]))
+    info = copy_samples(target, _usable(uri, taken, problems), files.name_of(target.rsplit("/", 1)[0]))
     index, unreadable, sha256 = scan_shard(target)
     if unreadable or sha256 != info.sha256 or len(index) != info.samples:
         raise ValueError(f"{target} does not read back as written: {unreadable[0].reason if unreadable else 'other samples'}")
@@ -89,7 +109,7 @@ def repair_shard(uri: str, target: str, owner: dict[str, str]) -> Receipt:
     return receipt
 
 
-def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterator[Sample]:
+def _usable(uri: str, taken: Taken, problems: list[Problem]) -> Iterator[Sample]:
     """The samples that can be copied, without their unreadable members; everything else is added to `problems`."""
     from itm.data.preprocess import read_regions  # with torch, which the command line must not wait for
 
@@ -99,10 +119,12 @@ def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterato
             problems.append(item)
             continue
         key = re.sub(r"[./\\]", "_", item.key)  # WebDataset cuts a key at its first dot
+        if taken.owner.get(key, shard) != shard:
+            key = f"{re.sub(r'[.]', '_', shard.removesuffix('.tar'))}_{key}"
         fault = json_fault(item.meta, [c.meta for c in item.captions])
-        if key in owner or fault:
-            reason = fault or f"a second sample of the same key; the first one is in {owner[key]}"
-            problems.append(Problem(key, shard, "repair", reason))
+        if key in taken.owner or fault:
+            reason = fault or f"a second sample of the same key; the first one is in {taken.owner[key]}"
+            problems.append(Problem(key, shard, "repair", reason, captions=len(item.captions)))
             continue
         faults = {"image": _fault(check_image, item.image), "regions": _fault(lambda data: read_regions(data, 1 << 16), item.regions)}
         image, regions = (None if faults[name] else getattr(item, name) for name in ("image", "regions"))
@@ -110,10 +132,10 @@ def _usable(uri: str, owner: dict[str, str], problems: list[Problem]) -> Iterato
         lost = clean.image is None and clean.regions is None
         reasons = "; ".join(f"{name}: {fault}" for name, fault in faults.items() if fault)
         if reasons:
-            problems.append(Problem(key, shard, "repair", reasons, "sample" if lost else "member"))
+            held = len(item.captions) if lost else 0
+            problems.append(Problem(key, shard, "repair", reasons, "sample" if lost else "member", held))
         if not lost:
-            owner[key] = shard
-            yield clean
+            yield taken.add(clean, shard)
 
 
 def _fault(check: Callable[[bytes], object], data: bytes | None) -> str | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
+from itm.data.manifest import full_key
 from itm.data.shards import index_shard, read_manifest, read_range
 from itm.report.page import Page, render
 from pipelines.cli import recipe_arguments, recipe_from, script
@@ -159,8 +160,9 @@ def thumbnails(evaluation: Json) -> dict[str, str]:
     found: dict[str, str] = {}
     for shard, keys in wanted.items():
         for entry in index_shard(shard):
-            if entry.key in keys and (image := read_range(shard, entry.start, entry.end).image):
-                found[entry.key] = _data_uri(image)
+            shown = keys & {entry.key, full_key(shard, entry.key)}
+            if shown and (image := read_range(shard, entry.start, entry.end).image):
+                found |= dict.fromkeys(shown, _data_uri(image))
     return found
 
 
@@ -176,7 +178,7 @@ def _images(evaluation: Json) -> Iterable[Json]:
 def _data_uri(image: bytes) -> str:
     from PIL import Image
 
-    from itm.data.preprocess import decode  # with torch, which the command line must not wait for
+    from itm.data.pixels import decode
 
     picture = decode(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)

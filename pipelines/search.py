@@ -89,15 +89,18 @@ def page(found: Hits) -> str:
 
 def _pictures(found: Hits) -> dict[tuple[str, str], str]:
     """(shard, key) -> data URI, for the images that the shards hold."""
+    from itm.data.manifest import full_key
     from itm.data.shards import Sample, read_samples
 
     wanted = {(hit.shard, hit.key) for hit in found.hits}
-    pictures = {}
+    pictures: dict[tuple[str, str], str] = {}
     for shard in {shard for shard, _ in wanted}:
         for sample in read_samples(shard):
-            if isinstance(sample, Sample) and sample.image and (shard, sample.key) in wanted:
+            if not isinstance(sample, Sample) or not sample.image:
+                continue
+            if shown := wanted & {(shard, sample.key), (shard, full_key(shard, sample.key))}:
                 kind = {b"\x89P": "png", b"RI": "webp"}.get(sample.image[:2], "jpeg")
-                pictures[shard, sample.key] = f"data:image/{kind};base64,{base64.b64encode(sample.image).decode()}"
+                pictures |= dict.fromkeys(shown, f"data:image/{kind};base64,{base64.b64encode(sample.image).decode()}")
     return pictures
 
 

@@ -47,7 +47,7 @@ def stopped(stage: str, module: ModuleType | None, args: argparse.Namespace | No
         with suppress(Exception):
             ray.shutdown()
     what = "nothing was begun" if args is None else "what it had finished is kept"
-    if args is not None and hasattr(module, "kept"):
+    if args is not None and module is not None and hasattr(module, "kept"):
         with suppress(Exception):  # a place that cannot be read any more is no reason for a trace
             what = module.kept(args)
     again = shlex.join(["itm", stage, *(word for word in argv if word != "--overwrite")])

@@ -26,8 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pipelines.teaching import driver
+
     for modality, uri in teach(recipe_from(args), args.split).items():
         print(f"{modality}: {uri}")
+        print(driver.flow_line(uri))
 
 
 def kept(args: argparse.Namespace) -> str:

@@ -28,13 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pipelines.training import driver
+
     done = train(recipe_from(args), overwrite=args.overwrite)
     best = done["best"]
     print(f"{done['steps']} steps in {done['seconds']:.0f} s ({done['samples_per_s']:.0f} pairs/s), MLflow run {done['run_id']}")
+    if (share := done.get("same_image_share")) is not None:
+        print(f"batches: {share:.2%} of the pairs had another pair of their image beside them")
     print(
         f"best validation rSum {best['metrics']['rsum']:.1f} at step {best['step']}" if best else "no validation split: last weights kept"
     )
     print(f"matcher: {done['matcher']}")
+    print(driver.flow_line(done))
 
 
 def kept(args: argparse.Namespace) -> str:

@@ -75,20 +75,23 @@ READERS: list[tuple[str, Reader]] = [
 
 def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
     before = path.read_bytes()
-    with pytest.raises(NewerFormat, match=rf"{path.name} has format {found}, this version reads up to 1: upgrade itm-pipeline"):
+    with pytest.raises(
+        NewerFormat,
+        match=rf"{path.name} has format {found}, this version reads up to {2 if path.name == 'manifest.json' else 1}: upgrade itm-pipeline",
+    ):
         reader()
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
 def test_a_newer_json_is_refused_by_name_and_left_alone(name: str, reader: Reader, recipe: Recipe) -> None:
-    newer = "itm-2" if name.endswith("manifest.json") else 2
+    newer = "itm-3" if name.endswith("manifest.json") else 2
     path = Path(name)
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": newer, "said in another way": [1]}))
-    refused(path, "2", lambda: reader(recipe))
+    refused(path, "3" if newer == "itm-3" else "2", lambda: reader(recipe))
 
 
-@pytest.mark.parametrize("newer", [2, "parquet-1", None])
+@pytest.mark.parametrize("newer", [3, "parquet-1", None])
 def test_a_manifest_of_an_unknown_format_is_refused(newer: object, recipe: Recipe) -> None:
     path = Path("shards/train/manifest.json")
     path.write_text(json.dumps({"format": newer, "parts": []}))

@@ -158,7 +158,7 @@ def test_an_old_finished_run_is_not_run_again_and_other_choices_are_refused(here
     assert train(whole()) == json.loads(before["run.json"])
     assert evaluate(whole()) == json.loads(before["evaluation.json"])
     assert content(here / "runs" / "whole") == before
-    with pytest.raises(ValueError, match=r"holds a run with recipe_fingerprint 290663096fce.*--overwrite"):
+    with pytest.raises(ValueError, match=r"other choices: train.lr was .*, is 0.02;.*--overwrite"):
         train(whole("train.lr=0.02"))
 
 

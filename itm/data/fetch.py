@@ -20,10 +20,12 @@ from itm.data.formats import Json
 from itm.data.manifest import CHANGED, Manifest, SampleIndex
 from itm.data.plan import Plan
 from itm.data.records import Caption, Problem
+from itm.data.same_image import image_number
 from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
 _OPEN_SHARDS = 64
+_MOST_OPEN = 512  # of a window over more shards the others are opened again: a process may hold 1,024 files at least
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,20 @@ class _Image(NamedTuple):
 class Fetch:
     """Callable `Work -> pa.Table` of `plan.batch` rows, deterministic, for any number of threads.
 
-    Columns: image_id (number of the sample in its split), data (encoded image, or region file), teacher_image, teacher_text, key,
-    caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
+    Columns: image_id (equal for rows of one image, `itm.data.same_image`), data (encoded image, or region file), teacher_image,
+    teacher_text, key, caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
     """
 
     def __init__(self, split: str, manifest: Manifest, plan: Plan, kind: str, stores: dict[str, Store]) -> None:
         """kind: `pixels` or `regions`, the file of a sample that is wanted."""
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
-        self.first_image = [0, *accumulate(s.samples for s in manifest.shards)]
         self._caches()
 
     def _caches(self) -> None:
         """Per object, not per class: the shards and sidecars in use."""
-        self._shard = lru_cache(_OPEN_SHARDS)(self._open_shard)
-        self._sidecar = lru_cache(2 * _OPEN_SHARDS)(self._open_sidecar)
+        kept = min(_MOST_OPEN, max(_OPEN_SHARDS, self.plan.window))
+        self._shard = lru_cache(kept)(self._open_shard)
+        self._sidecar = lru_cache(2 * kept)(self._open_sidecar)
 
     def __getstate__(self) -> Json:
         return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}
@@ -110,7 +112,7 @@ class Fetch:
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
-        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": self.first_image[shard] + number}
+        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.split)}
         if "image" in self.stores:
             vector = self._vector("image", shard, number, sample, None)
             if isinstance(vector, Problem):

@@ -108,6 +108,15 @@ def size_of(uri: str | Path) -> int:
     return int(info.size)
 
 
+def modified(uri: str | Path) -> float:
+    """When a file was last written, in seconds by the clock of its store. Raises FileNotFoundError."""
+    filesystem, path = resolve(uri)
+    info = filesystem.get_file_info(path)
+    if info.type != fs.FileType.File:
+        raise FileNotFoundError(f"no file at {uri}")
+    return _time(info)
+
+
 def read_bytes(uri: str | Path) -> bytes:
     """The whole file. Raises FileNotFoundError."""
     with open_file(uri) as stream:
@@ -143,6 +152,43 @@ def sizes(uri: str | Path, suffix: str = "") -> dict[str, int]:
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     files = {i.base_name: int(i.size) for i in infos if i.type == fs.FileType.File}
     return {name: size for name, size in files.items() if name.endswith(suffix) and _TEMPORARY not in name}
+
+
+def walk(uri: str | Path) -> dict[str, int]:
+    """Name below a folder (`sub/name`) -> bytes of every file in it and its folders, sorted by name; half-written files are left out.
+
+    A link that leads nowhere has 0 bytes. A missing folder is empty.
+    """
+    filesystem, path = resolve(uri)
+    if filesystem.type_name == "local":
+        found = _walk_local(path)
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        start = len(path.rstrip("/")) + 1
+        found = {i.path[start:]: int(i.size) for i in infos if i.type == fs.FileType.File}
+    return {name: found[name] for name in sorted(found) if _TEMPORARY not in name}
+
+
+def _walk_local(path: str) -> dict[str, int]:
+    """Links to folders are followed, each folder once."""
+    found: dict[str, int] = {}
+    seen: set[str] = set()
+    for folder, below, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        for name in names:
+            place = os.path.join(folder, name)
+            if os.path.isfile(place) or not os.path.exists(place):
+                found[os.path.relpath(place, path)] = os.path.getsize(place) if os.path.exists(place) else 0
+    return found
+
+
+def is_folder(uri: str | Path) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
 
 
 def list_folders(uri: str | Path) -> list[str]:

@@ -18,6 +18,7 @@ from itm.data.records import Problem
 NAME = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 FORMAT, RECEIPT_FORMAT = 1, 1
+UNCAPTIONED = 2  # the format of a manifest of images alone, which readers of format 1 would take for broken samples
 FOREIGN = "foreign"  # the format of a manifest that was made by scanning shards of others
 CHANGED = (
     "the shard changed after the manifest was written: run `itm pack` again, or delete manifest.json and the indexes of foreign shards"
@@ -49,7 +50,7 @@ class SampleIndex:
 class Manifest(BaseModel):
     """`source` says what the shards were made from; `rejected` counts samples (not captions) that were left out.
 
-    format: `itm-<number>`, or `foreign`.
+    format: `itm-<number>`, or `foreign`; `itm-2` says that the samples have no captions: a split to search, not to train on.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,6 +81,14 @@ class Manifest(BaseModel):
     def captions(self) -> int:
         return sum(s.captions for s in self.shards)
 
+    def check_captioned(self, uri: str, purpose: str) -> None:
+        """Raises ValueError naming the split where its images have no captions. purpose: what was to be done with them."""
+        if self.samples and not self.captions:
+            raise ValueError(
+                f"{uri} holds {self.samples:,} images without captions: they can be searched and taught to images, not {purpose}; "
+                "pack them with captions (a .txt beside each image, or a table), or name another split"
+            )
+
 
 class Receipt(BaseModel):
     """`<stem>.index.json` beside a packed shard: proof that it is complete, and where its samples lie.
@@ -100,6 +109,20 @@ class Receipt(BaseModel):
         return sum(p.what in ("sample", "shard") for p in self.problems)
 
 
+def manifest_of(split: str, source: str, shards: list[ShardInfo], rejected: int) -> Manifest:
+    """The manifest of shards that were made here, of the format that says whether they have captions."""
+    bare = any(s.samples for s in shards) and not any(s.captions for s in shards)
+    return Manifest(split=split, source=source, shards=shards, rejected=rejected, format=f"itm-{UNCAPTIONED if bare else FORMAT}")
+
+
+def rejected_captions(folder: str) -> int:
+    """Captions that the quarantine table of a folder names, or whose sample it names; 0 where there is no table."""
+    uri = files.join(folder, QUARANTINE)
+    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
+    said = [json.loads(row) for row in rows if row]
+    return sum(1 if row["what"] == "caption" else row.get("captions", 0) for row in said)
+
+
 def write_manifest(split_uri: str, manifest: Manifest) -> None:
     files.write_atomic(files.join(split_uri, NAME), manifest.model_dump_json(indent=1).encode())
 
@@ -108,7 +131,7 @@ def parse_manifest(uri: str, data: bytes) -> Manifest:
     """The manifest in the bytes of the file `uri`. Raises NewerFormat; ValueError naming the first thing that is wrong."""
     with suppress(UnicodeDecodeError, json.JSONDecodeError, RecursionError):  # the validation below says what is wrong
         said = json.loads(data)
-        check_format(uri, {"format": _number(said)}, FORMAT)
+        check_format(uri, {"format": _number(said)}, UNCAPTIONED)
     try:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
@@ -152,6 +175,11 @@ def check_present(split_uri: str, manifest: Manifest) -> None:
         if sizes[shard.name] != shard.bytes:
             said = f"has {sizes[shard.name]:,} bytes, its manifest says {shard.bytes:,}"
             raise ValueError(f"{files.join(split_uri, shard.name)} {said}: {CHANGED}")
+
+
+def full_key(shard_uri: str, key: str) -> str:
+    """The name of a sample whose key other shards of the split use, too: `00003/000017`."""
+    return f"{files.name_of(shard_uri).removesuffix('.tar')}/{key}"
 
 
 def receipt_uri(shard_uri: str) -> str:

@@ -25,7 +25,7 @@ __all__ = ["Pairs", "Work"]
 class Pairs:
     """Callable `Work -> pa.Table` of exactly `plan.batch` rows; deterministic, so it can run anywhere and again.
 
-    Columns: image_id (number of the sample in its split), pixels | regions boxes mask, tokens, token_mask, teacher_image,
+    Columns: image_id (equal for rows of one image, `itm.data.same_image`), pixels | regions boxes mask, tokens, token_mask, teacher_image,
     teacher_text, key, caption, problem (JSON of a `Problem`, or null), step.
     """
 
@@ -54,19 +54,19 @@ class Pairs:
         return columns | {"problem": problems, "step": rows["step"]}
 
     def _images(self, rows: Columns) -> Columns:
-        """Image columns; an image that cannot be read turns its rows into problems. Of rows with one image the first is decoded."""
+        """Image columns; an image that cannot be read turns its rows into problems. Of rows of one sample the first is decoded."""
         epoch = self.fetch.plan.locate(int(rows["step"][0])).epoch
         columns = {name: self.buffers.empty(shape) for name, shape in self.inputs.image.shapes(len(rows["key"])).items()}
-        row_of: dict[int, int] = {}
-        for i, number in enumerate(rows["image_id"].tolist()):
+        row_of: dict[tuple[str, str], int] = {}
+        for i, sample in enumerate(zip(rows["shard"], rows["key"], strict=True)):
             if rows["problem"][i] is not None:
                 continue
-            if number in row_of:
-                rows["problem"][i] = rows["problem"][row_of[number]]
+            if sample in row_of:
+                rows["problem"][i] = rows["problem"][row_of[sample]]
                 for array in columns.values():
-                    array[i] = array[row_of[number]]
+                    array[i] = array[row_of[sample]]
                 continue
-            row_of[number] = i
+            row_of[sample] = i
             target = {name: array[i] for name, array in columns.items()}
             try:
                 found = self.inputs.image_columns(rows["data"][i], draw(self.fetch.plan.seed, epoch, rows["key"][i]), target)

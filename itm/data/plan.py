@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -109,6 +111,33 @@ class Plan:
                 f"{where} was made with another order of the data: its digest is {digest}, this manifest ({self.manifest}), "
                 f"seed {self.seed} and window {self.window} give {ours}; restore them, or start afresh with --overwrite"
             )
+
+
+def window_of(manifest: Manifest, shards: int, pairs: int | Literal["all"] | None) -> int:
+    """Shards that are shuffled together: as many as hold `pairs` pairs at the mean number a shard, or `shards` where that is unset."""
+    if pairs is None:
+        return shards
+    if pairs == "all":
+        return max(1, len(manifest.shards))
+    return min(max(1, len(manifest.shards)), math.ceil(pairs * len(manifest.shards) / max(1, manifest.captions)))
+
+
+def expected_same_image_share(pairs: int, images: int, batch: int) -> float:
+    """Expected share of the pairs of a batch whose image stands in another pair of that batch too, in [0, 1].
+
+    pairs: how many are shuffled together, of `images` images with equally many captions each; batch: pairs drawn of them, at most all.
+    To a loss that masks the diagonal only, such a pair has a caption of its own image among its negatives.
+    """
+    others, batch = pairs / images - 1, min(batch, pairs)
+    if others <= 0 or batch < 2:
+        return 0.0
+    if batch - 1 > pairs - 1 - others:
+        return 1.0
+
+    def ways(of: float) -> float:
+        return math.lgamma(of + 1) - math.lgamma(of - batch + 2)
+
+    return -math.expm1(ways(pairs - 1 - others) - ways(pairs - 1))
 
 
 @lru_cache(maxsize=4)

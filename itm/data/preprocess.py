@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
 from itm.config import Data
 from itm.data.formats import check_format
-from itm.data.records import MAX_PIXELS, Regions, open_image
+from itm.data.pixels import MOST, decode, decode_jpeg, resized
+from itm.data.records import Regions
 from itm.data.text import load_tokenizer
 from itm.types import Captions, Images
 
@@ -35,6 +35,8 @@ class ImageInput:
 
     kind `pixels`: RGB, `size` pixels a side. crop `center`: short side resized, centre cut out; `squash`: resized without regard to
     the aspect; `random`: a random resized crop in training, `center` elsewhere. flip: half of the training images are mirrored.
+    exif: an image is turned as its EXIF orientation says; False leaves it as it is stored (weights that were trained so).
+    exact: training pixels are those of evaluation (PIL), where a crop is not random.
     kind `regions`: the first `max_regions` rows of the region file, zero-padded; features not `region_width` wide (where set) are refused.
     """
 
@@ -44,10 +46,16 @@ class ImageInput:
     flip: bool = False
     max_regions: int = 36
     region_width: int | None = None
+    exif: bool = True
+    exact: bool = False
 
     @classmethod
     def of(cls, data: Data) -> ImageInput:
-        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions)
+        return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
+
+    def said(self) -> dict[str, Any]:
+        """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
+        return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
 
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
@@ -71,27 +79,10 @@ def draw(seed: int, epoch: int, key: str) -> Draw:
     return Draw(*(number / 2**32 for number in struct.unpack("<5I", digest)))
 
 
-def decode(data: bytes) -> Image.Image:
-    """RGB image. Raises ValueError when the bytes are no whole image or promise more than MAX_PIXELS."""
-    try:
-        return _rgb(open_image(data))
-    except Exception as error:  # hostile bytes make decoders raise almost anything
-        raise ValueError(f"cannot decode image: {error}") from None
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. Grey of 16 bits (PIL's I;16, or I) is scaled to 8, where PIL's own conversion would cut it off at 255."""
-    if not image.mode.startswith("I"):
-        return image.convert("RGB")
-    grey = np.rint(np.asarray(image, np.float64).clip(0, 65535) / 257).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
-
-
 def fit(image: Image.Image, size: int, crop: str) -> np.ndarray:
     """(size,size,3) uint8: bicubic; `squash`, or short side to `size` and centre crop."""
     width, height, left, top = _frame(*image.size, size, crop)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    return np.asarray(resized(image, (width, height), (left, top, left + size, top + size)))
 
 
 def _frame(width: int, height: int, size: int, crop: str) -> tuple[int, int, int, int]:
@@ -109,20 +100,23 @@ def framed(width: int, height: int, size: int, crop: str) -> tuple[float, float,
     return left / wide, top / high, (left + size) / wide, (top + size) / high
 
 
-def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None) -> np.ndarray:
+def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None, exif: bool = True) -> np.ndarray:
     """`fit` of a JPEG by torch's antialiased bicubic, a fifth of the time, no value off by more than 1; other formats by `fit` itself.
 
-    A JPEG that has the size already is decoded right into `out`, where one is given.
+    A JPEG that has the size already is decoded right into `out`, where one is given. One that is so long that all of it must not be
+    resized is left to `fit`, too.
     """
-    decoded = _decode_jpeg(data, into=out)
+    decoded = decode_jpeg(data, into=out, exif=exif)
     if decoded is None:
-        return fit(decode(data), size, crop)
+        return fit(decode(data, exif), size, crop)
     width, height, left, top = _frame(decoded.shape[1], decoded.shape[0], size, crop)
     if decoded.shape[:2] == (height, width):
         return decoded[top : top + size, left : left + size]
+    if width * height > max(decoded.shape[0] * decoded.shape[1], MOST * size * size):
+        return fit(Image.fromarray(decoded), size, crop)
     whole = torch.from_numpy(decoded)[None].permute(0, 3, 1, 2)  # channels last, and so stays
-    resized = interpolate(whole, (height, width), mode="bicubic", antialias=True)
-    return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    scaled = interpolate(whole, (height, width), mode="bicubic", antialias=True)
+    return scaled[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
 def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | None = None) -> np.ndarray:
@@ -132,9 +126,12 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
     returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
-        pixels = fit_quickly(data, image.size, image.crop, out)
+        if image.exact:
+            pixels = fit(decode(data, image.exif), image.size, image.crop)
+        else:
+            pixels = fit_quickly(data, image.size, image.crop, out, image.exif)
     else:
-        picture = _decode_near(data, image.size)
+        picture = _decode_near(data, image.size, image.exif)
         area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
         aspect = (4 / 3) ** (2 * numbers.aspect - 1)
         width = min(picture.width, max(1, round((area * aspect) ** 0.5)))
@@ -151,32 +148,10 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
     return out
 
 
-def _decode_near(data: bytes, size: int) -> Image.Image:
+def _decode_near(data: bytes, size: int, exif: bool) -> Image.Image:
     """A JPEG decoded at the smallest DCT scale that keeps `size` after a half-area crop; other formats in full."""
-    decoded = _decode_jpeg(data, int(size * 1.5))
-    return decode(data) if decoded is None else Image.fromarray(decoded)
-
-
-def _decode_jpeg(data: bytes, least: int | None = None, into: np.ndarray | None = None) -> np.ndarray | None:
-    """(H,W,3) uint8, bit for bit as `decode` gives it; at the smallest DCT scale of at least `least` pixels a side where that is given.
-
-    The memory is that of `into` when the image has its size. None for what `decode` has to judge: another format, colours of print,
-    a size beyond the limit, a damaged file.
-    """
-    if not simplejpeg.is_jpeg(data):
-        return None
-    try:
-        header = simplejpeg.decode_jpeg_header(data)
-        height, width = map(int, header[:2])
-        if height * width > MAX_PIXELS or header[2] not in ("YCbCr", "Gray", "RGB"):
-            return None
-        if least is None:
-            fits = into is not None and into.shape == (height, width, 3)
-            return np.asarray(simplejpeg.decode_jpeg(data, "RGB", buffer=into if fits else None))
-        least = min(least, height, width)
-        return np.asarray(simplejpeg.decode_jpeg(data, "RGB", fastdct=True, min_height=least, min_width=least, min_factor=1))
-    except ValueError:
-        return None
+    decoded = decode_jpeg(data, int(size * 1.5), exif=exif)
+    return decode(data, exif) if decoded is None else Image.fromarray(decoded)
 
 
 def read_regions(data: bytes, limit: int, width: int | None = None) -> dict[str, np.ndarray]:
@@ -227,9 +202,12 @@ class Inputs:
         """
         if self.image.kind == "regions":
             return read_regions(data, self.image.max_regions, self.image.region_width)
-        if numbers is None:
-            return {"pixels": fit(decode(data), self.image.size, self.image.crop)}
-        return {"pixels": augment(data, self.image, numbers, (out or {}).get("pixels"))}
+        try:
+            if numbers is None:
+                return {"pixels": fit(decode(data, self.image.exif), self.image.size, self.image.crop)}
+            return {"pixels": augment(data, self.image, numbers, (out or {}).get("pixels"))}
+        except MemoryError:
+            raise ValueError("cannot decode image: there is not enough memory for it") from None
 
     def images(self, raw: Sequence[bytes], image_id: Sequence[int] | None = None) -> Images:
         """Encoded images or region files -> Images; `image_id` defaults to 0..N-1. Raises ValueError with the position of a bad one."""
@@ -252,7 +230,7 @@ class Inputs:
         """`inputs.json` and the tokenizer's files."""
         folder = Path(folder)
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "inputs.json").write_text(json.dumps({"image": asdict(self.image)}, indent=1))
+        (folder / "inputs.json").write_text(json.dumps({"image": self.image.said()}, indent=1))
         self.tokenizer.save(folder / "tokenizer")
 
     @classmethod

@@ -19,7 +19,18 @@ IMAGE_FORMATS = ("jpg", "jpeg", "png", "webp")
 # A crafted file of a few KB can claim gigapixels; 64 M pixels is above any camera still in use.
 MAX_PIXELS = 64_000_000
 # PIL would also try formats that start other programs (EPS) or that no photograph comes in.
-_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_PIL_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_MAGIC = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"GIF87a": "gif",
+    b"GIF89a": "gif",
+    b"BM": "bmp",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+}
+_BMP_HEADERS = [n.to_bytes(4, "little") for n in (12, 40, 52, 56, 64, 108, 124)]
+_AS_PNG = {"I;16B": "I;16", "I;16L": "I;16", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 MAX_CAPTION = 20_000
 """Characters: ten pages of text describe no single image, and tokenizers are not all linear."""
 MAX_REGION_BYTES = 64 << 20
@@ -29,17 +40,26 @@ _REGION_ARRAYS = ("features", "boxes", "conf", "width", "height")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that was left out, and why. `what` says how much was lost: a caption, a file of a sample, a sample, (part of) a shard."""
+    """One thing that was left out, and why. `what` says how much was lost: a caption, a file of a sample, a sample, (part of) a shard.
+
+    captions: those that were lost with a sample and have no row of their own.
+    """
 
     key: str
     shard: str
     stage: str
     reason: str
     what: Literal["caption", "member", "sample", "shard"] = "sample"
+    captions: int = 0
+
+    @property
+    def lost_captions(self) -> int:
+        return 1 if self.what == "caption" else self.captions
 
     def row(self) -> str:
         """One line of quarantine.jsonl. What is no Unicode is written as its JSON escape."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode(errors="backslashreplace").decode()
+        said = {name: value for name, value in asdict(self).items() if (name, value) != ("captions", 0)}
+        return json.dumps(said, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 class RowsLost(ValueError):
@@ -84,13 +104,17 @@ class Caption:
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """Precomputed regions of one image: features (R,Dv) float16, boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32."""
+    """Precomputed regions of one image: features (R,Dv), boxes (R,4) float32 x1 y1 x2 y2 in pixels, conf (R,) float32.
+
+    Features are written as float16, unless they are float32 and `whole` says that they shall stay so.
+    """
 
     features: np.ndarray
     boxes: np.ndarray | None = None
     width: int = 0
     height: int = 0
     conf: np.ndarray | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or not len(self.features):
@@ -101,7 +125,8 @@ class Regions:
 
     def to_npz(self) -> bytes:
         """Uncompressed npz, the same bytes for the same values (numpy stamps its members 1980-01-01)."""
-        arrays = {"features": self.features.astype(np.float16), "width": np.int32(self.width), "height": np.int32(self.height)}
+        dtype = np.float32 if self.whole else np.float16
+        arrays = {"features": self.features.astype(dtype), "width": np.int32(self.width), "height": np.int32(self.height)}
         for name in ("boxes", "conf"):
             if (array := getattr(self, name)) is not None:
                 arrays[name] = array.astype(np.float32)
@@ -178,6 +203,39 @@ def open_image(data: bytes) -> PIL.Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
     return image
+
+
+def image_format(data: bytes) -> str | None:
+    """jpg, png, webp, gif, bmp or tiff, by the first bytes; None for what is none of them."""
+    for start, name in _MAGIC.items():
+        if data.startswith(start) and (name != "bmp" or data[14:18] in _BMP_HEADERS):
+            return name
+    return "webp" if data[:4] + data[8:12] == b"RIFFWEBP" else None
+
+
+def storable(data: bytes) -> tuple[bytes, str]:
+    """An image as a shard holds it, and its extension: JPEG, PNG and WebP byte for byte, GIF, BMP and TIFF as PNG of their first frame.
+
+    Raises ValueError when the bytes cannot be decoded, or hold values that PNG does not (floating point).
+    """
+    from PIL import Image
+
+    found = image_format(data)
+    if found in IMAGE_FORMATS:
+        return data, found
+    try:
+        with open_image(data) as image:
+            image.load()
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, whose range nobody knows; save it with 8 or 16 bits")
+            kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else image.convert(_AS_PNG.get(image.mode, "RGB"))
+            if image.mode == "I":  # 32 bits that hold 16, as everywhere here
+                kept = Image.fromarray(np.asarray(image).clip(0, 65535).astype(np.uint16))
+            out = io.BytesIO()
+            kept.save(out, "PNG")
+    except Exception as error:  # PIL plugins raise almost anything on corrupt input
+        raise ValueError(f"image cannot be decoded: {error}") from None
+    return out.getvalue(), "png"
 
 
 def check_image(data: bytes) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Shards: WebDataset tars, one sample an image. Record -> tar members on the way in, tar members -> Sample on the way out.
 
 Members of a sample: `<key>.jpg|png|webp` and/or `<key>.regions.npz`, and `<key>.json` (`image_id`, `captions: [{id, text}]`, `split`, ...).
+`captions: []` says that there are none: such a sample can be taught by an image teacher and found by a search.
 Read as they are, too: img2dataset (`jpg`, `txt`, `json`) and the CLIP_benchmark layout (`txt` with one caption a line).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, cast
@@ -28,11 +29,9 @@ from itm.data.manifest import (
     read_receipt,
     write_manifest,
 )
+from itm.data.member_names import CONTENT, REGIONS, cut_first, cut_last, dotted_keys
 from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
 from itm.data.tar import Member, TarProblem, members
-
-REGIONS = "regions.npz"
-_CONTENT = {*IMAGE_FORMATS, REGIONS, "json", "txt"}
 
 __all__ = [
     "Caption",
@@ -58,28 +57,39 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions."""
+    """One image as a shard holds it: encoded image bytes and/or npz bytes of its regions. meta = the json without captions.
+
+    states_image: the json gives the `image_id` of meta; else that is the key.
+    """
 
     key: str
     image: bytes | None
     regions: bytes | None
     captions: list[Caption]
     meta: Json
+    states_image: bool = True
 
 
 def write_shard(uri: str, records: Iterable[Record]) -> ShardInfo:
     """Write a tar (the same bytes for the same records); it appears under its name only when complete.
 
-    Raises ValueError for a key that WebDataset would cut, a sample without image and regions, and one without captions.
+    A record without captions becomes a sample that says so (`"captions": []`): it can be searched, and is no training pair.
+    Raises ValueError for a key that WebDataset would cut, and a sample without image and regions.
     """
     return _write(uri, ((_members_of(record), len(record.captions)) for record in records))
 
 
-def copy_samples(uri: str, samples: Iterable[Sample], split: str) -> ShardInfo:
-    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte."""
+def copy_samples(
+    uri: str, samples: Iterable[Sample], split: str, beside: Callable[[Sample], Mapping[str, bytes]] | None = None
+) -> ShardInfo:
+    """As `write_shard`, of samples read from other shards; image and region files stay as they are, byte for byte.
+
+    beside: further members of a sample, by extension.
+    """
     split_of = lambda s: s.meta.get("split") or split
-    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s.regions) for s in samples)
-    return _write(uri, ((_members_of(record, regions), len(record.captions)) for record, regions in rows))
+    further = beside or (lambda _: {})
+    rows = ((Record(s.key, split_of(s), s.captions, s.image, _format_of(s.image), meta=s.meta), s) for s in samples)
+    return _write(uri, ((_members_of(record, s.regions) | dict(further(s)), len(s.captions)) for record, s in rows))
 
 
 def _format_of(image: bytes | None) -> str:
@@ -122,7 +132,9 @@ def read_scattered(uri: str) -> Iterator[Sample | Problem]:
     gathered: dict[str, dict[str, Member]] = {}
     for key, parts in groups:
         held = gathered.setdefault(key, {})
-        problems += [Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member") for e in parts if e in held]
+        for number, e in enumerate(second := [e for e in parts if e in held]):
+            lost = _count(tar, key, {name: parts[name] for name in second}) if number == 0 else 0
+            problems.append(Problem(key, shard, "read", f"a second .{e} of this key; the first is kept", "member", lost))
         held |= {extension: member for extension, member in parts.items() if extension not in held}
     for key, parts in gathered.items():
         yield from _sample(tar, shard, key, parts, others.get(key, []))
@@ -217,8 +229,6 @@ def _members_of(record: Record, regions: bytes | None = None) -> Json:
     """regions: a region file as it is, in place of the record's."""
     if not record.key or set("./\\") & set(record.key):
         raise ValueError(f"key {record.key!r} must not be empty or hold a dot or slash: WebDataset cuts a key at its first dot")
-    if not record.captions:
-        raise ValueError(f"{record.key}: a sample needs at least one caption")
     if record.image is None and record.regions is None and regions is None:
         raise ValueError(f"{record.key}: a sample needs an image or regions")
     captions = [{"id": c.id, "text": c.text, **c.meta} for c in record.captions]
@@ -252,10 +262,13 @@ def _parse_spans(tar: memoryview, shard: str, fragment: bool) -> Iterator[_Spann
         span = (min(m.begin for m in parts.values()), max(m.end for m in parts.values()))
         scattered = len(held[key]) > 1 and not set.intersection(*held[key])
         if key in seen:
+            lost = _count(tar, key, parts)
             if not scattered:
-                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept"), span
+                yield Problem(key, shard, "read", "a second sample of the same key; the first one is kept", captions=lost), span
         elif scattered:
-            yield Problem(key, shard, "read", "members of this sample are not next to each other; sort the tar by name"), span
+            lost = sum(_count(tar, key, others_of_key) for name, others_of_key in groups if name == key)
+            reason = "members of this sample are not next to each other; sort the tar by name"
+            yield Problem(key, shard, "read", reason, captions=lost), span
         else:
             for item in _sample(tar, shard, key, parts, others.get(key, [])):
                 yield item, span
@@ -279,14 +292,15 @@ def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], 
                 found.append(member)
     except TarProblem as error:
         problems.append(Problem("", shard, "read", str(error), "shard"))
-    known = {key for key, extension in map(_cut_first, (m.name for m in found)) if key and extension in _CONTENT}
+    known = {key for key, extension in map(cut_first, (m.name for m in found)) if key and extension in CONTENT}
+    dotted = dotted_keys(m.name for m in found)
     groups: list[_Group] = []
     others: dict[str, list[str]] = {}
     for member in found:
-        key, extension = _cut_first(member.name)
-        if key not in known and extension not in _CONTENT:
-            key, extension = _cut_last(member.name)
-        if not key or extension not in _CONTENT:
+        key, extension = cut_first(member.name)
+        if extension not in CONTENT and (key not in known or cut_last(member.name)[0] in dotted):
+            key, extension = cut_last(member.name)
+        if not key or extension not in CONTENT:
             others.setdefault(key, []).append(member.name)
             continue
         if not groups or groups[-1][0] != key or extension in groups[-1][1]:
@@ -294,22 +308,9 @@ def _groups(tar: memoryview, shard: str, fragment: bool) -> tuple[list[_Group], 
         groups[-1][1][extension] = member
     sampled = {key for key, _ in groups}
     for key in (key for key in others if key not in sampled):
-        reason = f"of no kind that is read: {', '.join(others[key][:4])}; the kinds are {', '.join(f'.{e}' for e in sorted(_CONTENT))}"
+        reason = f"of no kind that is read: {', '.join(others[key][:4])}; the kinds are {', '.join(f'.{e}' for e in sorted(CONTENT))}"
         problems.append(Problem(key, shard, "read", reason, "member"))
     return groups, others, problems
-
-
-def _cut_first(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset cuts them, at the first dot; '' for a hidden file."""
-    folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem if stem else "", extension.lower()
-
-
-def _cut_last(name: str) -> tuple[str, str]:
-    """Key and extension where the key itself has dots (`trip_v1.5.jpg`)."""
-    stem, _, extension = name.removeprefix("./").rpartition(".")
-    return "" if stem.rpartition("/")[2].startswith(".") else stem, extension.lower()
 
 
 def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], others: list[str]) -> Iterator[Sample | Problem]:
@@ -319,31 +320,45 @@ def _sample(tar: memoryview, shard: str, key: str, parts: dict[str, Member], oth
     """
     content = {extension: bytes(tar[m.start : m.start + m.size]) for extension, m in parts.items()}
     try:
-        meta, captions = _captions(key, content)
+        meta, captions, bare = _captions(key, content)
     except (ValueError, AttributeError, RecursionError) as error:
         yield Problem(key, shard, "read", f"captions cannot be read: {error}")
         return
     faults = [c.fault() for c in captions]
     kept = [c for c, fault in zip(captions, faults, strict=True) if not fault]
     image = next((content[f] for f in IMAGE_FORMATS if f in content), None)
-    if not kept or (not image and REGIONS not in content):
+    if not (kept or bare) or (not image and REGIONS not in content):
         names = ", ".join([*(f".{extension}" for extension in parts), *(name.rpartition("/")[2] for name in others)])
-        fields = [name for name in meta if name != "image_id"] if not captions else []
+        fields = list(meta) if not captions else []
         names += f", the json has {', '.join(fields)}" if fields else ""
-        reason = "no image and no regions" if kept else "no caption" if not captions else f"no usable caption: {faults[0]}"
-        yield Problem(key, shard, "read", f"{reason} (members: {names})")
+        reason = "no image and no regions" if kept or bare else "no caption" if not captions else f"no usable caption: {faults[0]}"
+        yield Problem(key, shard, "read", f"{reason} (members: {names})", captions=len(captions))
         return
     for fault in filter(None, faults):
         yield Problem(key, shard, "read", fault, "caption")
-    yield Sample(key, image or None, content.get(REGIONS), kept, meta)
+    stated = meta.get("image_id") is not None
+    yield Sample(key, image or None, content.get(REGIONS), kept, meta if stated else meta | {"image_id": key}, stated)
 
 
-def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]:
-    """json `captions` (objects or strings), else json `caption` (one string, whatever it holds, or several), else the lines of the txt."""
+def _count(tar: memoryview, key: str, parts: dict[str, Member]) -> int:
+    """Captions of a sample that is left out, as far as they can be read."""
+    content = {e: bytes(tar[m.start : m.start + m.size]) for e, m in parts.items() if e in ("json", "txt")}
+    try:
+        return len(_captions(key, content)[1])
+    except (ValueError, AttributeError, RecursionError):
+        return 0
+
+
+def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption], bool]:
+    """json `captions` (objects or strings), else json `caption` (one string, whatever it holds, or several), else the lines of the txt.
+
+    Third: whether the json says that there are none.
+    """
     meta: Json = json.loads(content["json"]) if "json" in content else {}
     if not isinstance(meta, dict):
         raise ValueError(f"the json holds a {type(meta).__name__}, not an object")
     raw = meta.pop("captions", None)
+    said_none = raw == []
     if raw is None and (said := meta.get("caption")):
         raw = said if isinstance(said, list) else [said]
     if raw is None:  # only a newline parts captions: U+2028 and others that `splitlines` knows are part of a text
@@ -351,7 +366,7 @@ def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption]]
         raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return {"image_id": key} | meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)]
+    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
 
 
 def _caption(default_id: str, raw: object) -> Caption:

@@ -11,6 +11,7 @@ its place, with a reason in `problem` and a zero vector, so that rows never shif
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -318,8 +319,30 @@ def find_store(root: str, choice: Mapping[str, object]) -> Store:
     """
     pointer = _pointer(root, choice)
     if not files.exists(pointer):
-        raise ValueError(f"no soft-label store of the {choice['modality']} teacher {choice['kind']!r} below {root}: {REMEDY}")
+        raise ValueError(
+            f"no soft-label store of the {choice['modality']} teacher {choice['kind']!r} below {root}{_other(root, choice)}: {REMEDY}"
+        )
     return open_store(root, _read_json(pointer, {"teacher": str})["teacher"])
+
+
+def _other(root: str, choice: Mapping[str, object]) -> str:
+    """Words about a store of the same teacher in another precision, of its model or of its vectors; none where there is none."""
+
+    def parts(choice: Json) -> tuple[dict[str, str], Json]:
+        options = dict(choice.get("options") or {})
+        precision = {f"teachers.{choice['modality']}.options.precision": options.pop("precision", "fp32")}
+        return {"teachers.dtype": choice.get("dtype", "")} | precision, {**choice, "options": options, "dtype": None}
+
+    ours, same = parts(dict(choice))
+    for uri in files.list_files(root, ".json"):
+        if not files.name_of(uri).startswith(f"{choice['modality']}-{choice['kind']}-"):
+            continue
+        with contextlib.suppress(ValueError, TypeError):  # a damaged one says nothing here
+            theirs, teacher = parts(_read_json(uri, {"choice": dict})["choice"])
+            if teacher == same and (differ := [key for key in ours if ours[key] != theirs[key]]):
+                said = ", ".join(f"{key}={theirs[key]}, not {ours[key]}" for key in differ)
+                return f" (there is one with {said})"
+    return ""
 
 
 def _pointer(root: str, choice: Mapping[str, object]) -> str:

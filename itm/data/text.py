@@ -121,7 +121,7 @@ class HFTokenizer:
     def __init__(self, path: str | Path, *, max_length: int = 64, clean: bool = True) -> None:
         """Raises ValueError when `path` holds no tokenizer."""
         self.hf = clip_tokenizer(path) if str(path).endswith((".txt", ".txt.gz")) else _load_hf(path)
-        if self.hf.pad_token is None:
+        if self.hf.pad_token is None and self.hf.eos_token is not None:
             self.hf.pad_token = self.hf.eos_token
         self.vocab_size = len(self.hf)
         self.max_length = min(max_length, self.hf.model_max_length)
@@ -136,7 +136,7 @@ class HFTokenizer:
         if full:
             whole = self.hf([cleaned[i] for i in full], verbose=False)["input_ids"]
             self.truncated += sum(len(row) > self.max_length for row in whole)
-        return _pad(rows, int(self.hf.pad_token_id))
+        return _pad(rows, self.hf.pad_token_id or 0)  # where it has none the mask hides what stands there
 
     def save(self, folder: str | Path) -> None:
         self.hf.save_pretrained(str(folder))
@@ -196,13 +196,19 @@ def _byte_symbols() -> list[str]:
     return [chr(code) for code in printable] + [chr(256 + i) for i in range(others)]
 
 
+def brief(error: BaseException, most: int = 300) -> str:
+    """The first lines of a message of another library, some of which list all they know over thousands of characters."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= most else f"{said[:most].rsplit(' ', 1)[0]} ..."
+
+
 def _load_hf(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"text.path={str(path)!r} holds no Hugging Face tokenizer: {error}") from None
+        raise ValueError(f"text.path={str(path)!r} holds no Hugging Face tokenizer: {brief(error)}") from None
 
 
 def _pad(rows: list[list[int]], filler: int) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,21 @@ What cannot be read or decoded comes back as quarantine rows (`problems`), never
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.ahead import ahead
 from itm.data.formats import Json
+from itm.data.manifest import full_key
 from itm.data.records import Caption, Problem
+from itm.data.same_image import image_of
 from itm.data.shards import Manifest, Sample, read_manifest, read_samples
 from itm.data.sources import SOURCES
 from itm.device import resolve_device
@@ -28,7 +33,8 @@ from itm.types import Encoded, Images, Matcher, MatcherInputs
 class Names:
     """What is known of the rows besides vectors: images in order, captions in order, and which image each caption describes.
 
-    caption_image (T,) int64 is the row of the image in `image_keys`.
+    caption_image (T,) int64 is the row of the image in `image_keys`. image_of: what is equal for rows of one image
+    (`itm.data.same_image`).
     """
 
     image_keys: list[str]
@@ -38,6 +44,7 @@ class Names:
     image_metas: list[Json] = field(default_factory=list)
     caption_metas: list[Json] = field(default_factory=list)
     image_shards: list[str] = field(default_factory=list)
+    image_of: list[str] = field(default_factory=list)
 
     @property
     def positives(self) -> tuple[Tensor, Tensor]:
@@ -61,12 +68,13 @@ class Names:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A split, or a shard of it, encoded on the CPU."""
+    """A split, or a shard of it, encoded on the CPU. copies: samples whose image another sample shows, which has their captions."""
 
     images: Encoded
     captions: Encoded
     names: Names
     problems: list[Problem] = field(default_factory=list)
+    copies: int = 0
 
     @property
     def positives(self) -> tuple[Tensor, Tensor]:
@@ -76,8 +84,49 @@ class EncodedSplit:
     def cat(cls, pieces: Sequence[EncodedSplit]) -> EncodedSplit:
         """Join shards in order; the caption -> image rows are shifted to the joined order. At least one shard holds an image."""
         full = [p for p in pieces if p.names.image_keys]
-        images, captions = Encoded.cat([p.images for p in full]), Encoded.cat([p.captions for p in full])
-        return cls(images, captions, join_names([p.names for p in full]), [row for p in pieces for row in p.problems])
+        said = [p.captions for p in full if p.names.caption_ids]
+        captions = Encoded.cat(said) if said else Encoded()
+        return cls(
+            Encoded.cat([p.images for p in full]),
+            captions,
+            join_names([p.names for p in full]),
+            [row for p in pieces for row in p.problems],
+        )
+
+
+def merged(split: EncodedSplit) -> EncodedSplit:
+    """Each image once, with the captions of all its samples behind one another: else its copies would be negatives of each other."""
+    names, first = split.names, dict[str, int]()
+    owner = torch.tensor([first.setdefault(image, row) for row, image in enumerate(names.image_of)], dtype=torch.int64)
+    if len(first) == len(names.image_keys):
+        return split
+    kept = torch.tensor(list(first.values()), dtype=torch.int64)
+    image = torch.searchsorted(kept, owner[names.caption_image])
+    order = image.argsort(stable=True)
+    by_image = {name: _taken(getattr(names, name), kept) for name in ("image_keys", "image_metas", "image_shards", "image_of")}
+    by_caption = {name: _taken(getattr(names, name), order) for name in ("caption_ids", "texts", "caption_metas")}
+    together = replace(names, caption_image=image[order], **by_image, **by_caption)
+    return EncodedSplit(split.images[kept], split.captions[order], together, split.problems, len(owner) - len(kept))
+
+
+def _taken(values: list[Any], rows: Tensor) -> list[Any]:
+    return [values[row] for row in rows.tolist()] if values else []
+
+
+def told_apart(names: Names) -> Names:
+    """Keys, and ids of captions, that several shards use get the name of their shard in front."""
+    if not names.image_shards:
+        return names
+    shards = names.image_shards
+    ids = _told_apart(names.caption_ids, [shards[row] for row in names.caption_image.tolist()])
+    return replace(names, image_keys=_told_apart(names.image_keys, shards), caption_ids=ids)
+
+
+def _told_apart(ids: list[str], shards: list[str]) -> list[str]:
+    users: dict[str, set[str]] = {}
+    for name, shard in zip(ids, shards, strict=True):
+        users.setdefault(name, set()).add(shard)
+    return [full_key(shard, name) if len(users[name]) > 1 else name for name, shard in zip(ids, shards, strict=True)]
 
 
 def names_of(images: int, caption_image: Tensor, image_keys: list[str] | None = None, caption_ids: list[str] | None = None) -> Names:
@@ -103,17 +152,19 @@ def encode_split(
     limit: int | None = None,
     device: str | torch.device = "cpu",
     max_reject_rate: float = 1.0,
+    bare: bool = False,
 ) -> EncodedSplit:
     """Encode the first `limit` images (unset: all) of a split with their captions, shard after shard, in this process.
 
-    matcher: as `itm.load_matcher` gives it, with `.inputs`. Raises ValueError when a larger share than `max_reject_rate` is rejected.
+    matcher: as `itm.load_matcher` gives it, with `.inputs`. bare: images without captions are taken, too.
+    Raises ValueError when a larger share than `max_reject_rate` is rejected.
     """
     pieces: list[EncodedSplit] = []
     for uri, sha256 in shards_of(split_uri):
         left = None if limit is None else limit - sum(len(p.names.image_keys) for p in pieces)
         if left is not None and left <= 0:
             break
-        pieces.append(encode_shard(matcher, uri, sha256, batch_size, left, device))
+        pieces.append(encode_shard(matcher, uri, sha256, batch_size, left, device, bare))
     return checked(pieces, split_uri, max_reject_rate)
 
 
@@ -123,21 +174,29 @@ def shards_of(split_uri: str, manifest: Manifest | None = None) -> list[tuple[st
 
 
 def checked(pieces: Sequence[EncodedSplit], split_uri: str, max_reject_rate: float) -> EncodedSplit:
-    """Join the shards of a split. Raises ValueError when nothing is left or too much was rejected."""
+    """Join the shards of a split, each image once. Raises ValueError when nothing is left or too much was rejected."""
     problems = [problem for piece in pieces for problem in piece.problems if problem.what in ("sample", "shard")]
     kept = sum(len(piece.names.image_keys) for piece in pieces)
     total = kept + len(problems)
     if (problems and len(problems) > max_reject_rate * total) or not kept:
         first = f"; the first is {problems[0].key!r} in {problems[0].shard}: {problems[0].reason}" if problems else ""
         raise ValueError(f"{split_uri}: {len(problems)} of {total} samples were rejected (limit {max_reject_rate:.1%}){first}")
-    return EncodedSplit.cat(pieces)
+    whole = EncodedSplit.cat(pieces)
+    return merged(replace(whole, names=told_apart(whole.names)))
 
 
 def encode_shard(
-    matcher: Matcher, shard_uri: str, sha256: str, batch_size: int = 256, limit: int | None = None, device: str | torch.device = "cpu"
+    matcher: Matcher,
+    shard_uri: str,
+    sha256: str,
+    batch_size: int = 256,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+    bare: bool = False,
 ) -> EncodedSplit:
     """Encode one shard with the deterministic preparation of `matcher.inputs`; it may turn out to hold no image, only problems.
 
+    bare: images without captions are taken, too; else they are problems.
     Raises ValueError when the shard has another sha256.
     """
     problems: list[Problem] = []
@@ -145,8 +204,11 @@ def encode_shard(
     images: list[Encoded] = []
     where = resolve_device(device)
     with scoring_mode(matcher, where), computing("fp32", where):
-        for batch in batches(read_samples(shard_uri, sha256), batch_size, limit, problems):
-            good, prepared = prepare(matcher.inputs, batch, files.name_of(shard_uri), problems)
+        items = read_samples(shard_uri, sha256)
+        read = batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems)
+        inputs = copy.copy(matcher.inputs)
+        inputs.target = torch.device("cpu")  # the thread that decodes leaves the device to this one
+        for good, prepared in ahead(prepare(inputs, batch, files.name_of(shard_uri), problems) for batch in read):
             samples += good
             images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
         try:
@@ -155,8 +217,14 @@ def encode_shard(
             rows, samples = _readable(matcher.inputs, samples, files.name_of(shard_uri), problems)
             images = [Encoded.cat(images)[torch.tensor(rows, dtype=torch.int64)]]
             encoded = _encode_captions(matcher, samples, batch_size, where)
-    both = (Encoded.cat(images), Encoded.cat(encoded)) if samples else (Encoded(), Encoded())
-    return EncodedSplit(*both, _names(samples, shard_uri), problems)
+    left, right = (Encoded.cat(pieces) if pieces else Encoded() for pieces in (images if samples else [], encoded))
+    return EncodedSplit(left, right, _names(samples, shard_uri), problems)
+
+
+def _captioned(items: Iterable[Sample | Problem], shard: str) -> Iterator[Sample | Problem]:
+    """Images without captions answer no question of an evaluation."""
+    for item in items:
+        yield item if isinstance(item, Problem) or item.captions else Problem(item.key, shard, "evaluate", "no caption")
 
 
 def _encode_captions(matcher: Matcher, samples: Sequence[Sample], batch_size: int, device: str | torch.device) -> list[Encoded]:
@@ -176,7 +244,7 @@ def _readable(inputs: MatcherInputs, samples: Sequence[Sample], shard: str, prob
                 good.append(caption)
             except ValueError as error:
                 problems.append(Problem(sample.key, shard, "evaluate", f"caption {caption.id}: {error}", "caption"))
-        if good:
+        if good or not sample.captions:
             rows.append(row)
             left.append(replace(sample, captions=good))
         else:
@@ -233,7 +301,7 @@ def prepare(inputs: MatcherInputs, batch: list[Sample], shard: str, problems: li
             prepared.append(inputs.images([data]))
             good.append(sample)
         except ValueError as error:
-            problems.append(Problem(sample.key, shard, "evaluate", str(error)))
+            problems.append(Problem(sample.key, shard, "evaluate", str(error), captions=len(sample.captions)))
     return good, prepared
 
 
@@ -248,6 +316,7 @@ def _names(samples: list[Sample], shard_uri: str) -> Names:
         image_metas=[s.meta for s in samples],
         caption_metas=[c.meta for c in captions],
         image_shards=[shard_uri] * len(samples),
+        image_of=[image_of(s) for s in samples],
     )
 
 

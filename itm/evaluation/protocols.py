@@ -61,7 +61,10 @@ class Protocol:
 
 
 class ScoreProtocol(Protocol, ABC):
-    """Judges the scores of a split, wherever they come from."""
+    """Judges the scores of a split, wherever they come from. It reads those of `folds` consecutive blocks of images with their own
+    captions alone; what lies outside of them may be -inf."""
+
+    folds: ClassVar[int] = 1
 
     @abstractmethod
     def measure(self, scored: Scored, tie: str) -> Outcome:
@@ -130,27 +133,35 @@ class AllPairs(ScoreProtocol):
 class Flickr30K(ScoreProtocol):
     """1,000 images, 5 captions each."""
 
+    images: ClassVar[int] = 1000
+
     def measure(self, scored: Scored, tie: str) -> Outcome:
-        _require_size(scored.names, "flickr30k-1k", 1000, (5000,))
-        return all_pairs(scored, tie, "Flickr30K test, 1,000 images x 5,000 captions")
+        _require_size(scored.names, "flickr30k-1k", self.images, (5 * self.images,))
+        return all_pairs(scored, tie, f"Flickr30K test, {self.images:,} images x {5 * self.images:,} captions")
 
 
 class Coco5K(ScoreProtocol):
     """5 captions an image (25,000), or all captions as IAIS takes them (25,010)."""
 
+    images: ClassVar[int] = 5000
+
     def measure(self, scored: Scored, tie: str) -> Outcome:
-        _require_size(scored.names, "coco-5k", 5000, (25000, 25010))
-        return all_pairs(scored, tie, f"COCO 5K test, 5,000 images x {len(scored.names.caption_ids):,} captions")
+        _require_size(scored.names, "coco-5k", self.images, (5 * self.images, 5 * self.images + 10))
+        return all_pairs(scored, tie, f"COCO 5K test, {self.images:,} images x {len(scored.names.caption_ids):,} captions")
 
 
 class Coco1KFolds(ScoreProtocol):
     """The mean over five consecutive blocks of 1,000 images (see `folds`)."""
 
+    images: ClassVar[int] = 5000
+    folds: ClassVar[int] = 5
+
     def measure(self, scored: Scored, tie: str) -> Outcome:
-        _require_size(scored.names, "coco-1k-5fold", 5000, (25000, 25010))
-        metrics, chance = folds(scored, 5, tie)
-        counts = {"images": 5000, "captions": len(scored.names.caption_ids), "folds": 5}
-        return Outcome(f"COCO 1K, mean of five consecutive folds of 1,000 images; ties {tie}", metrics, chance, counts)
+        _require_size(scored.names, "coco-1k-5fold", self.images, (5 * self.images, 5 * self.images + 10))
+        metrics, chance = folds(scored, self.folds, tie)
+        counts = {"images": self.images, "captions": len(scored.names.caption_ids), "folds": self.folds}
+        title = f"COCO 1K, mean of five consecutive folds of {self.images // self.folds:,} images; ties {tie}"
+        return Outcome(title, metrics, chance, counts)
 
 
 def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[str, float], dict[str, float]]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -81,20 +82,33 @@ def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, de
 
     Protocol: docs/methods/cusa.md#sentence-similarity.
 
-    Vectors: the uni-modal head where the matcher has one, else the caption vector.
+    Vectors: the uni-modal head where the matcher has one, else the caption vector. Sentences are tokenised as they stand, without the
+    clean-up that captions may have: so CUSA's authors do it.
     """
     metrics: dict[str, float] = {}
     for pairs in files:
         name = f"sts_{Path(pairs.path).stem}"
         if name in metrics:
             raise ValueError(f"two files of pairs are called {Path(pairs.path).stem!r}: their results would have one name; rename one")
-        left, right = (_vectors(encode_texts(matcher, texts, batch_size, device)) for texts in (pairs.left, pairs.right))
+        with _as_written(matcher):
+            left, right = (_vectors(encode_texts(matcher, texts, batch_size, device)) for texts in (pairs.left, pairs.right))
         metrics[name] = 100 * spearman(torch.cosine_similarity(left, right).numpy(), np.array(pairs.gold))
     if len(files) > 1:
         metrics["sts_mean"] = float(np.mean([round(value, 2) for value in metrics.values()]))
     counts = {"pairs": sum(len(p.gold) for p in files), "rejected": sum(len(p.bad) for p in files)}
     title = "STS: 100 x Spearman of caption cosines and ratings; ties share their mean rank"
     return Outcome(title, metrics, dict.fromkeys(metrics, 0.0), counts)
+
+
+@contextmanager
+def _as_written(matcher: Matcher) -> Iterator[None]:
+    """The tokenizer of the matcher without its clean-up of captions."""
+    tokenizer = matcher.inputs.tokenizer
+    before, tokenizer.clean = tokenizer.clean, False
+    try:
+        yield
+    finally:
+        tokenizer.clean = before
 
 
 class STS(MatcherProtocol):

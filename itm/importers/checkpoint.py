@@ -14,8 +14,9 @@ from itm.importers.load import load_official
 from itm.matchers.folder import save_matcher
 from itm.types import Matcher
 
-MAX_LENGTH = {"uniter": 60, "clip": 77}
-"""Tokens a caption, start and end included. SCAN and SGRAF never cut a caption; 256 is beyond any."""
+MAX_LENGTH = {"uniter": 62, "clip": 77}
+"""Tokens a caption, start and end included (IAIS counts its 60 word pieces without them). SCAN and SGRAF never cut a caption; 256 is
+beyond any."""
 
 
 def import_checkpoint(
@@ -29,7 +30,7 @@ def import_checkpoint(
     matcher = load_official(checkpoint, **needed)
     kind = matcher.kind
     words = _word_embeddings(matcher)
-    reader = _tokenizer(kind, vocab, tokenizer)
+    reader = _tokenizer(kind, vocab, tokenizer, clean=_is_cusa(matcher))
     if reader.vocab_size > words or (kind not in MAX_LENGTH and reader.vocab_size != words):
         raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give its own file")
     matcher.inputs = Inputs(_image_input(matcher), reader)
@@ -37,11 +38,16 @@ def import_checkpoint(
     return matcher
 
 
-def _tokenizer(kind: str, vocab: str | Path | None, tokenizer: str | None) -> Any:
+def _is_cusa(matcher: Matcher) -> bool:
+    """CUSA's checkpoints are CLIP with projection heads of their own; their captions were cleaned up."""
+    return matcher.kind == "clip" and any(name.startswith("image_heads.") for name, _ in matcher.named_parameters())
+
+
+def _tokenizer(kind: str, vocab: str | Path | None, tokenizer: str | None, clean: bool) -> Any:
     if kind in MAX_LENGTH:
         if tokenizer is None:
             raise ValueError(f"a {kind} checkpoint needs --tokenizer: the Hugging Face tokenizer (or CLIP merges file) it was trained with")
-        return HFTokenizer(tokenizer, max_length=MAX_LENGTH[kind], clean=False)
+        return HFTokenizer(tokenizer, max_length=MAX_LENGTH[kind], clean=clean)
     if vocab is None:
         raise ValueError(f"a {kind} checkpoint needs --vocab: the order of its words is arbitrary, it must travel with the weights")
     return WordVocabulary.from_json(vocab, max_length=256, clean=False)

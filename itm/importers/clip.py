@@ -1,21 +1,29 @@
 """CLIP state dicts under OpenAI's or Hugging Face's names, and CUSA's (OpenAI's names below `clip_model.` plus its projection heads).
 
-All published CLIP and CUSA models have 64 numbers a head and QuickGELU; the other sizes come from the tensors.
+Sizes come from the tensors, which do not tell the number of heads and the activation: the config.json of Hugging Face or the
+open_clip_config.json beside the file does, or the options `heads` and `hidden_act`. Without them only OpenAI's names are read, and CUSA's,
+at the widths that OpenAI published: with 64 numbers a head and QuickGELU.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from itm.importers.state import bare_tensors, fill, tensor_of
+from itm.data import files
+from itm.data.sources.source import read_json
+from itm.importers.state import bare_tensors, check_options, fill, tensor_of
 from itm.matchers.clip import CLIP
-from itm.types import Matcher
+from itm.types import Matcher, Options
 
 HEAD_WIDTH = 64
+PUBLISHED = (64, 512, 768, 1024)
+"""Widths of OpenAI's towers, and one head alone."""
+SETTINGS = ("config.json", "open_clip_config.json")
 RENAMED = (
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
@@ -41,11 +49,14 @@ NOT_THE_MATCHER = re.compile(
 """The temperature, index buffers, the causal mask that a TorchScript archive keeps, and CUSA's temperatures, which belong to its losses."""
 
 
-def load_clip(state: Mapping[str, object], **needed: Any) -> Matcher:
-    """The matcher of a flat state dict, float32, in evaluation mode. `needed`: vocab_size to be compared with the file.
+def load_clip(state: Mapping[str, object], settings: Options | None = None, **needed: Any) -> Matcher:
+    """The matcher of a flat state dict, float32, in evaluation mode. settings: as `settings_beside` finds them.
 
-    Raises ValueError naming missing or unexpected keys, or for another vocabulary size.
+    `needed`: `heads` (a number, or [vision, text]) and `hidden_act`, which overrule the settings; vocab_size to be compared with the file.
+    Raises ValueError naming missing or unexpected keys and options, for another vocabulary size, and where heads or activation cannot be
+    told.
     """
+    check_options(needed, ("heads", "hidden_act", "vocab_size"), "CLIP")
     tensors = {key: value.float() for key, value in bare_tensors(state).items()}
     if any("visual.attnpool." in key for key in tensors):
         raise ValueError(
@@ -60,7 +71,8 @@ def load_clip(state: Mapping[str, object], **needed: Any) -> Matcher:
     if needed.get("vocab_size", words) != words:
         raise ValueError(f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use its own tokenizer")
     heads = {name: f"image_heads.{name}.linear.weight" in own for name in ("cross", "uni")}
-    matcher = CLIP(vocab_size=words, config=_config(own), heads=heads)
+    openai = any(".resblocks." in key for key in tensors)
+    matcher = CLIP(vocab_size=words, config=_config(own, _towers(settings or {}, needed), openai), heads=heads)
     fill(matcher, own)
     return matcher.eval()
 
@@ -82,7 +94,58 @@ def _renamed(key: str, value: Tensor) -> dict[str, Tensor]:
     return {f"backbone.{name}": value}
 
 
-def _config(own: dict[str, Tensor]) -> dict[str, Any]:
+def settings_beside(path: str | Path) -> Options | None:
+    """What the config.json or open_clip_config.json in the folder of a checkpoint says, where it is one of a CLIP; else None."""
+    for name in SETTINGS:
+        file = Path(files.absolute(path)).parent / name
+        if file.exists():
+            said = read_json(file)
+            if isinstance(said, dict) and ("model_cfg" in said or {"text_config", "vision_config"} & said.keys()):
+                return said
+    return None
+
+
+def _towers(settings: Options, needed: Options) -> dict[str, Options]:
+    """What is known of each tower beside its tensors: num_attention_heads, hidden_act, layer_norm_eps."""
+    towers: dict[str, Options] = {"vision": {}, "text": {}}
+    if model := settings.get("model_cfg"):
+        activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+        heads = {"vision": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH), "text": text.get("heads", 8)}
+        towers = {tower: {"num_attention_heads": heads[tower], "hidden_act": activation} for tower in towers}
+    elif settings:
+        from transformers import CLIPTextConfig, CLIPVisionConfig
+
+        for tower, kind in (("vision", CLIPVisionConfig), ("text", CLIPTextConfig)):
+            said = kind(**settings.get(f"{tower}_config") or {})
+            towers[tower] = {name: getattr(said, name) for name in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
+    if "heads" in needed:
+        both = needed["heads"] if isinstance(needed["heads"], list | tuple) else [needed["heads"]] * 2
+        for tower, heads in zip(("vision", "text"), both, strict=True):
+            towers[tower]["num_attention_heads"] = heads
+    if "hidden_act" in needed:
+        towers = {tower: said | {"hidden_act": needed["hidden_act"]} for tower, said in towers.items()}
+    return towers
+
+
+def _told(tower: str, width: int, said: Options, openai: bool) -> Options:
+    """Heads and activation of a tower. Raises ValueError rather than guess, and for heads that do not divide the width."""
+    known = {"num_attention_heads": width // HEAD_WIDTH, "hidden_act": "quick_gelu"} if openai and width in PUBLISHED else {}
+    known |= said
+    if absent := [name for name in ("num_attention_heads", "hidden_act") if name not in known]:
+        options = ", ".join(
+            {"num_attention_heads": "heads=<number>", "hidden_act": "hidden_act=gelu or quick_gelu"}[name] for name in absent
+        )
+        raise ValueError(
+            f"the tensors do not tell {' and '.join(absent)} of the {tower} tower: put its config.json beside it, or give {options}"
+        )
+    heads = known["num_attention_heads"]
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(f"heads={heads} do not divide the width {width} of the {tower} tower")
+    return known
+
+
+def _config(own: dict[str, Tensor], towers: dict[str, Options], openai: bool) -> dict[str, Any]:
     def layers(tower: str) -> int:
         return len({key.split(".")[4] for key in own if key.startswith(f"backbone.{tower}.encoder.layers.")})
 
@@ -93,7 +156,7 @@ def _config(own: dict[str, Tensor]) -> dict[str, Any]:
         "hidden_size": patches.shape[0],
         "intermediate_size": _backbone(own, "vision_model.encoder.layers.0.mlp.fc1.weight").shape[0],
         "num_hidden_layers": layers("vision_model"),
-        "num_attention_heads": max(1, patches.shape[0] // HEAD_WIDTH),
+        **_told("vision", patches.shape[0], towers["vision"], openai),
         "patch_size": patches.shape[-1],
         "image_size": round(positions**0.5) * patches.shape[-1],
     }
@@ -102,7 +165,7 @@ def _config(own: dict[str, Tensor]) -> dict[str, Any]:
         "hidden_size": text_width,
         "intermediate_size": _backbone(own, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
         "num_hidden_layers": layers("text_model"),
-        "num_attention_heads": max(1, text_width // HEAD_WIDTH),
+        **_told("text", text_width, towers["text"], openai),
         "max_position_embeddings": text_positions,
     }
     width = _backbone(own, "visual_projection.weight").shape[0]

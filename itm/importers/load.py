@@ -44,9 +44,9 @@ PLAIN_TYPES: list[Any] = [
 def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> Matcher:
     """The matcher of an authors' checkpoint, in evaluation mode. SCAN, SGR, SAF, UNITER and IAIS, CUSA, OpenAI and HF CLIP.
 
-    device: auto, cpu, cuda, ... `needed` supplies what a file of the family does not say. Raises FileNotFoundError; ValueError for a
-    file that is no checkpoint, holds objects other than tensors and plain values, is of no known family, or does not fit its family
-    (keys named).
+    device: auto, cpu, cuda, ... `needed` supplies what a file of the family does not say; of CLIP the config.json beside the file says it.
+    Raises FileNotFoundError; ValueError for an option that the family does not know, and for a file that is no checkpoint, holds objects
+    other than tensors and plain values, is of no known family, or does not fit its family (keys named).
     """
     target, checkpoint = resolve_device(device), read_checkpoint(path)
     family = recognise(checkpoint)
@@ -58,9 +58,9 @@ def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> Ma
 
             return load_uniter(state_of(checkpoint), **needed).to(target)
         if family == "clip":
-            from itm.importers.clip import load_clip
+            from itm.importers.clip import load_clip, settings_beside
 
-            return load_clip(state_of(checkpoint), **needed).to(target)
+            return load_clip(state_of(checkpoint), settings_beside(path), **needed).to(target)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"

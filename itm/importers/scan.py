@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from itm.importers.state import bare_tensors, fill, tensor_of
+from itm.importers.state import bare_tensors, check_options, fill, tensor_of
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
 from itm.types import Matcher
@@ -33,6 +33,8 @@ def load_scan(checkpoint: dict[str, Any], **needed: Any) -> Matcher:
     """
     options = {**_as_dict(checkpoint.get("opt")), **needed}
     parts = checkpoint["model"]
+    towers_read = ("vocab_size", "no_imgnorm", "no_txtnorm")
+    check_options(needed, (*towers_read, *SCORING) if len(parts) == 2 else towers_read, "SCAN" if len(parts) == 2 else "SGRAF")
     state = {own_name(i, key): value for i, part in enumerate(parts) for key, value in bare_tensors(part).items()}
     words = tensor_of(state, "text.embed.weight", FAMILY)
     wanted = needed.get("vocab_size")

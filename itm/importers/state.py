@@ -51,6 +51,13 @@ def bare_tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
     return tensors
 
 
+def check_options(needed: Mapping[str, object], known: Iterable[str], family: str) -> None:
+    """Raises ValueError for an option that the family does not read: it would have no effect."""
+    names = sorted(known)
+    if unknown := sorted(needed.keys() - set(names)):
+        raise ValueError(f"unknown option {', '.join(unknown)}: a {family} checkpoint takes {', '.join(names)}")
+
+
 def tensor_of(state: Mapping[str, Tensor], key: str, family: str) -> Tensor:
     """Raises ValueError naming the key that a checkpoint of the family must have."""
     if key not in state:

@@ -14,6 +14,7 @@ MATCHERS: Kinds[Matcher] = Kinds(
     {
         "dual": "itm.matchers.dual:DualEncoder",
         "clip": "itm.matchers.clip:CLIP",
+        "hf_dual": "itm.matchers.hf_dual:HFDual",
         "scan": "itm.matchers.late.scan:SCAN",
         "sgr": "itm.matchers.late.sgraf:SGR",
         "saf": "itm.matchers.late.sgraf:SAF",

@@ -4,7 +4,8 @@
 
 CSA needs scores only: any score matrix divided by the temperature, cosines or not (for SGR and SAF the similarity in (0,1): a choice,
 the authors do not say). USA needs one vector per image and caption: the matcher's own uni heads (`heads: {uni: true}` of dual and clip),
-else a linear layer that this method owns, on the global vector or the mean of the parts (docs/methods/cusa.md#other-base-models).
+else a linear layer that this method owns, on the matcher's global vector (`Matcher.whole`) or the mean of the parts
+(docs/methods/cusa.md#other-base-models).
 A recipe for the small variant without clamped scales: itc {reduction: sum}, csa {weight: 1, student: itc, teacher: 0.05},
 usa {weight: 1, student: itc, teacher: 0.05}.
 """
@@ -63,6 +64,7 @@ class CUSA(Method):
         self.needs_teacher = ("image", "text") if self.csa or self.usa else ()
         self.temperatures = TemperatureSet(self.csa, self.usa, itc=ITC in self.ranking)
         self.uni_heads = None if self.usa is None or matcher.uni_width else _uni_heads(self.usa, matcher)
+        matcher.keeps_whole = self.uni_heads is not None
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -113,7 +115,7 @@ class CUSA(Method):
         if self.uni_heads is None:
             assert encoded.uni is not None
             return encoded.uni
-        vector = encoded.vector
+        vector = encoded.vector if encoded.vector is not None else self.matcher.whole(encoded, side)
         if vector is None:
             assert encoded.parts is not None
             vector = masked_mean(encoded.parts, encoded.mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,17 @@ FLAT_STEPS = 50
 
 
 class TripletOptions(Strict):
-    """The first `warmup_steps` steps use all negatives instead of the hardest one. `official`: see `triplet_loss`."""
+    """The first `warmup_steps` steps use all negatives instead of the hardest one. `official`: see `triplet_loss`.
+
+    reduction `mean`: over the anchors of the batch. CUSA's soft labels are means, and beside a sum they weigh next to nothing.
+    """
 
     weight: float = 1.0
     margin: float = 0.2
     hardest: bool = True
     warmup_steps: int = 0
     official: bool = False
+    reduction: Literal["sum", "mean"] = "sum"
 
 
 class TripletTerm(Term):
@@ -41,7 +45,8 @@ class TripletTerm(Term):
         o = self.options
         self._watch(scores.detach(), step)
         hardest = o.hardest and step >= o.warmup_steps
-        return o.weight * triplet_loss(scores, positives, margin=o.margin, hardest=hardest, official=o.official)
+        loss = triplet_loss(scores, positives, margin=o.margin, hardest=hardest, official=o.official)
+        return o.weight * (loss if o.reduction == "sum" else loss / len(scores))
 
     def _watch(self, scores: Tensor, step: int) -> None:
         """Scores that differ only by image, only by caption, or not at all hold the hardest-negative loss at the margin for every query.

@@ -56,7 +56,8 @@ def search(
     """The k best images for `text`, or the k best captions for the file `image`.
 
     model: a URI as in `itm.load_matcher`, or a matcher that was loaded.
-    Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
+    Raises ValueError for an unknown model or split, an unreadable image, k < 1, a device that is not there, or an
+    image asked of a split without captions.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
@@ -67,6 +68,8 @@ def search(
         scores = score_matrix(matcher, split.images, encode_texts(matcher, [text], device=where), device=where)[:, 0]
     else:
         assert image is not None
+        if not split.names.caption_ids:
+            raise ValueError(f"the images of {shards} have no captions, so none can be found for {image}: ask for images with a text")
         with scoring_mode(matcher, where), computing("fp32", where):
             asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]), device=where)
         scores = score_matrix(matcher, asked, split.captions, device=where)[0]

@@ -27,7 +27,7 @@ def load_index(matcher: Any, shards: str, index: str, device: str | torch.device
     if files.exists(uri):
         return _read_index(uri, shards)
     files.check_writable(index)
-    split = encode_split(matcher, shards, device=device)
+    split = encode_split(matcher, shards, device=device, bare=True)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
     _write_index(uri, split)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.
 class CusaNpyTeacher(Teacher):
     """Rows of `path`, one file or several (a split each), looked up by the image_id of a sample, or by a caption as it is or cleaned up.
 
+    An image whose name is a number, as precomputed regions have it, is also found as the one row whose name ends in that number (391895
+    and COCO_val2014_000000391895.jpg).
+
     Every process holds the vectors in memory as the file has them (15.9 GB for COCO train at width 37,632), while it fills the store.
     """
 
@@ -42,7 +46,8 @@ class CusaNpyTeacher(Teacher):
             raise ValueError(f"{', '.join(map(str, paths))}: vectors of widths {widths or 'none'}; all must have the same")
         self.width = widths[0]
         known = frozenset(self.vectors)
-        self.prepare = partial(_image_key if modality == "image" else _caption_key, known=known)
+        images = partial(_image_key, known=known, numbers=_numbers(known))
+        self.prepare = images if modality == "image" else partial(_caption_key, known=known)
         self.identity = {
             "kind": "cusa_npy",
             "model": "+".join(file.name for file in paths),
@@ -59,9 +64,24 @@ class CusaNpyTeacher(Teacher):
         return np.stack([self.vectors[payload.decode()] for payload in payloads]).astype(np.float32)
 
 
-def _image_key(sample: Sample, known: frozenset[str]) -> bytes:
+def _numbers(names: frozenset[str]) -> dict[str, str]:
+    """Number at the end of a name, without leading zeros -> the name; those that several names end in are left out."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if number := _number(name):
+            found.setdefault(number, []).append(name)
+    return {number: held[0] for number, held in found.items() if len(held) == 1}
+
+
+def _number(name: str) -> str:
+    ending = re.search(r"(\d+)(\.\w+)?$", name)
+    return (ending[1].lstrip("0") or "0") if ending else ""
+
+
+def _image_key(sample: Sample, known: frozenset[str], numbers: dict[str, str]) -> bytes:
     given = [str(sample.meta[name]) for name in ("image_id", "filename") if name in sample.meta] + [sample.key]
-    return _found(given, known, f"sample {sample.key!r}")
+    by_number = [numbers[number] for name in given if name.isdigit() and (number := _number(name)) in numbers]
+    return _found(given if known.intersection(given) else given + by_number, known, f"sample {sample.key!r}")
 
 
 def _caption_key(caption: Caption, known: frozenset[str]) -> bytes:

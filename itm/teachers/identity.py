@@ -17,6 +17,7 @@ from itm.config import Part
 from itm.data.formats import Json
 from itm.data.records import Caption
 from itm.data.shards import Sample
+from itm.data.text import brief
 from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
 from itm.precision import computing
@@ -112,7 +113,7 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
     try:
         model, info = AutoModel.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {error}") from None
+        raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {brief(error)}") from None
     absent = sorted(info["missing_keys"])
     unused = [name for name in absent if not pooler and "pooler." in name]
     if len(unused) < len(absent):

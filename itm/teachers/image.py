@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from itm.data.formats import Json
-from itm.data.preprocess import decode
+from itm.data.pixels import decode, resized
 from itm.data.shards import Sample
+from itm.device import send
 from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -49,11 +50,11 @@ class PixelPreparer:
             width, height = (self.shortest if side == short else int(self.shortest * side / short) for side in (width, height))
         elif self.size:
             height, width = self.size
-        image = image.resize((width, height), Image.Resampling(self.resample))
+        cut = None
         if self.crop:
             left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        return image.tobytes()
+            cut = (left, top, left + self.crop[1], top + self.crop[0])
+        return resized(image, (width, height), cut, Image.Resampling(self.resample)).tobytes()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +88,7 @@ class HFVisionTeacher(Teacher):
         settings = _processor_settings(path, revision)
         self.pixels, mean, std = _preparation(settings, _image_size(self.module.config))
         self.prepare = self.pixels
-        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self._scale = torch.tensor([[255.0] * 3, list(mean), list(std)], dtype=torch.float32)
         self.width = self.embed([bytes(3 * self.pixels.shape[0] * self.pixels.shape[1])]).shape[1]
         self.identity = model_identity(path, self.module, revision) | {
             "kind": "hf_vision",
@@ -103,9 +104,10 @@ class HFVisionTeacher(Teacher):
         """payloads: (H,W,3) uint8 bytes each -> (N, D) float32."""
         assert self.module is not None
         raw = np.stack([np.frombuffer(p, np.uint8) for p in payloads]).reshape(len(payloads), *self.pixels.shape, 3)
-        scaled = (raw.astype(np.float32) / 255 - self._mean) / self._std
-        dtype = next(self.module.parameters()).dtype
-        pixels = torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous().to(self.device, dtype)
+        scale, mean, std = send(self._scale, self.device)[:, :, None, None]
+        # Bytes travel, a quarter of float32. The scale is a tensor: by a number, a GPU would multiply with its rounded inverse.
+        pixels = (send(torch.from_numpy(raw), self.device).permute(0, 3, 1, 2).contiguous() / scale - mean) / std
+        pixels = pixels.to(next(self.module.parameters()).dtype)
         output = self.module(pixel_values=pixels, output_hidden_states=self.layer != -1)
         return self._pool(output).flatten(1).float().cpu().numpy()
 
@@ -180,7 +182,7 @@ def hsv_pyramid(image: Image.Image, size: int) -> np.ndarray:
     Each histogram sums to one before the root, so a dot product of two is their Bhattacharyya coefficient. The image is
     squashed to size x size (bilinear) first.
     """
-    hsv = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR).convert("HSV"), np.uint16)
+    hsv = np.asarray(resized(image, (size, size), resample=Image.Resampling.BILINEAR).convert("HSV"), np.uint16)
     hue, saturation, value = (hsv[..., c] * bins // 256 for c, bins in enumerate(_BINS))
     codes = (hue * _BINS[1] + saturation) * _BINS[2] + value
     half, third = size // 2, size // 3

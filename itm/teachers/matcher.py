@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from itm.data.preprocess import decode, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import as_images, fit, read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
 from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256
 from itm.teachers.image import image_bytes
-from itm.types import Encoded, Matcher
+from itm.types import Encoded, ImageForm, Images, Matcher
 
 
 class MatcherTeacher(Teacher):
@@ -34,8 +36,8 @@ class MatcherTeacher(Teacher):
         self.modality, self.tap = modality, tap
         matcher: Matcher = itm.load_matcher(uri, allow=allow)
         self.module = matcher
-        self.inputs = matcher.inputs
-        self.prepare = _text_payload if modality == "text" else _IMAGE[self.inputs.image.kind]
+        self.inputs, image = matcher.inputs, matcher.inputs.image
+        self.prepare = _text_payload if modality == "text" else partial(_IMAGE[image.kind], image=image)
         options = {"kind": matcher.kind, **matcher.options}
         with torch.inference_mode():  # both modalities share their space, and a caption can be made up for any matcher
             self.width = self._vector(matcher.encode_captions(self.inputs.captions(["a photo"]))).shape[1]
@@ -49,19 +51,27 @@ class MatcherTeacher(Teacher):
             "pooling": modality,
             "width": self.width,
             "dtype": "fp32",
-            "preprocessing": {"image": vars(self.inputs.image), "tokenizer": type(self.inputs.tokenizer).__name__},
+            "preprocessing": {"image": self.inputs.image.said(), "tokenizer": type(self.inputs.tokenizer).__name__},
         }
 
     @torch.inference_mode()
     def embed(self, payloads: Sequence[bytes]) -> np.ndarray:
-        """payloads: image bytes, region npz bytes or UTF-8 captions -> (N, D) float32."""
+        """payloads: (S,S,3) uint8 bytes, region npz bytes or UTF-8 captions -> (N, D) float32."""
         matcher = self.module
         assert isinstance(matcher, Matcher)
         if self.modality == "image":
-            encoded = matcher.encode_images(self.inputs.images(payloads).to(self.device))
+            encoded = matcher.encode_images(self._images(payloads))
         else:
             encoded = matcher.encode_captions(self.inputs.captions([p.decode() for p in payloads]).to(self.device))
         return self._vector(encoded).float().cpu().numpy()
+
+    def _images(self, payloads: Sequence[bytes]) -> Images:
+        """On the device. What takes time has been done in `prepare`, elsewhere than where the model runs."""
+        if self.inputs.image.kind == "regions":
+            return self.inputs.images(payloads).to(self.device)
+        side = self.inputs.image.size
+        pixels = np.stack([np.frombuffer(p, np.uint8).reshape(side, side, 3) for p in payloads])
+        return as_images({"pixels": pixels}, np.arange(len(payloads))).to(self.device)
 
     def _vector(self, encoded: Encoded) -> Tensor:
         if self.tap == "uni" and encoded.uni is None:
@@ -72,13 +82,11 @@ class MatcherTeacher(Teacher):
         return vector
 
 
-def _pixel_payload(sample: Sample) -> bytes:
-    data = image_bytes(sample)
-    decode(data)
-    return data
+def _pixel_payload(sample: Sample, image: ImageForm) -> bytes:
+    return fit(decode(image_bytes(sample), image.exif), image.size, image.crop).tobytes()
 
 
-def _region_payload(sample: Sample) -> bytes:
+def _region_payload(sample: Sample, image: ImageForm) -> bytes:
     if sample.regions is None:
         raise ValueError(f"{sample.key}: no regions; this matcher reads precomputed regions")
     read_regions(sample.regions, 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from itm.data.records import Caption
 from itm.data.text import clean_caption
+from itm.matchers.encoders.towers import padded_length
 from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, tensors_sha256
 
 _CLEANING = "cusa-1"  # raise the number when clean_caption changes
@@ -30,8 +31,9 @@ def _text_payload(caption: Caption, clean: bool, prefix: str) -> bytes:
 class HFTextTeacher(Teacher):
     """Sentence vectors of a Hugging Face text model: masked mean (or first token) of the last hidden state, at unit length.
 
-    A sentence-transformers folder says itself how it pools, how long it reads and whether dense layers follow; `pooling` and
-    `max_length` override. `clean`: captions go through CUSA's clean-up first, as its teacher gets them (docs/methods/cusa.md#teachers);
+    A sentence-transformers folder says itself how it pools, how long it reads and whether dense layers follow; of SigLIP the pooled
+    output of captions padded to its full length is taken, as it was trained. `pooling` (mean, cls, pooler) and `max_length` override.
+    `clean`: captions go through CUSA's clean-up first, as its teacher gets them (docs/methods/cusa.md#teachers);
     `prefix` is put before each caption (for models trained with one, such as "query: ").
     """
 
@@ -40,7 +42,7 @@ class HFTextTeacher(Teacher):
     def __init__(
         self,
         path: str,
-        pooling: Literal["auto", "mean", "cls"] = "auto",
+        pooling: Literal["auto", "mean", "cls", "pooler"] = "auto",
         max_length: int | None = None,
         clean: bool = True,
         prefix: str = "",
@@ -49,12 +51,16 @@ class HFTextTeacher(Teacher):
     ) -> None:
         from transformers import AutoTokenizer
 
-        whole = load_hf(path, revision, precision, pooler=False)
+        whole = load_hf(path, revision, precision, pooler=pooling == "pooler")
         encoder = getattr(whole, "text_model", whole)
-        self.pooling = _pooling(path, revision) if pooling == "auto" else pooling
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling {self.pooling!r}; known: auto, mean, cls")
+        self._padded = padded_length(encoder.config)
+        own = "pooler" if self._padded else _pooling(path, revision)
+        self.pooling = own if pooling == "auto" else pooling
+        if self.pooling not in ("mean", "cls", "pooler"):
+            raise ValueError(f"pooling {self.pooling!r}; known: auto, mean, cls, pooler")
         self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        if self._tokenizer.pad_token is None:  # the mask hides what stands there
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
         self.max_length = max_length or _max_length(path, revision, encoder.config, self._tokenizer)
         self.module = _Sentences(encoder, _dense_layers(path, revision))
         self.prepare = partial(_text_payload, clean=clean, prefix=prefix)
@@ -73,8 +79,10 @@ class HFTextTeacher(Teacher):
         """payloads: UTF-8 captions, already cleaned -> (N, D) float32 at unit length."""
         assert self.module is not None
         texts = [p.decode() for p in payloads]
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt").to(self.device)
-        return self.module(dict(tokens), self.pooling).float().cpu().numpy()
+        how: dict[str, Any] = {"padding": "max_length", "max_length": self._padded} if self._padded else {"padding": True}
+        how = {"max_length": self.max_length, "truncation": True, "return_attention_mask": True, "return_tensors": "pt"} | how
+        tokens = self._tokenizer(texts, **how).to(self.device)
+        return self.module(dict(tokens), self.pooling, seen=not self._padded).float().cpu().numpy()
 
 
 class _Sentences(nn.Module):
@@ -85,10 +93,17 @@ class _Sentences(nn.Module):
         self.encoder, self.dense = encoder, dense.to(next(encoder.parameters()).dtype).eval().requires_grad_(False)
         self.config: Any = encoder.config
 
-    def forward(self, tokens: dict[str, Tensor], pooling: str) -> Tensor:
-        hidden = self.encoder(**tokens).last_hidden_state
+    def forward(self, tokens: dict[str, Tensor], pooling: str, seen: bool = True) -> Tensor:
+        """seen: the encoder gets the mask, too."""
+        given = tokens if seen else {name: value for name, value in tokens.items() if name != "attention_mask"}
+        out = self.encoder(**given)
+        hidden = out.last_hidden_state
         if pooling == "cls":
             vector = hidden[:, 0]
+        elif pooling == "pooler":
+            if out.get("pooler_output") is None:
+                raise ValueError("this text model has no pooled output; choose pooling mean or cls")
+            vector = out.pooler_output
         else:
             mask = tokens["attention_mask"][..., None].to(hidden.dtype)
             vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1e-9)

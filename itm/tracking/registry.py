@@ -63,7 +63,7 @@ class Tracker:
     As a context manager, a started run ends FINISHED or FAILED; a resumed one is only flushed: who opened it ends it.
     """
 
-    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = ()) -> None:
+    def __init__(self, run_id: str, uri: str, owner: bool, system_metrics: bool, loggers: Sequence[Logger] = (), node: str = "") -> None:
         self.run_id = run_id
         self.uri = uri
         self._client = client(uri)
@@ -72,7 +72,9 @@ class Tracker:
         if owner:
             self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
         self._pending: deque[Any] = deque()
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri) if system_metrics else None
+        self._monitor = (
+            SystemMetricsMonitor(run_id, resume_logging=True, node_id=node or None, tracking_uri=uri) if system_metrics else None
+        )
         if self._monitor:
             self._monitor.start()
 
@@ -99,12 +101,13 @@ class Tracker:
         return tracker
 
     @classmethod
-    def resume(cls, run_id: str, uri: str | None = None, system_metrics: bool = False, loggers: Sequence[Logger] = ()) -> Tracker:
-        """Write into an open run. Pass `uri` (and `system_metrics` on rank 0) in a worker: its working directory differs.
+    def resume(cls, run_id: str, uri: str | None = None, node: str = "", loggers: Sequence[Logger] = ()) -> Tracker:
+        """Write into an open run. Pass `uri` in a worker: its working directory differs.
 
+        node: system metrics of this machine are recorded as well, as system/<node>/...; of its GPUs where nvidia-ml-py is installed.
         loggers: they are told what this tracker is told.
         """
-        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=system_metrics, loggers=loggers)
+        return cls(run_id, uri or tracking_uri(), owner=False, system_metrics=bool(node), loggers=loggers, node=node)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""

@@ -5,20 +5,61 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Adam, Adamax, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from itm.config import Train
 from itm.types import Options, Reports
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax}
+
+class UniterAdamW(AdamW):
+    """AdamW as UNITER's code has it: eps joins the root before its bias is corrected, and the decay follows the update.
+
+    docs/methods/iais.md#schedule.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss is measured again
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+
+    def _update(self, weight: Tensor, group: Options) -> None:
+        state, (first, second) = self.state[weight], group["betas"]
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        state["step"] += 1
+        done = float(state["step"])
+        state["exp_avg"].mul_(first).add_(weight.grad, alpha=1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(weight.grad, weight.grad, value=1 - second)
+        rate = group["lr"] * math.sqrt(1 - second**done) / (1 - first**done)
+        weight.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-rate)
+        if group["weight_decay"]:
+            weight.add_(weight, alpha=-group["lr"] * group["weight_decay"])
 
 
-def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: with decay, and without (temperatures, 1-D weights and everything named bias: docs/methods/cusa.md#hyper-parameters)."""
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "adamw": AdamW, "adamax": Adamax, "adamw_uniter": UniterAdamW}
+
+
+def _is_bias(name: str) -> bool:
+    return name.split(".")[-1].startswith("bias")
+
+
+UNDECAYED: dict[str, Callable[[str, Tensor], bool]] = {
+    "matrices": lambda name, weight: weight.dim() <= 1 or _is_bias(name),
+    "cusa": lambda name, weight: weight.dim() == 1 or _is_bias(name),
+    "uniter": lambda name, weight: "bias" in name or "LayerNorm.weight" in name,
+}
+"""train.decayed -> whether a weight has no decay (docs/methods/cusa.md#hyper-parameters, docs/methods/iais.md#schedule)."""
+
+
+def parameter_groups(method: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict[str, object]]:
+    """Two groups: with decay, and without. decayed: see `train.decayed`."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.dim() <= 1 or name.split(".")[-1].startswith("bias")]
+    plain = [p for name, p in named if UNDECAYED[decayed](name, p)]
     kept = {id(p) for p in plain}
     return [
         {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
@@ -27,7 +68,7 @@ def parameter_groups(method: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
-    groups = [g for g in parameter_groups(method, train.weight_decay) if g["params"]]
+    groups = [g for g in parameter_groups(method, train.weight_decay, train.decayed) if g["params"]]
     # One kernel for all weights instead of a dozen; its last digits are those of a GPU, and CPU runs keep theirs.
     fused: Options = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
     return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)

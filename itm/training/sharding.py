@@ -1,7 +1,8 @@
 """FSDP2 in the place of DDP: every rank keeps a share of the weights, gradients and optimiser state, and of the moving average.
 
-A layer's weights are gathered while it runs. Temperatures and gains (0-D) and buffers are whole on every rank. What is validated and
-saved is gathered on rank 0 as whole tensors of the ordinary names, so a checkpoint fits any number of ranks, sharded or not.
+A layer's weights are gathered while it runs; with bf16 in that format, in half the bytes, while shares and sums of gradients stay float32.
+Temperatures and gains (0-D) and buffers are whole on every rank. What is validated and saved is gathered on rank 0 as whole tensors of the
+ordinary names, so a checkpoint fits any number of ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from itm.config import Train
 from itm.distributed import all_reduce_sum, rank, world_size
 from itm.matchers.encoders.build import layers_of
+from itm.precision import LOW, resolve_precision
 from itm.training.optim import build_optimizer, own_kernels
 from itm.training.step import Step
 from itm.types import Batch, Method, Options
@@ -36,10 +38,11 @@ class ShardedStep(Step):
         """method: whole, the same on all ranks, and not on the device yet, which need not hold all of it."""
         self.copy = copy.deepcopy(method) if rank() == 0 else None
         average = AveragedModel(method, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True) if train.ema else None
-        _shard(method, device)
+        low = LOW.get(resolve_precision(train.precision, device))
+        _shard(method, device, low)
         if average is not None:
             assert isinstance(average.module, Method)
-            _shard(average.module, device)
+            _shard(average.module, device, low)
         super().__init__(method, build_optimizer(method, train), train, rate, average, seed)
 
     def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
@@ -99,13 +102,14 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def _shard(method: Method, device: torch.device) -> None:
-    """Layers, then towers, then what is left; in place."""
+def _shard(method: Method, device: torch.device, low: torch.dtype | None) -> None:
+    """Layers, then towers, then what is left; in place. low: what weights are gathered in; inputs are left to autocast."""
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=None if low is None else torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world_size(),))
     scalars = {p for p in method.parameters() if p.dim() == 0}
     groups = [group for layer in method.matcher.layers() for group in (*layers_of(layer), layer)]
     for group in (*groups, method):
-        fully_shard(group, mesh=mesh, ignored_params=scalars)
+        fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     method.to(device)
 
 

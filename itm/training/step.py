@@ -53,9 +53,12 @@ class Step:
         set_rate(self.optimizer, self.rate(number))
         self.optimizer.zero_grad(set_to_none=True)
         seen: dict[str, Tensor] = {}
+        shares: dict[str, Tensor] = {}
         for micro, batch in enumerate(batches):
             with self._synchronised(micro == len(batches) - 1):
                 losses = self._losses(self.mover(batch), number)
+                if micro == 0 and self.train.log_shares and (number + 1) % self.train.log_every == 0:
+                    shares = gradient_shares(losses, self.plain)
                 self.scaler.scale(torch.stack(list(losses.values())).sum().div(len(batches))).backward()
             for name, value in losses.items():
                 seen[name] = seen.get(name, 0) + value.detach() / len(batches)
@@ -66,7 +69,7 @@ class Step:
         self.scaler.update()
         if self.average is not None:
             self.average.update_parameters(self.plain)
-        return seen | {"loss": torch.stack(list(seen.values())).sum()}
+        return seen | {"loss": torch.stack(list(seen.values())).sum()} | shares
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -114,6 +117,17 @@ class Step:
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Under DDP, gradients are averaged over ranks in the last micro-step only."""
         return contextlib.nullcontext() if last or not isinstance(self.method, DistributedDataParallel) else self.method.no_sync()
+
+
+def gradient_shares(losses: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """`share_<loss>`: the norm of its own gradient over all weights, divided by the sum of those norms. The graph stays as it is."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    norms = {}
+    for name, loss in losses.items():
+        found = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+        norms[name] = torch.stack([g.float().norm() for g in found if g is not None] or [loss.new_zeros(())]).norm()
+    total = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return {f"share_{name}": norm / total for name, norm in norms.items()}
 
 
 def _stream(seed: int, step: int, rank: int) -> int:

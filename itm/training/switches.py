@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from itm.config import Train
 from itm.distributed import world_size
 from itm.training.compiled import check_compiler, compile_encoders
 from itm.training.optim import build_optimizer, moving_average
+from itm.training.ranked import RankedStep
 from itm.training.recompute import recompute_activations
 from itm.training.step import Step
 from itm.types import Method
@@ -28,10 +28,9 @@ def build_step(method: Method, train: Train, rate: Callable[[int], float], seed:
         step: Step = ShardedStep(method, train, rate, seed, device)
     else:
         method.to(device)
-        # Which parameters a step uses depends on the method's terms; DDP must not wait for the others.
-        wrapped = DistributedDataParallel(method, find_unused_parameters=True) if world_size() > 1 else method
         average = moving_average(method, train.ema) if train.ema else None
-        step = Step(wrapped, build_optimizer(method, train), train, rate, average, seed)
+        of_ranks = RankedStep if world_size() > 1 else Step
+        step = of_ranks(method, build_optimizer(method, train), train, rate, average, seed)
     if train.compile:
         compile_encoders(method.matcher, run_again)
     return step

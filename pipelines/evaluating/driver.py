@@ -16,7 +16,7 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, find_protocol, run_protocol
+from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
@@ -45,13 +45,14 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    find_protocol(protocol)
+    asked = find_protocol(protocol)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri)
+    manifest.check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
         "format": FORMAT,
@@ -69,8 +70,9 @@ def evaluate(
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
-    flow = flow_of(encoded, split_uri, manifest)
-    scored = score(matchers, seen, manifest, recipe, how, screen)
+    flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
+    folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
+    scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
     result |= {
@@ -113,11 +115,23 @@ def score_type(matchers: Sequence[Any], precision: str) -> str:
 
 
 def flow_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
-    """Images in, out and rejected. Raises ValueError when they do not add up to what the manifest promises."""
-    out, rejected = len(encoded.names.image_keys), sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems)
+    """Samples in, out (copies of an image too) and rejected. Raises ValueError when they do not add up to what the manifest promises."""
+    out, rejected = (
+        len(encoded.names.image_keys) + encoded.copies,
+        sum(p.stage == "evaluate" and p.what != "caption" for p in encoded.problems),
+    )
     if out + rejected != manifest.samples:
         raise ValueError(f"{split_uri}: {out} images and {rejected} rejected ones, its manifest says {manifest.samples}: {CHANGED}")
     return {"rows_in": manifest.samples, "rows_out": out, "rows_rejected": rejected}
+
+
+def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> dict[str, int]:
+    """As `flow_of`, of captions; and how many of the samples are copies of an image, where there are some."""
+    out, rejected = len(encoded.names.caption_ids), sum(p.lost_captions for p in encoded.problems if p.stage == "evaluate")
+    if out + rejected != manifest.captions:
+        raise ValueError(f"{split_uri}: {out} captions and {rejected} rejected ones, its manifest says {manifest.captions}: {CHANGED}")
+    copies = {"copies": encoded.copies} if encoded.copies else {}
+    return {"captions_in": manifest.captions, "captions_out": out, "captions_rejected": rejected} | copies
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
@@ -146,10 +160,20 @@ def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: in
 
 
 def score(
-    matchers: Sequence[Any], seen: Sequence[EncodedSplit], manifest: Manifest, recipe: Recipe, how: How = IN_MEMORY, screen: Any = None
+    matchers: Sequence[Any],
+    seen: Sequence[EncodedSplit],
+    manifest: Manifest,
+    recipe: Recipe,
+    how: How = IN_MEMORY,
+    screen: Any = None,
+    folds: int = 1,
 ) -> Scored:
-    """All pairs, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`); the mean over matchers."""
+    """All pairs, those of each fold, or those a screen proposes, in memory or in a store of tiles (`pipelines.on_ray.scoring`).
+
+    Of several matchers the mean.
+    """
     identity = {"split_hash": manifest.fingerprint(), "matcher_hash": "+".join(map(weights_hash, matchers))}
-    scores = score_split(matchers, seen, replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder), identity, screen)
+    how, root = replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder)
+    scores = score_split(matchers, seen, how, root, identity, screen, folds)
     first = seen[0]
     return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)

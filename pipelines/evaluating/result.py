@@ -33,6 +33,17 @@ def table(result: Json) -> str:
     return "\n".join(lines)
 
 
+def flow_line(result: Json) -> str | None:
+    """Images and captions in, scored and rejected; None for a result that does not say (a score file)."""
+    if "captions_in" not in result:
+        return None
+    copies = f" ({result['copies']:,} of them copies of an image)" if "copies" in result else ""
+    return (
+        f"{result['rows_in']:,} images = {result['rows_out']:,} scored{copies} + {result['rows_rejected']:,} rejected, "
+        f"{result['captions_in']:,} captions = {result['captions_out']:,} scored + {result['captions_rejected']:,} rejected"
+    )
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from itm.data.formats import Json
 from itm.device import resolve_device
@@ -39,8 +40,11 @@ def score_split(
     root: str,
     identity: Json,
     screen: EncodedSplit | None = None,
+    folds: int = 1,
 ) -> Scores:
     """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
+
+    folds: in memory, only so many blocks of images are scored, each with its own captions; the other scores are -inf.
 
     root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
@@ -50,13 +54,16 @@ def score_split(
     for member in members:
         member.fuse_tiles = how.compile
     sides = [(split.images, split.captions) for split in encoded]
-    pairs = len(sides[0][0]) * len(sides[0][1])
+    pairs = len(sides[0][0]) * len(sides[0][1]) // folds
     costly = any(images.parts is not None for images, _ in sides)
     options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
         return _screened(members, sides, how, screen or encoded[0])
-    if not (how.distributed or 4 * pairs > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
-        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], device=resolve_device(), **options)
+    if not (how.distributed or 4 * pairs * folds > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
+        options["device"] = resolve_device()
+        if folds > 1:
+            return _fold_scores(members, sides, encoded[0].names.caption_image, folds, options)
+        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], **options)
     spread, put, options["device"] = by_tasks()
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
@@ -65,6 +72,16 @@ def score_split(
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
+
+
+def _fold_scores(members: Sequence[Matcher], sides: Sides, caption_image: Tensor, folds: int, options: Json) -> Tensor:
+    images = len(sides[0][0])
+    scores, size = torch.full((images, len(caption_image)), -torch.inf), images // folds
+    for start in range(0, size * folds, size):
+        columns = ((caption_image >= start) & (caption_image < start + size)).nonzero()[:, 0]
+        own = [i[start : start + size] for i, _ in sides], [c[columns] for _, c in sides]
+        scores[start : start + size, columns] = score_matrix(list(members), *own, **options)
+    return scores
 
 
 def notes(members: Sequence[Matcher], scores: Scores) -> Json:

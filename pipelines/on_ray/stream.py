@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from itm.data.arrow import Columns, to_columns
 from itm.data.fetch import Fetch, Work
+from itm.device import cores
 from pipelines.on_ray.session import set_up_data
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ SEGMENT = 2048
 """Work items per Ray Data execution: bounds the driver's bookkeeping in runs of a million steps."""
 FETCHED_ROWS, FETCHED_BYTES = 512, 32 << 20
 """What one item fetches undecoded, at most: the fewer the tasks the less Ray costs, but some have to fit its store together."""
+
+MOST_DECODERS = 16
+"""More threads than that wait for each other: all that is not decoding or resizing holds the lock of the interpreter."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -64,6 +68,17 @@ class PrepareActor(FetchActor):
 
         torch.set_num_threads(1)
         self.batch_of, self.rows = pairs, pairs.fetch.plan.batch
+
+
+def decoders(wanted: int | None, gpu: bool) -> int:
+    """How many actors or threads decode for a trainer: `wanted` (data.decode_workers). Batches and their order are the same for any.
+
+    Unset: one beside a trainer that needs the cores itself, and for a GPU all cores of its share of the machine but the trainer's.
+    """
+    if wanted is not None:
+        return wanted
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine; Ray Train and torchrun tell it
+    return max(1, min(MOST_DECODERS, cores() // trainers - 1)) if gpu else 1
 
 
 def work_of(rank: int, first: int, last: int, accumulate: int) -> list[Work]:

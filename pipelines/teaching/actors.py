@@ -76,6 +76,8 @@ class Prepare:
             return self.prepare(row), None
         except ValueError as error:
             return b"", str(error)
+        except MemoryError:
+            return b"", "there is not enough memory to prepare it"
 
 
 class Score:

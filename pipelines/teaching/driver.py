@@ -136,6 +136,18 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str
     return sidecar.write_store(job.root, job.choice, headers, identity)
 
 
+def flow_line(uri: str) -> str:
+    """Rows of a finished store: samples of an image store, captions of a text store; rejected ones too."""
+    store = sidecar.open_store(uri)
+    rows, rejected = (sum(shard[name] for shard in store.shards.values()) for name in ("rows", "rejected"))
+    quarantine = files.join(uri, "quarantine.jsonl")
+    listed = files.read_bytes(quarantine).count(b"\n") if files.exists(quarantine) else 0
+    unread = listed - rejected  # by the reader of the shards, which leaves no row
+    what = "images" if store.modality == "image" else "captions"
+    unknown = f", {unread:,} of them samples that could not be read" if unread and store.modality == "text" else ""
+    return f"{rows + unread:,} {what} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
+
+
 def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
     captions = rows.captions or [""] * len(rows.keys)
     for key, caption, reason in zip(rows.keys, captions, rows.problems, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from itm.config import Recipe, Train
 from itm.data.manifest import Manifest
-from itm.data.plan import Plan, Position
+from itm.data.plan import Plan, Position, expected_same_image_share, window_of
 from itm.training.optim import learning_rate
 
 
@@ -31,9 +31,15 @@ class Course:
             batch=train.batch_size,
             ranks=ranks,
             accumulate=train.accumulate,
-            window=recipe.data.shuffle_window,
+            window=window_of(manifest, recipe.data.shuffle_window, recipe.data.shuffle_pairs),
         )
         return cls(train, plan, _last_step(train, plan))
+
+    def same_image_share(self, manifest: Manifest) -> float:
+        """Expected share of the pairs of a rank's batch whose image is in it twice (`expected_same_image_share`)."""
+        together = min(1.0, self.plan.window / len(manifest.shards))
+        pairs, images = (max(1, round(count * together)) for count in (manifest.captions, manifest.samples))
+        return expected_same_image_share(pairs, images, self.plan.batch)
 
     def taken_up(self, position: Position, ranks: int) -> Course:
         """The same pairs in the same order from `position` on, which may be shared by another number of ranks."""

@@ -19,7 +19,9 @@ from itm.environment import environment
 from itm.progress import Progress
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
 from itm.tracking.registry import Tracker, tracking_uri
+from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
+from pipelines.training.earlier import begun, check_same
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
 from pipelines.training.preparation import prepare
@@ -40,14 +42,24 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         files.remove_abandoned(folder)
     manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
-    _check_same(recipe.folder, (finished, started), given, manifest)
-    if finished:
-        print(f"{recipe.folder} is finished (run {finished['run_id']}); --overwrite trains it again")
+    try:
+        longer = check_same(recipe.folder, (finished, started), given, recipe, manifest)
+    except ValueError:
+        if finished or begun(recipe.folder):
+            raise
+        forget(recipe.folder)  # a start that failed: nothing was learned that another choice could spoil
+        longer, started = False, None
+    if finished and not longer:
+        print(f"{recipe.folder} is finished (run {finished['run_id']}); more steps go on from there, --overwrite trains it again")
         return finished
     check_gpus(recipe)
-    job = prepare(recipe, manifest)
+    job = _prepared(recipe, manifest, started)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    if longer:
+        started = _lengthened(job, finished, started, about)
+    share = job.course.same_image_share(manifest)
+    print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job)
@@ -58,6 +70,62 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
         tracker.metrics(flow, step=summary["steps"])
     return done
+
+
+def finished(recipe: Recipe) -> Json | None:
+    """What run.json holds, if it is of this recipe and of the training split as it is now; else None."""
+    receipt = _read(files.join(recipe.folder, "run.json"))
+    if receipt is None:
+        return None
+    try:
+        manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+        longer = check_same(recipe.folder, (receipt, _read(files.join(recipe.folder, "started.json"))), recipe, located(recipe), manifest)
+    except ValueError:  # another run, or no training split: `train` says which
+        return None
+    return None if longer else receipt
+
+
+def _prepared(recipe: Recipe, manifest: Manifest, started: Json | None) -> Job:
+    """As `prepare`; a start that is refused leaves nothing that the next one, of other choices, would take up."""
+    try:
+        return prepare(recipe, manifest)
+    except Exception:
+        if started is None:
+            forget(recipe.folder)
+        raise
+
+
+def _lengthened(job: Job, finished: Json | None, started: Json | None, about: Json) -> Json:
+    """Let a run go on for more steps: started.json tells of the new length before run.json, which tells of the old one, goes.
+
+    Raises ValueError when the run has more steps behind it than are asked for.
+    """
+    behind, folder = finished["steps"] if finished else 0, job.recipe.folder
+    if job.course.steps <= behind:
+        raise ValueError(
+            f"{folder} has {behind} steps behind it, this recipe ends at {job.course.steps}: ask for more train.steps or train.epochs, "
+            "give the run another name=, or --overwrite to start afresh"
+        )
+    assert started is not None
+    said = started | about | {"recipe": job.recipe.model_dump(mode="json")}
+    files.write_atomic(files.join(folder, "started.json"), json.dumps(said, indent=1).encode())
+    if finished:
+        files.delete(files.join(folder, "run.json"))
+        print(f"{folder} goes on from step {behind} to {job.course.steps}")
+    return said
+
+
+def flow_line(done: Json) -> str:
+    """Pairs trained on and rejected, and the samples and captions that these were, each once; `done` = what run.json holds."""
+    folder = done["matcher"].removesuffix("/matcher")
+    lists = [uri for uri in files.list_files(folder, ".jsonl") if files.name_of(uri).startswith("quarantine-")]
+    rows = {line: json.loads(line) for uri in lists for line in files.read_bytes(uri).decode().split("\n") if line}
+    captions = sum(said["what"] == "caption" for said in rows.values())
+    samples = len({(said["shard"], said["key"]) for said in rows.values() if said["what"] != "caption"})
+    return (
+        f"{done['rows_in']:,} pairs = {done['rows_out']:,} trained on + {done['rows_rejected']:,} rejected "
+        f"({samples:,} images and {captions:,} captions of other images could not be used)"
+    )
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -98,7 +166,7 @@ def execute(job: Job) -> Json:
             return run_group(job, progress.to)
         device = torch.device("cuda" if train.use_gpu else "cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - job.recipe.data.decode_workers))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
         return work(job, device, progress.to)
 
 
@@ -114,18 +182,3 @@ def forget(folder: str) -> None:
 
 def _read(uri: str) -> Json | None:
     return read_json(uri, FORMAT) if files.exists(uri) else None
-
-
-def _check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, manifest: Manifest) -> None:
-    """Raises ValueError when run.json or started.json (None: not there) tell of other choices or of other data."""
-    recorded = next((said["recipe"] for said in earlier if said and "recipe" in said), None)
-    same: dict[str, list[str | None]] = {
-        "recipe_fingerprint": [recipe.fingerprint(), recipe.whole_fingerprint(recorded) if recorded else None],
-        "manifest": [manifest.fingerprint()],
-    }
-    for said in filter(None, earlier):
-        for what, values in same.items():
-            if said[what] not in values:
-                raise ValueError(
-                    f"{folder} holds a run with {what} {said[what]}, this one has {values[0]}; give the run another name=, or --overwrite"
-                )

@@ -15,7 +15,7 @@ from itm.device import resolve_device
 from pipelines.on_ray.errors import cause_of
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.session import interruptible
-from pipelines.on_ray.stream import PrepareActor
+from pipelines.on_ray.stream import PrepareActor, decoders
 from pipelines.training.job import Job
 from pipelines.training.worker import work
 
@@ -63,7 +63,7 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
 def check_room(recipe: Recipe, cpus: float) -> None:
     """Raises ValueError where trainers on CPUs would leave none to the actors that decode for them, and both wait for ever."""
     train, data = recipe.train, recipe.data
-    wanted = train.workers * (1 + PrepareActor.CPUS * data.decode_workers)
+    wanted = train.workers * (1 + PrepareActor.CPUS * decoders(data.decode_workers, train.use_gpu))
     if data.decode == "actors" and not train.use_gpu and train.workers <= cpus < wanted:
         raise ValueError(
             f"train.workers={train.workers} and their decoding actors need {wanted:g} CPUs, the cluster has {cpus:g}: "

@@ -49,7 +49,8 @@ def validate(here: Rank, done: int) -> None:
             return
         matcher: Any = method.matcher
         split, device, size = job.split(recipe.data.val_split), here.step.device, recipe.evaluation.batch_size
-        encoded = encode_split(matcher, split, size, device=device, max_reject_rate=recipe.data.max_reject_rate)
+        rejected = recipe.data.max_reject_rate
+        encoded = encode_split(matcher, split, size, recipe.data.val_images, device=device, max_reject_rate=rejected)
         scores = score_matrix(matcher, encoded.images, encoded.captions, block=recipe.evaluation.block, device=device)
         metrics = retrieval_metrics(scores, encoded.positives)
         here.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
@@ -88,7 +89,7 @@ def checkpoint(here: Rank, done: int) -> None:
 def finish(here: Rank) -> Json:
     """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split.
 
-    Returns what rank 0 knows: steps, seconds, samples_per_s, best, rejected, rows_in, rows_out, rows_rejected.
+    Returns what rank 0 knows: steps, seconds, samples_per_s, best, same_image_share, rejected, rows_in, rows_out, rows_rejected.
     """
     matcher: Any = here.step.gathered(here.step.kept).matcher
     if here.tracker is None:
@@ -103,6 +104,7 @@ def finish(here: Rank) -> Json:
         "seconds": round(state.seconds, 2),
         "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
         "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
+        "same_image_share": here.same_image[0] / max(1, here.same_image[1]),
         "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
         "rows_in": state.pairs,
         "rows_out": state.used,

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 import itm
-from itm.config import Recipe
+from itm.config import Recipe, Text
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
-from itm.data.preprocess import ImageInput, Inputs, decode, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
-from itm.precision import warn_if_slow
+from itm.precision import resolve_precision, warn_if_slow
 from itm.teachers.stores import store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
@@ -32,9 +34,11 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     """Everything that can be refused is refused here: too few pairs, a missing store or split, a method that the model cannot serve."""
     data, train = recipe.data, recipe.train
     split = files.join(data.root, data.train_split)
+    manifest.check_captioned(split, "trained on")
     if data.val_split:
         try:
-            read_manifest(files.join(data.root, data.val_split))
+            val = files.join(data.root, data.val_split)
+            read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
     course = Course.of(recipe, manifest)
@@ -44,11 +48,15 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
     if first and image.kind == "regions":
         image = replace(image, region_width=read_regions(first[0], 1)["regions"].shape[1])
     tokenizer = started_from(recipe).inputs.tokenizer if train.start else build_tokenizer(recipe.text, captions)
+    if train.start:
+        agreed_text(recipe.text, tokenizer, train.start)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
+    elif not train.workers:  # others have devices of their own
+        resolve_precision(train.precision, torch.device("cuda"))
     if train.compile and not train.use_gpu:
         check_compiler(torch.device("cpu"))
     if first:
@@ -77,6 +85,21 @@ def started_from(recipe: Recipe) -> Matcher:
     return itm.load_matcher(kept, allow=recipe.allowed)
 
 
+def agreed_text(text: Text, tokenizer: Any, start: str) -> None:
+    """Raises ValueError where the recipe says of the captions what the tokenizer of the matcher it starts from does not do."""
+    said = text.model_fields_set
+    differ = [
+        f"text.{name}: {given!r} here, {found!r} there"
+        for name, given in text.model_dump(include=said & {"clean", "max_length"}).items()
+        if (found := getattr(tokenizer, name, given)) != given
+    ]
+    if differ:
+        raise ValueError(
+            f"the recipe contradicts the tokenizer of train.start={start}, which a run takes over: {'; '.join(differ)}. Take the keys out "
+            "of the recipe (or give them its values), or make the matcher again by `itm import` with those that you want"
+        )
+
+
 def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
     for shard in manifest.shards:
         for item in read_samples(files.join(split, shard.name)):
@@ -90,7 +113,12 @@ def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str]
         for item in read_samples(files.join(split, shard.name)):
             data = None if isinstance(item, Problem) else item.regions if kind == "regions" else item.image
             with suppress(ValueError):
-                if isinstance(item, Sample) and data is not None and (decode(data) if kind == "pixels" else read_regions(data, 1)):
+                if (
+                    isinstance(item, Sample)
+                    and item.captions
+                    and data is not None
+                    and (decode(data) if kind == "pixels" else read_regions(data, 1))
+                ):
                     return data, item.captions[0].text
     return None
 

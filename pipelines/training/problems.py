@@ -42,7 +42,7 @@ class Problems:
         if not new:
             return
         self.rows |= dict.fromkeys(new)
-        keys = {json.loads(row)["key"] for row in self.rows}
+        keys = {(said["shard"], said["key"]) for said in map(json.loads, self.rows)}
         if len(keys) > self.limit * self.samples:
             self.write()
             raise ValueError(

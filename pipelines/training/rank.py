@@ -27,7 +27,8 @@ class Rank:
     """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
-    was no batch yet.
+    was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
+    and all.
     """
 
     job: Job
@@ -39,6 +40,7 @@ class Rank:
     tracker: Tracker | None
     unsaved: Tensor
     waited: float = 0.0
+    same_image: tuple[int, int] = (0, 0)
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:
@@ -57,7 +59,7 @@ class Rank:
             state,
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
-            Tracker.resume(job.run_id, job.tracking_uri, loggers=loggers_of(job.recipe, job.run_id)) if rank() == 0 else None,
+            _tracker(job) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )
 
@@ -65,6 +67,13 @@ class Rank:
     def first(self) -> int:
         """The step at which this process took the run up."""
         return self.course.plan.start.step
+
+
+def _tracker(job: Job) -> Tracker:
+    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own."""
+    train = job.recipe.train
+    node = "trainer" if train.use_gpu and train.workers else ""
+    return Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
 
 
 class Stopwatch:

@@ -5,27 +5,59 @@ The same function runs as a Ray Train worker and inside the driver (`train.worke
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 
 from itm.data.arrow import Columns
+from itm.data.buffers import Buffers
 from itm.data.collate import to_batch
 from itm.data.formats import Json
 from itm.data.pairs import Pairs
+from itm.device import is_lost
 from itm.distributed import rank
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
-from pipelines.on_ray.stream import stream, stream_here, work_of
+from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
 
+LOST = 74
+"""Exit code of a worker whose device is lost (EX_IOERR)."""
+BESIDE = 7
+"""Batches in memory beside one a decoding thread: those that are ready, that of the step, and one that is being let go."""
+
 
 def work(job: Job, device: torch.device, report: Report) -> Json:
-    """Train to the end of the run; returns the summary of `finish`, on rank 0."""
+    """Train to the end of the run; returns the summary of `finish`, on rank 0. Raises OSError where the device is lost."""
+    with ended_with_its_device(own_process=job.recipe.train.workers > 0):
+        return _work(job, device, report)
+
+
+@contextmanager
+def ended_with_its_device(own_process: bool) -> Iterator[None]:
+    """A worker's process ends where its device is lost: only another process gets a working one, and Ray Train starts it
+    (`train.max_failures`). Where the process is the user's it raises OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        said = f"the device is lost: {str(error).splitlines()[0]}"
+        if own_process:
+            print(f"{said}; this worker ends, train.max_failures says how often another may take its place", file=sys.stderr, flush=True)
+            os._exit(LOST)  # not by an exception: the end of a process group would wait for the device
+        raise OSError(f"{said}; run the same command again, it goes on from the last checkpoint") from error
+
+
+def _work(job: Job, device: torch.device, report: Report) -> Json:
     here = Rank.restored(job, device)
     course = here.course
     hooks = Hooks(
@@ -51,6 +83,8 @@ def batches(here: Rank) -> Iterator[Batch]:
         left_out = [problem for problem in columns["problem"] if problem is not None]
         here.problems.add(left_out)
         here.unsaved += torch.tensor([rows - len(left_out), len(left_out)])
+        _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
+        here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
         yield to_batch(columns)
 
 
@@ -71,6 +105,6 @@ def columns_of(here: Rank) -> Iterator[Columns]:
     job, course, data = here.job, here.course, here.job.recipe.data
     items = work_of(rank(), here.first, course.steps, course.train.accumulate)
     pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores)
-    if course.train.workers:
-        return stream(pairs, items, data.decode, data.decode_workers)
-    return stream_here(pairs, items, data.decode_workers)
+    threads = decoders(data.decode_workers, course.train.use_gpu)
+    pairs.buffers = Buffers(threads + BESIDE)
+    return stream(pairs, items, data.decode, threads) if course.train.workers else stream_here(pairs, items, threads)

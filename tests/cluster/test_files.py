@@ -131,6 +131,31 @@ def test_every_pod_mounts_its_object_store_in_memory_and_reads_settings_that_exi
                 assert {next(iter(source.values()))["name"] for source in container["envFrom"]} == settings
 
 
+def test_gpu_pods_ask_for_a_gpu_have_its_image_and_shared_memory_for_ray_and_nccl():
+    sizes = {"Gi": 1.0, "Mi": 1 / 1024}
+    for spec in cluster_specs():
+        pods = [group["template"]["spec"] for group in spec["workerGroupSpecs"]]
+        (gpu,) = [pod for pod in pods if "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]]
+        (container,), (shm,) = gpu["containers"], [v["emptyDir"]["sizeLimit"] for v in gpu["volumes"]]
+        assert container["image"].endswith("-gpu")
+        assert int(container["resources"]["limits"]["nvidia.com/gpu"]) >= 1
+        assert int(container["resources"]["limits"]["cpu"]) >= 4, "one core trains, the others decode for it"
+        assert [t["key"] for t in gpu["tolerations"]] == ["nvidia.com/gpu"]
+        memory = container["resources"]["limits"]["memory"]
+        assert float(shm[:-2]) * sizes[shm[-2:]] >= 0.3 * float(memory[:-2]) * sizes[memory[-2:]]
+    assert "EXTRAS=all,gpu" in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_the_settings_that_are_commented_out_are_settings():
+    text = (CLUSTER / "settings.yaml").read_text()
+    switched_on = re.sub(r"^  # ([A-Z_]+: )", r"  \1", text, flags=re.MULTILINE)
+    before, after = (next(yaml.safe_load_all(t))["data"] for t in (text, switched_on))
+    added = {name: value for name, value in after.items() if name not in before}
+    assert {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"} <= set(added)
+    assert all(isinstance(value, str) for value in added.values()), "a ConfigMap holds strings"
+    assert all(name.startswith(("NCCL_", "TORCH_")) for name in added)
+
+
 def test_the_entry_point_of_the_job_is_a_stage_with_a_shipped_recipe_and_shared_places():
     words = shlex.split(manifest("rayjob.yaml")["spec"]["entrypoint"])
     assert words[:2] == ["python", "-m"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from itm.tracking.registry import Tracker, promote
 from pipelines import teach
+from pipelines.cli import stage_main
 from tests.support import ROOT
 from tests.support.documents import NAMES, fenced
 from tests.support.registry_world import matcher_folder, register_matcher
@@ -37,6 +38,8 @@ def world(here: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(here)
     pack(here / "data" / "shards", scenes(6))
     teach.teach(recipe(here / "data" / "shards", image={"kind": "statistics"}))
+    for form, output in (("parquet", "exported"), ("webdataset", "exported/train")):
+        stage_main("export", ["teachers", "data/shards/train", "--to", form, "-o", output])
     folder = matcher_folder(here / "runs" / "my-photos" / "matcher")
     with Tracker.start("docs", "example") as tracker:
         version = register_matcher(folder, "itm-matcher", tracker.run_id, {"rsum": 1.0})
@@ -46,7 +49,7 @@ def world(here: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_pages_hold_examples_of_every_kind_of_use() -> None:
-    uses = ("start", "data", "teachers", "extending", "registry-and-serving")
+    uses = ("start", "data", "teachers", "exporting", "extending", "registry-and-serving")
     assert {f"docs/{use}.md" for use in uses} <= {name for name, _ in BLOCKS}
 
 

@@ -66,7 +66,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"itm {itm.__version__}\n"
 
 
-@pytest.mark.parametrize(("typed", "said"), [("trian", "did you mean 'train'"), ("xyzzy", "known: demo, recipes")])
+@pytest.mark.parametrize(("typed", "said"), [("trian", "did you mean 'train'"), ("xyzzy", "known: init, demo, recipes")])
 def test_an_unknown_stage_names_the_near_one(typed: str, said: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main([typed])

@@ -41,6 +41,12 @@ def test_a_shipped_recipe_is_named_as_its_file_and_says_what_it_is(name: str):
     assert name.startswith("demo") or {"source", "published", "verified", "decisions"} <= set(recipe.paper)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("demo")])
+def test_a_published_recipe_registers_under_its_own_name(name: str):
+    """Recipes inherit from each other: a run must not take the champion alias of the model that it extends."""
+    assert shipped(name).registry.model == name
+
+
 @pytest.mark.parametrize("name", sorted(RECORDED))
 def test_a_published_recipe_resolves_to_the_values_on_record(name: str):
     """Which file a value is written in is free; what it is belongs to the published figures."""
@@ -49,6 +55,12 @@ def test_a_published_recipe_resolves_to_the_values_on_record(name: str):
 
 def test_every_published_recipe_is_on_record():
     assert {name for name in NAMES if shipped(name).paper} == set(RECORDED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_of_a_paper_trains_in_its_authors_precision_and_any_other_in_the_best_of_the_device(name: str):
+    half = name.startswith("iais")  # apex O2, docs/methods/iais.md
+    assert shipped(name).train.precision == (("bf16" if half else "fp32") if shipped(name).paper else "auto")
 
 
 @pytest.mark.parametrize("name", NAMES)

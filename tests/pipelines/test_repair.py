@@ -12,6 +12,7 @@ import pytest
 
 from itm.data.manifest import Manifest
 from itm.data.records import Problem, Regions
+from itm.data.same_image import image_of
 from itm.data.shards import Sample, read_manifest, read_samples
 from pipelines.cli import stage_main
 from pipelines.inspect import inspect
@@ -65,6 +66,7 @@ def test_a_damaged_folder_becomes_a_clean_one_and_everything_left_out_is_named(t
         "a": ["ay"],
         "b": ["bee"],
         "x_c": ["see"],
+        "1_a": ["again"],
         "f": ["eff"],
         "j": ["jay"],
     }
@@ -77,7 +79,6 @@ def test_a_damaged_folder_becomes_a_clean_one_and_everything_left_out_is_named(t
         ("", "1.tar", "shard"),
         ("", "2.tar", "shard"),
         ("a", "0.tar", "caption"),
-        ("a", "1.tar", "sample"),
         ("b", "0.tar", "member"),
         ("d", "0.tar", "sample"),
         ("e", "0.tar", "sample"),
@@ -88,6 +89,7 @@ def test_a_damaged_folder_becomes_a_clean_one_and_everything_left_out_is_named(t
     ]
     # distinct keys of each tar: 5 (a b c d e), 4 (a f h; g and i are no files), 2 (j k)
     assert manifest.samples + manifest.rejected == 5 + 3 + 2
+    assert (found["1_a"].image, found["1_a"].meta["image_id"]) == (png(9), "1_a")
     assert manifest.rejected == sum(r["what"] == "sample" for r in rows)
     assert inspect(str(clean)).problems == []
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
@@ -129,4 +131,25 @@ def test_the_command_refuses_to_write_over_others_and_says_how_much_it_kept(tmp_
     assert stage_main("repair", [str(source), "--output", str(tmp_path / "clean")]) == 0
     told = capsys.readouterr()
     assert "must be another folder" in told.err and "were not made by `itm repair`" in told.err and "not one sample" in told.err
-    assert "5 images, 5 captions in 3 shards, 5 rejected" in told.out
+    assert "6 images, 6 captions in 3 shards, 4 rejected" in told.out
+
+
+def test_field_case_18_keys_that_restart_in_each_shard_lose_nothing_and_get_the_name_of_their_shard(tmp_path: Path) -> None:
+    source, clean = tmp_path / "foreign", tmp_path / "clean"
+    source.mkdir()
+    for shard in range(3):  # the last image of each shard is the first of the next
+        members = [
+            (f"{n:06d}.{end}", data)
+            for n in range(3)
+            for end, data in (("png", png(2 * shard + n)), ("txt", f"caption {shard} {n}".encode()))
+        ]
+        tar_of(source / f"{shard:05d}.tar", members)
+    manifest = repair(str(source), str(clean))
+    found = samples(clean, manifest)
+    assert (manifest.samples, manifest.captions, manifest.rejected) == (9, 9, 0)
+    assert list(found) == [*(f"{n:06d}" for n in range(3)), *(f"{shard:05d}_{n:06d}" for shard in (1, 2) for n in range(3))]
+    assert len({image_of(sample) for sample in found.values()}) == 7, "copies of an image stay one image"
+    whole = {p.name: p.read_bytes() for p in clean.iterdir()}
+    (clean / "00002.tar").unlink()
+    repair(str(source), str(clean))
+    assert {p.name: p.read_bytes() for p in clean.iterdir()} == whole

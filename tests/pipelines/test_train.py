@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import itm
-from itm.config import load_recipe
+from itm.config import Recipe, load_recipe, parse_recipe
 from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.matchers.folder import load_matcher_folder
 from pipelines.train import train
 from pipelines.training.group import check_room
+from pipelines.training.worker import LOST, ended_with_its_device
 from tests.support.noise_split import every_sample, small_split, world
 from tests.support.small_training import die_at, final, recipe, same, splits
 
@@ -97,8 +99,13 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_like_an_uninterrupted_one(tmp
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     splits(tmp_path)
     train(recipe(tmp_path, steps=2))
-    with pytest.raises(ValueError, match=r"holds a run with recipe_fingerprint .*--overwrite"):
-        train(recipe(tmp_path, steps=3))
+    with pytest.raises(
+        ValueError, match=r"other choices: train.lr was 0.001, is 0.1; model.options.width was 8, is 4;.*--overwrite"
+    ) as told:
+        other = recipe(tmp_path, steps=2, lr=0.1).model_dump(mode="json")
+        other["model"]["options"]["width"] = 4
+        train(parse_recipe(other))
+    assert "steps" not in str(told.value)
 
 
 @pytest.mark.e2e
@@ -236,6 +243,54 @@ def test_two_workers_on_one_shard_survive_the_death_of_one_bit_for_bit(tmp_path:
     assert whole["steps"] == killed["steps"] == 60
     assert whole["best"] == killed["best"]
     assert same(final(tmp_path, "whole", 60), final(tmp_path, "killed", 60))
+
+
+def loses_its_device(root: Path, **given: Any) -> Recipe:
+    method = {"kind": "tests.support.lost_device:LosesItsDevice", "options": {"notes": f"{root}/{given['workers']}.txt"}}
+    return recipe(root, method, {"val_split": ""}, name=f"run{given['workers']}", **given)
+
+
+def notes(path: Path) -> list[list[int]]:
+    return [[*map(int, line.split())] for line in path.read_text().splitlines()]
+
+
+def test_a_device_that_is_lost_ends_a_run_without_workers_in_a_line_and_it_goes_on(tmp_path: Path) -> None:
+    splits(tmp_path)
+    asked = loses_its_device(tmp_path, workers=0)
+    with pytest.raises(OSError, match="^the device is lost: CUDA error: device-side assert triggered; run the same command again, it goes"):
+        train(asked)
+    assert train(asked)["steps"] == 10
+    assert [step for _, step in notes(tmp_path / "0.txt")] == [*range(6), *range(4, 10)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), LOST),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), LOST),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1),
+        (ValueError("a loss is not finite"), 1),
+    ],
+)
+def test_a_lost_device_ends_the_process_of_a_worker_and_no_other_error_does(error: Exception, code: int) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            with ended_with_its_device(own_process=True):
+                raise error
+        except Exception:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+@pytest.mark.e2e
+def test_a_worker_whose_device_is_lost_is_replaced_by_another_process(tmp_path: Path, ray_local: object) -> None:
+    splits(tmp_path)
+    assert train(loses_its_device(tmp_path, workers=1, max_failures=1))["steps"] == 10
+    seen = notes(tmp_path / "1.txt")
+    assert [step for _, step in seen] == [*range(6), *range(4, 10)]
+    assert len({process for process, step in seen if step == 5}) == 2
+    assert len({process for process, _ in seen}) == 2
 
 
 @pytest.mark.e2e

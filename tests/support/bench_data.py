@@ -35,8 +35,9 @@ from itm.data import files
 from itm.data.collate import to_batch
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.pairs import Pairs
+from itm.data.pixels import decode
 from itm.data.plan import Plan
-from itm.data.preprocess import ImageInput, Inputs, decode, draw, fit
+from itm.data.preprocess import ImageInput, Inputs, draw, fit
 from itm.data.records import Caption, Record, Regions
 from itm.data.shards import Sample, read_manifest, read_samples, write_shard
 from itm.data.sidecar import Header, Store, read_sidecar, sidecar_uri, write_sidecar

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 SOURCES: Kinds[Source] = Kinds(
     "itm.data.sources.source:Source",
     {
+        "imagefolder": "itm.data.sources.folder:ImageFolder",
+        "parquet": "itm.data.sources.parquet:Parquet",
+        "hub": "itm.data.sources.hub:Hub",
         "scenes": "itm.data.sources.scenes:Scenes",
         "pairs_json": "itm.data.sources.pairs_json:PairsJson",
         "karpathy": "itm.data.sources.karpathy:Karpathy",

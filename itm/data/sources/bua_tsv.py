@@ -15,7 +15,7 @@ import numpy as np
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Problem, Record, Regions
-from itm.data.sources.source import ListedImages, Source, unique_keys
+from itm.data.sources.source import ListedImages, Source, stored_features, unique_keys
 from itm.kinds import build_part
 
 FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
@@ -25,8 +25,8 @@ class BuaTsv(Source):
     """`features`: a TSV file or several; `captions`: a source of image files whose captions and splits are taken, their images not read.
 
     Rows and images meet by the stem of the file name, its part behind the last underscore, or the image_id of the captions, leading
-    zeros aside; of rows with one id the first counts. Opening reads the files once, to know where each row begins.
-    Raises ValueError for a row that is no row.
+    zeros aside. Opening reads the files once, to know where each row begins.
+    Raises ValueError for a row that is no row, and for two rows of one id.
     """
 
     def __init__(self, features: str | list[str], captions: Mapping[str, Any]) -> None:
@@ -38,6 +38,7 @@ class BuaTsv(Source):
         self.said, self.splits = said, said.splits
         self.files = [Path(files.absolute(f)) for f in ([features] if isinstance(features, str) else features)]
         self.rows: dict[str, tuple[int, int, int]] = {}
+        self._lines: dict[str, int] = {}
         for number, file in enumerate(self.files):
             self._index(number, file)
         self._keys = {split: unique_keys([row.path for row in rows]) for split, rows in said.listings.items()}
@@ -61,11 +62,13 @@ class BuaTsv(Source):
         place = next((self.rows[_plain(name)] for name in names if _plain(name) in self.rows), None)
         if place is None:
             files = ", ".join(str(f) for f in self.files)
-            return Problem(key, "", "source", f"{listing.path} has no row in {files}: none of {names} is an image_id there")
+            reason = f"{listing.path} has no row in {files}: none of {names} is an image_id there"
+            return Problem(key, "", "source", reason, captions=len(listing.captions))
         try:
-            regions = read_row(self._row(place))
+            regions = read_row(self._row(place), self.regions_dtype)
         except ValueError as error:
-            return Problem(key, "", "source", f"{self.files[place[0]]} at byte {place[1]}: {error}")
+            reason = f"{self.files[place[0]]} at byte {place[1]}: {error}"
+            return Problem(key, "", "source", reason, captions=len(listing.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(listing.captions)]
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": listing.path, **listing.meta})
 
@@ -76,11 +79,15 @@ class BuaTsv(Source):
             raise ValueError(f"data.source.options.features: {file} cannot be read: {error.strerror}") from None
         with stream:
             at = 0
-            for line in stream:
+            for count, line in enumerate(stream, 1):
                 cells = line.split(b"\t", 2)
                 if len(cells) < 3:
                     raise ValueError(f"{file} at byte {at} is no row of {' '.join(FIELDS)}, separated by tabs")
-                self.rows.setdefault(_plain(cells[0].decode(errors="replace")), (number, at, len(line)))
+                name = _plain(cells[0].decode(errors="replace"))
+                if name in self.rows:
+                    earlier = f"{self.files[self.rows[name][0]]} line {self._lines[name]}"
+                    raise ValueError(f"image_id {name} has a row in {earlier} and in {file} line {count}: keep the right one of them")
+                self.rows[name], self._lines[name] = (number, at, len(line)), count
                 at += len(line)
 
     def _row(self, place: tuple[int, int, int]) -> bytes:
@@ -90,8 +97,8 @@ class BuaTsv(Source):
             return stream.read(length)
 
 
-def read_row(line: bytes) -> Regions:
-    """Regions of one row. Raises ValueError when numbers and bytes do not fit together, or float16 cannot hold the features."""
+def read_row(line: bytes, dtype: str = "fp16") -> Regions:
+    """Regions of one row. Raises ValueError when numbers and bytes do not fit together, or `dtype` cannot hold the features."""
     cells = line.rstrip(b"\r\n").split(b"\t")
     if len(cells) != len(FIELDS):
         raise ValueError(f"{len(cells)} fields, want {len(FIELDS)}: {' '.join(FIELDS)}")
@@ -102,11 +109,13 @@ def read_row(line: bytes) -> Regions:
         raise ValueError(f"boxes or features are no base64: {error}") from None
     if count < 1 or boxes.size != 4 * count or not features.size or features.size % count:
         raise ValueError(f"num_boxes is {count}, but there are {boxes.size} box numbers and {features.size} feature numbers")
-    with np.errstate(over="ignore"):
-        half = features.reshape(count, -1).astype(np.float16)
-    if not np.isfinite(half).all() or not np.isfinite(boxes).all():
-        raise ValueError("features or boxes are not finite in float16")
-    return Regions(half, boxes.reshape(count, 4), width, height)
+    if not np.isfinite(boxes).all():
+        raise ValueError("boxes are not finite")
+    try:
+        kept = stored_features(features.reshape(count, -1), dtype)
+    except ValueError as error:
+        raise ValueError(f"features are {error}") from None
+    return Regions(kept, boxes.reshape(count, 4), width, height)
 
 
 def _plain(name: str) -> str:

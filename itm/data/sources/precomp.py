@@ -10,7 +10,7 @@ import numpy as np
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.records import Caption, Problem, Record, Regions
-from itm.data.sources.source import Source, unique_keys
+from itm.data.sources.source import Source, read_text, refuse_pointer, stored_features, unique_keys
 
 
 class Precomp(Source):
@@ -43,25 +43,24 @@ class Precomp(Source):
     def item(self, split: str, index: int) -> Record | Problem:
         features, captions, keys, step = self._splits[split]
         rows = features[index * step : (index + 1) * step]
-        with np.errstate(over="ignore"):
-            half = rows[0].astype(np.float16)
         if (rows[1:] != rows[:1]).any():
-            return Problem(
-                keys[index], "", "source", f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
-            )
-        if not np.isfinite(half).all():
-            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is not finite in float16")
+            reason = f"{split}_ims.npy rows {index * step} to {(index + 1) * step - 1} should be the same image"
+            return Problem(keys[index], "", "source", reason, captions=self.per_image)
+        try:
+            kept = stored_features(rows[0], self.regions_dtype)
+        except ValueError as error:
+            return Problem(keys[index], "", "source", f"{split}_ims.npy row {index * step} is {error}", captions=self.per_image)
         first = index * self.per_image
         texts = captions[first : first + self.per_image]
         said = [Caption(f"{split}-{first + n}", text) for n, text in enumerate(texts)]
-        return Record(keys[index], split, said, regions=Regions(half), meta={"image_id": keys[index]})
+        return Record(keys[index], split, said, regions=Regions(kept), meta={"image_id": keys[index]})
 
     def _file(self, split: str, name: str) -> Path:
         return self.path / f"{split}_{name}"
 
     def _open(self, split: str) -> tuple[np.ndarray, list[str], list[str], int]:
         """(features, captions, key of each image, rows an image)."""
-        features = np.load(self._file(split, "ims.npy"), mmap_mode="r", allow_pickle=False)
+        features = _load(self._file(split, "ims.npy"))
         captions = self._lines(split, "caps.txt")
         images, odd = divmod(len(captions), self.per_image)
         if features.ndim != 3 or odd or len(features) not in (images, len(captions)):
@@ -82,5 +81,19 @@ class Precomp(Source):
         return [f"{split}-{index:06d}" for index in range(images)]
 
     def _lines(self, split: str, name: str) -> list[str]:
-        text = self._file(split, name).read_text(encoding="utf-8", errors="replace")
-        return text.removesuffix("\n").split("\n")
+        return read_text(self._file(split, name)).removesuffix("\n").split("\n")
+
+
+def _load(path: Path) -> np.ndarray:
+    """Memory-mapped. Raises ValueError naming the file and what it is instead."""
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    refuse_pointer(path, start)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(array, np.ndarray):
+            return array
+        what = "is an archive of arrays"
+    except Exception:  # numpy raises almost anything for what is no array
+        what = "is no .npy file" if not start.startswith(b"\x93NUMPY") else "is cut short, or holds objects instead of numbers"
+    raise ValueError(f"{path} {what}: write it with numpy.save, as float32 or float16")

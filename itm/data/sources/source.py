@@ -15,15 +15,17 @@ import numpy as np
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Problem, Record, image_format
 
-_FORMATS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class Source(ABC):
     """Raw data. Item k of a split is the same record in every process, so that any slice can be packed anywhere."""
 
     splits: list[str]
+    regions_dtype: str = "fp16"
+    """How `itm pack` stores region features (data.regions_dtype); a source checks them in it."""
 
     @abstractmethod
     def count(self, split: str) -> int:
@@ -42,13 +44,43 @@ class Source(ABC):
         """(I,T) bool, every pair that truly holds, from the metadata of samples (I) and captions (T); None when that is not known."""
         return None
 
+    def uncaptioned(self, split: str) -> bool:
+        """Whether the split is of images alone: they are packed without captions, where else an image without one is rejected."""
+        return False
+
+    def passed_over(self, split: str) -> list[Problem]:
+        """What lies among the files of a split and is no item (a Mac's notes, a text of no image): listed, of what `member`."""
+        return []
+
+    def abouts(self, split: str) -> Iterator[Json]:
+        """Key and metadata of every item, in order; a source that can gives them without reading an image."""
+        for item in self.records(split):
+            yield {"key": item.key, **(item.meta if isinstance(item, Record) else {})}
+
+    def places(self, split: str, start: int, stop: int) -> list[Any]:
+        """Where items [start, stop) are found, JSON-able: a process that has not looked through the data reads them by `at`."""
+        return list(range(start, stop))
+
+    def at(self, split: str, places: list[Any]) -> Iterator[Record | Problem]:
+        """The items at these places, in order."""
+        for index in places:
+            yield self.item(split, index)
+
     def records(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Record | Problem]:
         """Items [start, stop) in order. Raises ValueError naming the known splits."""
         if split not in self.splits:
             raise ValueError(f"no split {split!r} here; there are: {', '.join(self.splits) or 'none'}")
         count = self.count(split)
-        for index in range(start, count if stop is None else min(stop, count)):
-            yield self.item(split, index)
+        yield from self.at(split, self.places(split, start, count if stop is None else min(stop, count)))
+
+
+def stored_features(features: np.ndarray, dtype: str) -> np.ndarray:
+    """Region features in the type (fp16, fp32) that they are stored in. Raises ValueError when it cannot hold them."""
+    with np.errstate(over="ignore"):
+        kept = features.astype(np.float16 if dtype == "fp16" else np.float32)
+    if not np.isfinite(kept).all():
+        raise ValueError(f"not finite in {kept.dtype}")
+    return kept
 
 
 @dataclass
@@ -79,18 +111,26 @@ class ListedImages(Source):
     def identity(self) -> Json:
         return {"source": type(self).__name__, "image_root": self.image_root, "annotations": self.digests}
 
+    def uncaptioned(self, split: str) -> bool:
+        return not any(row.captions for row in self.listings[split])
+
+    def abouts(self, split: str) -> Iterator[Json]:
+        for row, key in zip(self.listings[split], self._keys[split], strict=True):
+            yield {"key": key, "image_id": key, "filename": row.path, **row.meta}
+
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
         path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
-        if path.suffix.lower() not in _FORMATS:
-            return Problem(key, "", "source", f"{path} is not a jpg, png or webp file")
         try:
             image = path.read_bytes()
         except OSError as error:
-            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}")
+            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}", captions=len(row.captions))
+        found = image_format(image)  # whatever its name says
+        if found is None and path.suffix.lower() not in _SUFFIXES:
+            return Problem(key, "", "source", f"{path} is no jpg, png, webp, gif, bmp or tiff file", captions=len(row.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(row.captions)]
         meta = {"image_id": key, "filename": row.path, **row.meta}
-        return Record(key, split, captions, image, _FORMATS[path.suffix.lower()], meta=meta)
+        return Record(key, split, captions, image, found or "jpg", meta=meta)
 
 
 def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
@@ -142,13 +182,34 @@ def field_of(row: object, name: str, where: str) -> Any:
     return row[name]
 
 
-def read_json(path: Path) -> Any:
-    """Raises ValueError naming the file when it is missing or no JSON."""
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raises ValueError when a file that begins with `start` is what Git LFS left in place of the real one."""
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download the file")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises ValueError naming the file when it is missing or of another encoding."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"no annotation file at {path}") from None
-    except json.JSONDecodeError as error:
+    refuse_pointer(path, data)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); if it is Latin-1, convert it with "
+            f"`iconv -f latin1 -t utf-8 {path.name}`, if it comes from Excel, save it as CSV UTF-8"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError naming the file when it is missing, of another encoding than UTF-8, or no JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
 
 

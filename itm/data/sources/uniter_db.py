@@ -28,46 +28,51 @@ TEXT_FIELDS = ("raw", "sentence", "caption", "text")
 
 
 class UniterDb(Source):
-    """`texts` = {split: folder of a text database}, `images` = folder of an image database, or several (COCO: train2014 and val2014).
+    """`texts` = {split: folder of a text database, or several (COCO: train and restval)}, `images` = folder of an image database, or
+    several (COCO: train2014 and val2014).
 
     A caption is the annotation's own text where the database kept it, else its word pieces joined by `vocab` (the vocab.txt of
-    bert-base-cased). Raises ValueError for a folder that is no database, and when there is neither text nor `vocab`.
+    bert-base-cased, which is read where it is needed only).
+    Raises ValueError for a folder that is no database, for an image that two of the image databases hold, for a text that two images claim,
+    and when there is neither text nor `vocab`.
     """
 
-    def __init__(self, texts: dict[str, str], images: str | list[str], vocab: str | None = None) -> None:
-        self.images = [ImageDatabase(Path(files.absolute(folder))) for folder in ([images] if isinstance(images, str) else images)]
-        self.texts = {split: TextDatabase(Path(files.absolute(folder))) for split, folder in texts.items()}
+    def __init__(self, texts: dict[str, str | list[str]], images: str | list[str], vocab: str | None = None) -> None:
+        self.images = [ImageDatabase(Path(files.absolute(folder))) for folder in _several(images)]
+        _check_once(self.images)
+        self.texts = {split: [TextDatabase(Path(files.absolute(f))) for f in _several(given)] for split, given in texts.items()}
         self.splits = list(self.texts)
-        self.pieces = None if vocab is None else files.read_bytes(vocab).decode().splitlines()
-        self._names = {split: list(db.captions_of) for split, db in self.texts.items()}
-        self._keys = {split: unique_keys(names) for split, names in self._names.items()}
-        for split, db in self.texts.items():
-            first = next(iter(db.image_of), None)
-            if first is not None and self.pieces is None and not _own_text(db.annotation(first)):
-                raise ValueError(f"{db.folder} keeps word pieces only (split {split}): give vocab=<vocab.txt of bert-base-cased>")
+        self._rows = {split: [(name, db) for db in held for name in db.captions_of] for split, held in self.texts.items()}
+        self._keys = {split: unique_keys([name for name, _ in rows]) for split, rows in self._rows.items()}
+        bare = [(split, db) for split, held in self.texts.items() for db in held if not db.has_text()]
+        if bare and vocab is None:
+            split, db = bare[0]
+            raise ValueError(f"{db.folder} keeps word pieces only (split {split}): give vocab=<vocab.txt of bert-base-cased>")
+        self.pieces = files.read_bytes(vocab).decode().splitlines() if bare and vocab is not None else None
 
     def count(self, split: str) -> int:
-        return len(self._names[split])
+        return len(self._rows[split])
 
     def identity(self) -> Json:
         """Databases are known by their index files and sizes: hashing tens of GB would take minutes."""
         return {
             "source": "UniterDb",
-            "texts": {split: db.digest() for split, db in self.texts.items()},
+            "texts": {split: "+".join(db.digest() for db in held) for split, held in self.texts.items()},
             "images": [db.digest() for db in self.images],
         }
 
     def item(self, split: str, index: int) -> Record | Problem:
-        name, key, texts = self._names[split][index], self._keys[split][index], self.texts[split]
+        (name, texts), key = self._rows[split][index], self._keys[split][index]
         found = next((db for db in self.images if name in db), None)
         if found is None:
-            return Problem(key, "", "source", f"{name} is in no image database: {', '.join(str(db.folder) for db in self.images)}")
+            reason = f"{name} is in no image database: {', '.join(str(db.folder) for db in self.images)}"
+            return Problem(key, "", "source", reason, captions=len(texts.captions_of[name]))
         try:
             arrays = found.arrays(name)
             regions = Regions(arrays["features"], arrays["norm_bb"][:, :4].astype(np.float32), 1, 1, _flat(arrays.get("conf")))
             captions = [Caption(text_id, self._text(texts.annotation(text_id))) for text_id in texts.captions_of[name]]
         except ValueError as error:
-            return Problem(key, "", "source", f"{name}: {error}")
+            return Problem(key, "", "source", f"{name}: {error}", captions=len(texts.captions_of[name]))
         return Record(key, split, captions, regions=regions, meta={"image_id": key, "filename": name})
 
     def _text(self, annotation: Annotation) -> str:
@@ -78,6 +83,18 @@ class UniterDb(Source):
             return " ".join(self.pieces[i] for i in annotation["input_ids"]).replace(" ##", "")
         except IndexError:
             raise ValueError(f"word piece {max(annotation['input_ids'])} is beyond the {len(self.pieces)} lines of vocab") from None
+
+
+def _check_once(databases: list[ImageDatabase]) -> None:
+    """Raises ValueError naming an image that two databases hold, or one lists twice: which of the two is meant cannot be told."""
+    owner: dict[str, Path] = {}
+    for db in databases:
+        for name in db.names:
+            if name in owner:
+                raise ValueError(
+                    f"image {name} is in {owner[name]} and in {db.folder}{' again' if owner[name] == db.folder else ''}: give one"
+                )
+            owner[name] = db.folder
 
 
 class ImageDatabase:
@@ -133,6 +150,17 @@ class TextDatabase:
         self.image_of: dict[str, str] = read_json(folder / "txt2img.json")
         self.captions_of: dict[str, list[str]] = read_json(folder / "img2txts.json")
         self.meta: dict[str, int] = read_json(folder / "meta.json")
+        owner: dict[str, str] = {}
+        for image, texts in self.captions_of.items():
+            for text in texts:
+                if owner.setdefault(text, image) != image or self.image_of.get(text, image) != image:
+                    other = owner[text] if owner[text] != image else self.image_of[text]
+                    raise ValueError(f"text {text} of {folder} is of {image} and of {other}: img2txts.json and txt2img.json must agree")
+
+    def has_text(self) -> bool:
+        """Whether its annotations keep the caption itself, as the first one tells; an empty database does."""
+        first = next(iter(self.image_of), None)
+        return first is None or bool(_own_text(self.annotation(first)))
 
     def annotation(self, text_id: str) -> Annotation:
         """`input_ids`, `img_fname` and whatever the annotation held. Raises ValueError when it is missing or unreadable."""
@@ -152,6 +180,10 @@ class TextDatabase:
     def digest(self) -> str:
         size = (self.folder / "data.mdb").stat().st_size
         return hashlib.sha256(json.dumps([self.captions_of, self.lengths, size]).encode()).hexdigest()
+
+
+def _several(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
 
 
 def region_count(confidences: np.ndarray, threshold: float = 0.2, fewest: int = 10, most: int = 100) -> int:

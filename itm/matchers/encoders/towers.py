@@ -6,12 +6,15 @@ what rebuilds the same architecture without a network connection.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from itm.data.text import brief
 from itm.device import send
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.norms import masked_mean
@@ -150,7 +153,8 @@ class HFVision(Encoder):
 class HFText(Encoder):
     """Any Hugging Face text model, by `path` or by `config`. parts = the last hidden states.
 
-    vector: `mean` of the real tokens, `first` (class token), or `last` (CLIP: the end token).
+    vector: `mean` of the real tokens, `first` (class token), `last` (CLIP: the end token), or `pooler`, the model's own pooled output
+    (SigLIP). A SigLIP reads captions padded to its full length without a mask, as it was trained.
     """
 
     def __init__(
@@ -160,7 +164,7 @@ class HFText(Encoder):
         path: str | None = None,
         config: Options | None = None,
         freeze: bool = False,
-        pool: Literal["mean", "first", "last"] = "mean",
+        pool: Literal["mean", "first", "last", "pooler"] = "mean",
     ) -> None:
         """Raises ValueError unless exactly one of `path` and `config` is given, or when the tokenizer has more ids than the model."""
         super().__init__()
@@ -170,8 +174,10 @@ class HFText(Encoder):
         check_vocabulary(vocab_size, self.model.config.vocab_size)
         self.frozen, self.pool = freeze, pool
         self.options = {"config": as_config(self.model), "freeze": freeze, "pool": pool}
+        self.padded = padded_length(self.model.config)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not freeze and "pooler" not in name)
+            pooling = "pooler" in name or (self.padded is not None and "head." in name)
+            parameter.requires_grad_(not freeze and (pool == "pooler" or not pooling))
         self.width = self.vector_width = int(self.model.config.hidden_size)
 
     def train(self, mode: bool = True) -> HFText:
@@ -183,8 +189,24 @@ class HFText(Encoder):
     def forward(self, captions: Captions) -> Encoded:
         """Raises ValueError as `check_tokens`."""
         check_tokens(captions, self.model.config.vocab_size)
-        parts = self.model(input_ids=captions.tokens, attention_mask=captions.mask.long()).last_hidden_state
-        return Encoded(vector=pool_tokens(parts, captions.mask, self.pool), parts=parts, mask=captions.mask)
+        out = self._read(captions)
+        parts = out.last_hidden_state[:, : captions.tokens.shape[1]]
+        if self.pool != "pooler":
+            vector = pool_tokens(parts, captions.mask, self.pool)
+        elif (vector := out.get("pooler_output")) is None:
+            raise ValueError("this text model has no pooled output: choose pool=mean, first or last")
+        return Encoded(vector=vector, parts=parts, mask=captions.mask)
+
+    def _read(self, captions: Captions) -> Any:
+        if self.padded is None:
+            return self.model(input_ids=captions.tokens, attention_mask=captions.mask.long())
+        if captions.tokens.shape[1] > self.padded:
+            raise ValueError(
+                f"this text model reads {self.padded} tokens, got {captions.tokens.shape[1]}: set text.max_length={self.padded}"
+            )
+        filler = self.model.config.pad_token_id or 0
+        tokens = captions.tokens.masked_fill(~captions.mask, filler)
+        return self.model(input_ids=F.pad(tokens, (0, self.padded - tokens.shape[1]), value=filler))
 
 
 def pool_tokens(parts: Tensor, mask: Tensor, pool: str) -> Tensor:
@@ -205,13 +227,36 @@ def load_backbone(path: str | None, config: Options | None, inner: str, what: st
         choices = dict(config)
         if "model_type" not in choices:
             raise ValueError(f"{what}: config needs model_type, for instance vit, clip_vision_model or bert")
-        return AutoModel.from_config(AutoConfig.for_model(choices.pop("model_type"), **choices), dtype=torch.float32)
+        try:
+            known = AutoConfig.for_model(choices.pop("model_type"), **choices)
+            one = _class_of(known)
+            return AutoModel.from_config(known, dtype=torch.float32) if one is None else one(known).float()
+        except ValueError as error:
+            raise ValueError(f"{what}: config={brief(ValueError(config), 120)} makes no model: {brief(error)}") from None
     assert path is not None
     try:
         found = AutoConfig.from_pretrained(path)
-        return AutoModel.from_pretrained(path, config=getattr(found, inner, found), dtype=torch.float32)
+        found = getattr(found, inner, found)
+        return (_class_of(found) or AutoModel).from_pretrained(path, config=found, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{what}: path={path!r} holds no model: {error}") from None
+        raise ValueError(f"{what}: path={path!r} holds no model: {brief(error)}") from None
+
+
+def _class_of(config: Any) -> Any:
+    """The class of a tower that AutoModel does not know, such as the text side of SigLIP; None where it does, or where there is none."""
+    from transformers import AutoModel, PreTrainedModel
+
+    if type(config) in AutoModel._model_mapping:
+        return None
+    module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    made = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PreTrainedModel) and c.config_class is type(config)]
+    named = [c for c in made if c.__name__ == type(config).__name__.replace("Config", "Model")]
+    return next(iter(named), None)
+
+
+def padded_length(config: Any) -> int | None:
+    """The tokens that a text model must be given: SigLIP was trained on captions padded to one length, and sees the padding; None = any."""
+    return int(config.max_position_embeddings) if str(config.model_type).startswith("siglip") else None
 
 
 def as_config(model: Any) -> Options:
@@ -277,4 +322,4 @@ def load_clip(path: str | None, config: Options | None) -> Any:
     try:
         return CLIPModel.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model clip: path={path!r} holds no CLIP model: {error}") from None
+        raise ValueError(f"model clip: path={path!r} holds no CLIP model: {brief(error)}") from None

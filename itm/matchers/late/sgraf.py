@@ -216,6 +216,7 @@ class SimilarityMatcher(LateInteraction):
         self.t_global_w = TextGlobal(self.width, dropout)
         self.sim_tranloc_w, self.sim_tranglo_w = xavier(self.width, sim_dim), xavier(self.width, sim_dim)
         self.sim_eval_w = xavier(sim_dim, 1)
+        self.kept: dict[str, tuple[Encoded, Tensor]] = {}
         self.options = {**self.towers, "sim_dim": sim_dim, "regions": regions, "dropout": dropout}
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,6 +245,8 @@ class SimilarityMatcher(LateInteraction):
             return tiled_scores(self, images, captions)
         whole_images = self.v_global_w(regions, region_mask)
         whole_captions = self.t_global_w(words, word_mask)
+        if self.training and self.keeps_whole:
+            self.kept = {"image": (images, whole_images), "text": (captions, whole_captions)}
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
         scores, statistics = [], []
@@ -258,6 +261,13 @@ class SimilarityMatcher(LateInteraction):
         if self.training:
             self.track(torch.cat(statistics))
         return torch.cat(scores, 1)[:, order.argsort()]
+
+    def whole(self, encoded: Encoded, side: str) -> Tensor:
+        """(SGRAF 1) or (SGRAF 2). In training that of the last `score` where it is of the same rows: the norms see a batch once."""
+        rows, vector = self.kept.pop(side, (None, None))
+        if rows is encoded and vector is not None:
+            return vector
+        return (self.v_global_w if side == "image" else self.t_global_w)(*parts_of(encoded))
 
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""

@@ -10,7 +10,9 @@ import pytest
 
 from itm.config import Text
 from itm.data.pairs import Pairs, Work
-from itm.data.preprocess import ImageInput, Inputs, decode, draw, fit
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, draw, fit
+from itm.data.same_image import image_number
 from itm.data.text import build_tokenizer
 from tests.support.noise_split import every_sample, world
 
@@ -32,7 +34,7 @@ def test_rows_equal_a_slow_walk_over_the_plan(tmp_path: Path) -> None:
             np.testing.assert_array_equal(pixels, fit(decode(sample.image), 16, "center"))
             length = sum(table["token_mask"][row].as_py())
             assert table["tokens"][row].as_py()[:length] == pairs.inputs.captions([caption.text]).tokens[0].tolist()
-            assert table["image_id"][row].as_py() == int(sample.key[1:])
+            assert table["image_id"][row].as_py() == image_number(sample, pairs.fetch.split)
     assert table["step"].to_pylist() == [step] * 6
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.plan import Plan, Position
+from itm.data.plan import Plan, Position, expected_same_image_share
 
 
 def manifest(counts: list[int]) -> Manifest:
@@ -96,3 +96,18 @@ def test_planning_reads_counts_alone_so_ten_thousand_shards_cost_little() -> Non
     plan = Plan.of(manifest([5000] * 10_000), seed=0, batch=256, ranks=8)
     assert plan.batch_pairs(plan.steps_per_epoch - 1, 0, 7).shape == (256, 2)
     assert plan.pairs == 50_000_000
+
+
+@pytest.mark.parametrize(("pairs", "images", "batch"), [(50, 10, 6), (60, 20, 12), (40, 8, 38), (12, 12, 5)])
+def test_the_expected_share_of_same_image_pairs_is_what_random_batches_show(pairs: int, images: int, batch: int) -> None:
+    draws, found = np.random.default_rng(0), []
+    for _ in range(4000):
+        image = draws.permutation(pairs)[:batch] % images
+        found.append(np.mean((image[:, None] == image).sum(1) > 1))
+    assert expected_same_image_share(pairs, images, batch) == pytest.approx(np.mean(found), abs=0.01)
+
+
+def test_the_expected_share_of_flickr30k_and_coco_is_that_of_the_published_loaders() -> None:
+    assert expected_same_image_share(145_000, 29_000, 128) == pytest.approx(0.0035, abs=1e-4)
+    assert expected_same_image_share(566_435, 113_287, 128) == pytest.approx(0.0009, abs=1e-4)
+    assert expected_same_image_share(10_000, 2_000, 128) == pytest.approx(0.0496, abs=1e-3)  # eight shards of 250 images

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from itm.config import Text
-from itm.data.preprocess import ImageInput, Inputs, augment, box_numbers, decode, draw, fit, fit_quickly, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, augment, box_numbers, draw, fit, fit_quickly, read_regions
 from itm.data.records import MAX_PIXELS, Regions
 from itm.data.text import build_tokenizer
 from tests.support import GOLDEN

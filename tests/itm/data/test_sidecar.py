@@ -138,6 +138,17 @@ def test_a_store_is_found_from_the_choice_of_a_recipe(tmp_path):
         s.find_store(str(tmp_path), CHOICE | {"options": {"size": 32}})
 
 
+def test_a_store_in_another_precision_is_named(tmp_path):
+    root = store(tmp_path)
+    with pytest.raises(ValueError, match=r"no soft-label store .*\(there is one with teachers\.dtype=fp16, not int8\): run `itm teach`"):
+        s.find_store(root, CHOICE | {"dtype": "int8"})
+    half = CHOICE | {"options": {"size": 64, "precision": "fp16"}}
+    with pytest.raises(ValueError, match=r"teachers\.image\.options\.precision=fp32, not fp16\): run"):
+        s.find_store(root, half)
+    with pytest.raises(ValueError, match=r"below [^(]*: run `itm teach`"):
+        s.find_store(root, half | {"options": {"size": 32}})
+
+
 def test_a_store_refuses_shards_that_it_has_not_scored(tmp_path):
     found = s.find_store(store(tmp_path), CHOICE)
     with pytest.raises(ValueError, match=r"00001\.arrow.*itm teach"):

@@ -177,7 +177,7 @@ def test_import_refuses_a_vocabulary_of_another_size_or_none(tmp_path: Path):
 def test_clip_under_either_naming_gives_hugging_faces_features(tmp_path: Path, names: str):
     model = tiny_clip()
     torch.save(openai_names(model) if names == "openai" else model.state_dict(), tmp_path / "clip.pt")
-    matcher = load_official(tmp_path / "clip.pt")
+    matcher = load_official(tmp_path / "clip.pt", **({} if names == "openai" else {"heads": 1, "hidden_act": "quick_gelu"}))
     tokens = torch.tensor([[5, 6, 7, 59], [8, 9, 10, 59]])
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -222,3 +222,9 @@ def test_a_clip_that_lacks_a_tensor_names_it(tmp_path: Path):
     (tmp_path / "clip.pt").write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match=r"missing backbone\.vision_model\.pre_layrnorm\.weight"):
         load_official(tmp_path / "clip.pt")
+
+
+def test_field_case_08_an_option_that_a_family_does_not_read_is_refused(tmp_path: Path):
+    for case, option in (("sgr", "cross_attn"), ("scan_t2i_lse", "heads")):
+        with pytest.raises(ValueError, match=f"unknown option {option}: a SC?A?N?G?R?A?F? checkpoint takes"):
+            load_official(SGRAF / case / "model_best.pth.tar", **{option: 1})

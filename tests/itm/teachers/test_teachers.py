@@ -80,6 +80,24 @@ def test_a_vision_teacher_gives_the_layer_and_pooling_asked_for(vit, options, pi
     np.testing.assert_allclose(teacher([sample(noise(9)), sample(image)])[1:], expected, atol=1e-5)
 
 
+class Pixels(torch.nn.Linear):
+    """A model that gives back what it is given."""
+
+    def forward(self, pixel_values, output_hidden_states):
+        return pixel_values
+
+
+def test_pixels_are_normalised_as_numpy_normalises_them_bit_for_bit(vit):
+    teacher = HFVisionTeacher(vit)
+    given = np.arange(32 * 32 * 3, dtype=np.int64).astype(np.uint8)  # every value in every channel
+    teacher.module, teacher._pool = Pixels(1, 1), lambda output: output
+    found = teacher.embed([given.tobytes()]).reshape(3, 32, 32)
+    mean, deviation = (np.asarray(teacher.identity["preprocessing"][name], np.float32) for name in ("mean", "std"))
+    assert np.array_equal(found, ((given.reshape(32, 32, 3).astype(np.float32) / 255 - mean) / deviation).transpose(2, 0, 1))
+    teacher.module = Pixels(1, 1, dtype=torch.bfloat16)
+    assert np.array_equal(teacher.embed([given.tobytes()]).reshape(3, 32, 32), torch.from_numpy(found).bfloat16().float().numpy())
+
+
 def test_a_vision_teacher_without_processor_settings_prepares_as_clip_does(vit, tmp_path):
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
     teacher = HFVisionTeacher(vit)
@@ -280,6 +298,9 @@ def test_a_matcher_teaches_with_the_vectors_it_matches_by(matcher):
         expected = built.encode_images(built.inputs.images([r.image for r in rows])).vector.numpy()
         said = built.encode_captions(built.inputs.captions(["a red circle"])).vector.numpy()
     assert np.abs(images(rows) - expected).max() < 1e-6
+    ready = [pickle.loads(pickle.dumps(images.prepare))(row) for row in rows]
+    assert {len(payload) for payload in ready} == {64 * 64 * 3}, "what is decoded and resized travels to the model"
+    assert np.array_equal(images.embed(ready), expected)
     assert np.abs(texts([caption("a red circle")]) - said).max() < 1e-6
     assert images.width == expected.shape[1]
     assert images.identity["weights_sha256"] == texts.identity["weights_sha256"]

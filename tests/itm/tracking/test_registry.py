@@ -54,7 +54,7 @@ def test_a_worker_in_another_directory_resumes_the_run_and_leaves_it_open(regist
     tracker = Tracker.start("tests", "two processes")
     code = f"""
 from itm.tracking.registry import Tracker
-with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, system_metrics=True) as rank0:
+with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, node="trainer") as rank0:
     rank0.metrics({{"loss": 0.5}}, 7)
     __import__("time").sleep(1.5)
 """
@@ -64,7 +64,7 @@ with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, system_metrics=True) as
     run = client().get_run(tracker.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.metrics["loss"] == 0.5
-    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert "system/trainer/cpu_utilization_percentage" in run.data.metrics
     assert not (tmp_path / "mlflow.db").exists()
     tracker.finish()
     assert client().get_run(tracker.run_id).info.status == "FINISHED"

@@ -10,8 +10,9 @@ from itm.data.pairs import Work
 from itm.data.plan import Plan
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
+from itm.device import cores
 from pipelines.on_ray.session import set_up_data
-from pipelines.on_ray.stream import stream, stream_here, work_of
+from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
 from tests.support.columns import equal
 from tests.support.noise_split import png, world
 
@@ -24,6 +25,26 @@ def test_threads_give_the_planned_batches_in_order(tmp_path: Path) -> None:
         assert to_table(columns).equals(another(Work(step - 1, 0, 0)))
     assert step == 40
     assert len(pairs.buffers.arrays) < 8
+
+
+def test_batches_and_their_order_are_the_same_bytes_for_any_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    pairs = world(tmp_path)
+    one, *others = ([to_table(c) for c in stream_here(pairs, work_of(0, 0, 20, 1), threads)] for threads in (1, 2, 7))
+    assert len(one) == 20
+    assert all(other[k].equals(one[k]) for other in others for k in range(20))
+
+
+def test_a_gpu_gets_the_cores_of_its_share_of_the_machine_and_a_cpu_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("itm.device.CGROUP", tmp_path)
+    assert (cores(), decoders(None, gpu=True), decoders(None, gpu=False), decoders(5, gpu=True)) == (64, 16, 1, 5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert decoders(None, gpu=True) == 7
+    for limit, wanted in (("max 100000", 64), ("800000 100000", 8), ("50000 100000", 1)):  # a container's, in microseconds a period
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+        assert cores() == wanted
+    assert decoders(None, gpu=True) == 1
 
 
 @pytest.mark.e2e

@@ -17,12 +17,12 @@ from itm.config import Part, Train
 from itm.data import sidecar
 from itm.data.records import Caption, Record
 from itm.data.shards import Manifest, write_manifest, write_shard
-from itm.device import resolve_device
+from itm.device import resolve_device, send
 from itm.evaluation.scoring import score_matrix
 from itm.kinds import build_part
 from itm.matchers.late.uarda_pruned import Pruning
 from itm.methods import METHODS
-from itm.precision import computing, repeatable
+from itm.precision import computing, repeatable, resolve_precision
 from itm.teachers.identity import build_teacher, embed_in_batches
 from itm.training.switches import build_step
 from pipelines import search
@@ -169,6 +169,20 @@ def test_teaching_on_the_device_gives_the_vectors_of_the_cpu_and_verifies_on_eit
     np.testing.assert_allclose(*(store.vectors.astype(np.float32) for store in stores.values()), atol=1e-3 if dtype == "fp16" else 1e-6)
 
 
+def test_pixels_of_a_teacher_are_normalised_on_the_device(tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 32}
+    ViTModel(ViTConfig(**sizes, patch_size=16)).save_pretrained(tmp_path / "vit")
+    teacher = build_teacher(Part(kind="hf_vision", options={"path": str(tmp_path / "vit")}), "image")
+    pixels = [bytes(range(256)) * 12, bytes(reversed(range(256))) * 12]
+    want, sent = teacher.embed(pixels), []
+    teacher.to("cuda")
+    monkeypatch.setattr("itm.teachers.image.send", lambda x, device: sent.append(x.dtype) or send(x, device))
+    np.testing.assert_allclose(teacher.embed(pixels), want, atol=1e-5)
+    assert sent == [torch.float32, torch.uint8], "the scale, and the pixels as bytes"
+
+
 def test_a_batch_of_a_teacher_runs_on_the_device(tmp_path: Path, device: None) -> None:
     part = Part(kind="matcher", options={"uri": str(matcher_folder(tmp_path / "m"))})
     teacher = build_teacher(part, "text")
@@ -273,6 +287,30 @@ def test_training_without_a_gpu_is_refused_before_a_run_is_recorded(tmp_path: Pa
         train(training_recipe(tmp_path, use_gpu=True))
     assert not (tmp_path / "mlflow.db").exists()
     assert not (tmp_path / "runs" / "run" / "started.json").exists()
+
+
+def test_bf16_is_refused_by_a_device_without_it_and_auto_is_fp32_there(
+    tmp_path: Path, device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines.train import train
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    splits(tmp_path)
+    refusal = "precision bf16: Pretend H100 has no bfloat16; use fp16 or fp32"
+    with pytest.raises(ValueError, match=refusal):
+        train(training_recipe(tmp_path, use_gpu=True, precision="bf16"))
+    assert not (tmp_path / "runs" / "run" / "started.json").exists()
+    with pytest.raises(ValueError, match=refusal):
+        score_matrix(matcher_of("scan"), images_of(3), captions_of([3, 4]), device="cuda", precision="bf16")
+    assert resolve_precision("auto", torch.device("cuda")) == "fp32"
+
+
+def test_the_optimiser_of_a_device_updates_all_weights_in_one_kernel(device: None) -> None:
+    for name in ("adam", "adamw"):
+        method = build_part(METHODS, "matching", {}, "method", matcher=matcher_of("scan"))
+        step = build_step(method, Train(batch_size=6, optimizer=name), lambda _: 1e-3, 0, torch.device("cuda"))
+        assert all(group["fused"] for group in step.optimizer.param_groups)
 
 
 def test_a_loaded_matcher_lies_where_it_was_asked_for(tmp_path: Path) -> None:

@@ -261,26 +261,33 @@ def one_rank_groups() -> None:
     import tempfile
 
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
-
+    from itm.training.optim import build_optimizer
+    from itm.training.ranked import RankedStep
     from itm.training.sharding import ShardedStep
+    from itm.training.step import Step
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             want = gradients(method_of("clip", "matching", {"loss": "triplet"}), "cuda")
-            with telling("group", form="DDP") as facts:
-                method = DistributedDataParallel(method_of("clip", "matching", {"loss": "triplet"}).to("cuda"), find_unused_parameters=True)
-                sum(method(batch_of(6).to("cuda")).values()).backward()
-                facts["gradients"] = sum(p.grad is not None for p in method.parameters())
-            with telling("group", form="FSDP2") as facts:
-                train = Train(lr=1e-3, schedule="constant", shard_weights=True)
-                step = ShardedStep(method_of("clip", "matching", {"loss": "triplet"}), train, lambda _: 1e-3, 7, CUDA)
+
+            def compared(step: Step) -> float:
                 torch.manual_seed(1)
                 step([batch_of(6)], 0)
                 whole = [getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for p in step.plain.parameters() if p.grad is not None]
-                facts["cosine"] = cosine(want, torch.cat([g.float().cpu().flatten() for g in whole]))
+                return cosine(want, torch.cat([g.float().cpu().flatten() for g in whole]))
+
+            with telling("group", form="DDP") as facts:
+                method, train = method_of("clip", "matching", {"loss": "triplet"}).to("cuda"), Train(lr=1e-3, schedule="constant")
+                step = RankedStep(method, build_optimizer(method, train), train, lambda _: 1e-3, None, 7)
+                facts["cosine"] = compared(step)
+                facts["looks_for_unused"] = step.method.find_unused_parameters
+            for precision in ("fp32", "bf16"):
+                with telling("group", form="FSDP2", precision=precision) as facts:
+                    train = Train(lr=1e-3, schedule="constant", shard_weights=True, precision=precision)
+                    sharded = ShardedStep(method_of("clip", "matching", {"loss": "triplet"}), train, lambda _: 1e-3, 7, CUDA)
+                    facts["cosine"] = compared(sharded)
         finally:
             dist.destroy_process_group()
 

@@ -34,7 +34,7 @@ def coco(path: Path, ids: list[int]) -> dict[str, Any]:
 
 
 def test_rows_of_several_files_meet_their_captions_and_survive_a_shard(tmp_path: Path):
-    (tmp_path / "a.tsv").write_bytes(row(9, *arrays(9)) + row(4, *arrays(4, regions=2)) + row(9, *arrays(1)))
+    (tmp_path / "a.tsv").write_bytes(row(9, *arrays(9)) + row(4, *arrays(4, regions=2)))
     (tmp_path / "b.tsv").write_bytes(row("000000000025", *arrays(25)))
     source = BuaTsv([str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")], coco(tmp_path / "captions.json", [4, 25, 9]))
     records = [r for r in source.records("val") if isinstance(r, Record)]
@@ -88,3 +88,15 @@ def test_files_and_caption_sources_that_do_not_serve_are_refused(tmp_path: Path)
         BuaTsv(str(tmp_path / "a.tsv"), captions)
     with pytest.raises(ValueError, match=r"captions\.kind='scenes' lists no images: take karpathy"):
         BuaTsv(str(tmp_path / "a.tsv"), {"kind": "scenes", "options": {"world": "tiny"}})
+
+
+@pytest.mark.parametrize("twin", ["9", "0009"])
+def test_field_case_10_one_image_id_on_two_rows_is_refused_with_both_places(tmp_path: Path, twin: str):
+    (tmp_path / "a.tsv").write_bytes(row(4, *arrays(4)) + row(9, *arrays(9)))
+    (tmp_path / "b.tsv").write_bytes(row(twin, *arrays(1)))
+    captions = coco(tmp_path / "captions.json", [4, 9])
+    with pytest.raises(ValueError, match=r"image_id 9 has a row in .*a\.tsv line 2 and in .*b\.tsv line 1"):
+        BuaTsv([str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")], captions)
+    (tmp_path / "a.tsv").write_bytes(row(9, *arrays(4)) + row(4, *arrays(4)) + row(9, *arrays(9)))
+    with pytest.raises(ValueError, match=r"image_id 9 has a row in .*a\.tsv line 1 and in .*a\.tsv line 3"):
+        BuaTsv(str(tmp_path / "a.tsv"), captions)

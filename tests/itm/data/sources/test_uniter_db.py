@@ -137,3 +137,14 @@ def test_a_folder_without_database_is_refused(tmp_path):
     (tmp_path / "txt.db").mkdir()
     with pytest.raises(ValueError, match="is no LMDB database"):
         TextDatabase(tmp_path / "txt.db")
+
+
+def test_field_case_10_an_image_in_two_databases_or_a_text_of_two_images_is_refused_by_name(tmp_path):
+    said = texts(tmp_path, raw="a man")
+    both = [images(tmp_path / "a"), images(tmp_path / "b")]
+    with pytest.raises(ValueError, match=rf"image {NAMES[0]} is in .*/a/img/.* and in .*/b/img/"):
+        UniterDb({"val": str(said)}, [str(folder) for folder in both])
+    UniterDb({"val": str(said)}, str(both[0]))
+    (said / "img2txts.json").write_text(json.dumps({NAMES[0]: ["10", "11"], NAMES[1]: ["11", "12"]}))
+    with pytest.raises(ValueError, match=rf"text 11 of .* is of {NAMES[1]} and of {NAMES[0]}: img2txts.json"):
+        UniterDb({"val": str(said)}, str(both[0]))

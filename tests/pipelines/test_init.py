@@ -1,0 +1,95 @@
+"""`itm init`: says what it found and writes a recipe that works as it is; asks where two readings are possible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from itm.config import load_recipe
+from pipelines.cli import stage_main
+from pipelines.contract import splits_of
+from pipelines.estimates import split_of, training_of
+from pipelines.init import init
+from tests.support.hub_models import SIDE, tiny
+from tests.support.own_photos import scenes, table, walk_world, write_photos
+from tests.support.raw_layouts import LAYOUTS
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipelines.estimates.MEASURED", 0.0)  # one step of each is enough here
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_a_recipe_whose_first_step_can_be_taken(name: str, tmp_path: Path) -> None:
+    said = init([str(LAYOUTS[name](tmp_path))], "recipe.yaml", {})
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert said[-1].startswith("next ")
+    assert {recipe.data.train_split, recipe.data.test_split} <= set(splits_of(recipe))
+    if name in ("bare_photos", "tar_of_photos"):
+        assert "itm pack -c recipe.yaml" in said[-1]
+        assert not split_of(recipe, "train").captions
+    else:
+        assert "itm run -c recipe.yaml" in said[-1]
+        found = training_of(recipe, split_of(recipe, recipe.data.train_split))
+        assert found.course.steps == recipe.train.steps
+
+
+def test_photos_and_a_table_are_told_with_counts_and_every_problem(tmp_path: Path) -> None:
+    walk_world(tmp_path)
+    said = "\n".join(init(["."], "recipe.yaml", {}))
+    assert "captions  285 of 57 images looked at; an image least / mean / most: 5 / 5.00 / 5" in said
+    assert "sizes     64-64 x 64-64 pixels" in said
+    assert said.count("example ") == 5
+    assert "3 x sample photo" in said and "cannot be read: No such file or directory" in said
+    assert "line" in said and "captions.csv is taken as a character of the caption" in said
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.data.source is not None
+    assert recipe.data.source.options["split"] == {"test": 0.1}
+    assert recipe.data.max_reject_rate > 4 / 61
+    assert "/" + str(tmp_path) not in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_many_photos_are_validated_as_well(tmp_path: Path) -> None:
+    records = scenes(220, "tiny")
+    (tmp_path / "said.csv").write_text(table(write_photos(tmp_path / "photos", records), records))
+    init(["."], "recipe.yaml", {})
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert (data.train_split, data.val_split, data.test_split) == ("train", "val", "test")
+
+
+def test_where_nobody_can_be_asked_the_flag_is_named_and_with_a_person_the_question_is_put(tmp_path: Path, capsys) -> None:
+    folder = LAYOUTS["csv_with_header"](tmp_path)
+    (folder / "other.csv").write_text((folder / "captions.csv").read_text())
+    assert stage_main("init", [str(folder)]) == 2
+    assert f"--annotations {folder}/other.csv" in capsys.readouterr().err
+    assert not (tmp_path / "recipe.yaml").exists()
+    asked = []
+
+    def person(question) -> str:
+        asked.append(question.flag)
+        return next(iter(question.answers))
+
+    init([str(folder)], "recipe.yaml", {}, ask=person)
+    assert asked == ["annotations"]
+    assert stage_main("init", [str(folder), "--annotations", f"{folder}/other.csv", "-o", "other.yaml"]) == 0
+
+
+def test_a_recipe_that_is_there_is_not_replaced_unasked(tmp_path: Path, capsys) -> None:
+    folder = LAYOUTS["csv_with_header"](tmp_path)
+    (tmp_path / "recipe.yaml").write_text("name: mine\n")
+    assert stage_main("init", [str(folder)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "recipe.yaml").read_text() == "name: mine\n"
+    assert stage_main("init", [str(folder), "--overwrite"]) == 0
+
+
+def test_a_pretrained_model_is_fine_tuned_at_its_own_sizes(tmp_path: Path) -> None:
+    folder = LAYOUTS["csv_with_header"](tmp_path)
+    tiny(tmp_path / "clip", "clip")
+    init([str(folder)], "recipe.yaml", {}, model="./clip")
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.model.kind, recipe.data.image_size, recipe.text.kind) == ("hf_dual", SIDE, "hf")
+    assert training_of(recipe, split_of(recipe, "train")).trained > 0

@@ -1,0 +1,92 @@
+"""`itm plan`: what a run will do and cost, told without doing it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from itm.config import Recipe, parse_recipe
+from pipelines.cli import stage_main
+from pipelines.contract import stages_of
+from pipelines.estimates import split_of, training_of
+from pipelines.plan import Costs, lines_of
+from pipelines.run import run_stages
+from tests.support.noise_split import small_split
+from tests.support.small_training import recipe as training
+
+pytest_plugins = ["tests.support.registry_fixtures"]
+
+
+def tree(root: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def scenes(root: Path, **train: object) -> Recipe:
+    source = {"kind": "scenes", "options": {"world": "tiny", "n_train": 60, "n_val": 20, "n_test": 20}}
+    return training(root, data={"source": source, "shard_samples": 20}, **train)
+
+
+def test_a_plan_of_data_that_are_not_packed_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = scenes(tmp_path)
+    said = "\n".join(lines_of(recipe))
+    assert tree(tmp_path) == {}
+    assert "train: about 60 images, 300 captions, 3 shards" in said
+    assert "10 of 6 pairs; 50 steps are a pass over 300 captions" in said
+    for contract in stages_of(recipe):
+        assert f"\n{contract.stage}\n" in said
+
+
+def test_the_bytes_of_shards_are_known_before_they_are_packed(tmp_path: Path) -> None:
+    from itm.data.shards import write_shard
+    from itm.data.sources.scenes import Scenes
+
+    recipe = scenes(tmp_path)
+    records = list(Scenes("tiny", n_train=60).records("train"))
+    made = sum(write_shard(str(tmp_path / f"{n}.tar"), records[20 * n : 20 * n + 20]).bytes for n in range(3))
+    assert abs(split_of(recipe, "train").bytes - made) < 0.1 * made
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("given", [{"steps": 150}, {"steps": 40, "batch_size": 16}, {"steps": 60, "ema": 0.9, "validate_every": 60}])
+def test_time_and_bytes_of_a_training_are_near_what_it_takes(given: dict[str, object], registry: Path, tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        small_split(tmp_path / "shards", name, shards=1, samples=24)
+    choices = training(tmp_path, **given).model_dump(mode="json") | {"registry": {"metric": "t2i_r1"}}
+    choices["model"]["options"]["image"]["hidden"] = 2048
+    recipe = parse_recipe(choices)
+    found = training_of(recipe, split_of(recipe, "train"))
+    seconds, size = found.seconds(recipe, split_of(recipe, "val")), found.bytes(recipe, validated=True)
+    start = time.perf_counter()
+    run_stages(recipe)
+    took = time.perf_counter() - start
+    folder = Path(recipe.folder)
+    written = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.suffix not in (".html", ".json"))
+    assert abs(written - size) < 0.1 * written
+    print(f"estimated {seconds:.1f} s, all stages took {took:.1f} s")
+    assert Costs(recipe).seconds == 0
+
+
+def test_what_is_done_is_not_counted_again(registry: Path, tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        small_split(tmp_path / "shards", name, shards=1)
+    recipe = parse_recipe(training(tmp_path, steps=2).model_dump(mode="json") | {"registry": {"metric": "t2i_r1"}})
+    assert "cost" in "".join(lines_of(recipe))
+    run_stages(recipe)
+    before = tree(tmp_path)
+    said = "".join(lines_of(recipe))
+    assert "cost" not in said
+    assert said.count("  done    ") == 4
+    assert tree(tmp_path) == before
+
+
+def test_a_dry_run_of_a_stage_tells_its_part_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(scenes(tmp_path).model_dump_json())
+    for stage, told in (("pack", "makes   train"), ("train", "steps   10 of 6 pairs"), ("teach", "does not ask for teach")):
+        assert stage_main(stage, ["-c", str(file), "--dry-run"]) == 0
+        assert told in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["r.yaml"]
