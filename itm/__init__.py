@@ -28,7 +28,7 @@ def load_matcher(uri: str | Path, device: str = "cpu", allow: Iterable[str] = ()
         from itm.extras import needed_by
 
         with needed_by(f"load_matcher({str(uri)!r})", extra="tracking"):
-            from itm.tracking.registry import download
+            from itm.tracking.fetch import download
 
         uri = download(str(uri))
     elif "://" not in str(uri):

@@ -9,16 +9,14 @@ An unknown key is an error that names the near one. `options` of a part are chec
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from itm.choices import apply_overrides, digest, flatten, known_to, merge, read_choices
 from itm.kinds import packages_of
 
 MOST_HOPS = 2  # of `extends`: who reads a recipe should have to open three files at most
@@ -91,7 +89,7 @@ class Teachers(Strict):
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
-    actors: int = Field(1, ge=1, description="processes that hold a teacher")
+    actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 
 
 class Train(Strict):
@@ -180,6 +178,16 @@ class Registry(Strict):
     metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
     loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
+    licence: str = Field("", description="licence of the weights, for the model card; empty = not stated there")
+
+    @field_validator("model", "experiment")
+    @classmethod
+    def _check_name(cls, name: str, field: ValidationInfo) -> str:
+        """MLflow would refuse these after the training."""
+        refused = " or / : . % @ \" '" if field.field_name == "model" else ""
+        if not name.isprintable() or name.strip() != name or not 0 < len(name) <= 250 or set(name) & set(refused.split()[1:]):
+            raise ValueError(f"MLflow takes no {name!r}: 1 to 250 printable characters without outer spaces{refused}")
+        return name
 
 
 # Prose, places of outputs, processes and how they compute. What stood here in version 0.1.0 stays: `whole_fingerprint` needs it.
@@ -191,7 +199,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
-    "registry": {"loggers"},
+    "registry": {"loggers", "licence"},
 }
 
 
@@ -219,7 +227,7 @@ class Recipe(Strict):
 
         A key at its default counts as one that is not there, so that a key that is added later makes no run another one.
         """
-        return _digest(self._choices(exclude_defaults=True))
+        return digest(self._choices(exclude_defaults=True))
 
     def whole_fingerprint(self, recorded: dict[str, Any]) -> str | None:
         """The fingerprint as version 0.1.0 made it, of all keys there were, defaults as well: those of the recipe that it `recorded`.
@@ -227,7 +235,7 @@ class Recipe(Strict):
         None when this recipe chooses something by a key that was not there.
         """
         chosen = self._choices(exclude_defaults=True)
-        return _digest(_known(self._choices(exclude_defaults=False), recorded)) if _known(chosen, recorded) == chosen else None
+        return digest(known_to(self._choices(exclude_defaults=False), recorded)) if known_to(chosen, recorded) == chosen else None
 
     def _choices(self, exclude_defaults: bool) -> dict[str, Any]:
         choices = self.model_dump(mode="json", exclude=NO_CHOICES, exclude_defaults=exclude_defaults)
@@ -235,7 +243,7 @@ class Recipe(Strict):
 
     def flat(self) -> dict[str, Any]:
         """Dotted key -> scalar, for experiment tracking."""
-        return _flatten(self.model_dump(mode="json", exclude={"paper"}))
+        return flatten(self.model_dump(mode="json", exclude={"paper"}))
 
     @property
     def allowed(self) -> list[str]:
@@ -288,18 +296,18 @@ def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Reso
     layers = _layers(Path(path))
     choices: dict[str, Any] = {}
     for layer in layers:
-        choices = _merge(choices, layer.choices)
+        choices = merge(choices, layer.choices)
     choices = deepcopy(choices)
-    _apply(choices, overrides or [])
+    apply_overrides(choices, overrides or [])
     given: dict[str, Any] = {}
-    _apply(given, overrides or [])
+    apply_overrides(given, overrides or [])
     return Resolved(parse_recipe(choices, where=str(path)), (*layers, Layer(OVERRIDE, given)))
 
 
 def overridden(recipe: Recipe, overrides: list[str]) -> Recipe:
     """The recipe with `key.sub=value` overrides applied. Raises ValueError as `load_recipe`."""
     choices = recipe.model_dump(mode="json", exclude_unset=True)
-    _apply(choices, overrides)
+    apply_overrides(choices, overrides)
     return parse_recipe(choices, where=recipe.name)
 
 
@@ -315,7 +323,7 @@ def _layers(path: Path) -> list[Layer]:
     """The files of an `extends` chain, the first base first. Raises ValueError for a circle, and for more than MOST_HOPS hops."""
     chain: list[tuple[Path, Layer]] = []
     while True:
-        choices = _read(path, wanted_by=chain[-1][0] if chain else None)
+        choices = read_choices(path, wanted_by=chain[-1][0] if chain else None)
         base = choices.pop("extends", None)
         chain.append((path, Layer(path.name, choices)))
         if base is None:
@@ -331,47 +339,6 @@ def _layers(path: Path) -> list[Layer]:
                 f"{chain[0][0]}: {names} is more than {MOST_HOPS} hops of `extends`; "
                 f"let {chain[-2][1].origin} start from {base}, and copy into it what it takes from {chain[-1][1].origin}"
             )
-
-
-def _read(path: Path, wanted_by: Path | None) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(
-            f"no recipe at {path}" + (f", which {wanted_by} extends" if wanted_by else "; `itm recipes` lists the shipped ones")
-        )
-    try:
-        choices = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(choices, dict):
-        raise ValueError(f"{path} must hold a mapping, not a {type(choices).__name__}")
-    return choices
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """A part whose kind changes is replaced whole: the options of another kind would be unknown to it."""
-    if "kind" in above and above["kind"] != below.get("kind"):
-        return above
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _apply(choices: dict[str, Any], overrides: list[str]) -> None:
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r} is not of the form key.sub=value")
-        _set(choices, key.strip().split("."), yaml.safe_load(value), override)
-
-
-def _set(choices: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        choices = choices.setdefault(key, {})
-        if not isinstance(choices, dict):
-            raise ValueError(f"override {override!r}: {key!r} is a value, not a section")
-    choices[keys[-1]] = value
 
 
 def _explain(error: Any) -> str:
@@ -391,26 +358,3 @@ def _known_keys(section: tuple[Any, ...]) -> list[str]:
         if model is None:
             return []
     return list(model.model_fields)
-
-
-def _digest(choices: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _known(choices: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
-    """The sections, and the keys in them, that `recorded` has as well."""
-
-    def inside(section: Any, there: Any) -> Any:
-        both = isinstance(section, dict) and isinstance(there, dict)
-        return {key: value for key, value in section.items() if key in there} if both else section
-
-    return {name: inside(value, recorded[name]) for name, value in choices.items() if name in recorded}
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,3 +67,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Those of rank 0 to all ranks, in place; one message a type."""
+    if world_size() == 1:
+        return
+    for _, group in itertools.groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda t: t.dtype):
+        same = list(group)
+        flat = torch.cat([t.flatten() for t in same])
+        dist.broadcast(flat, 0)
+        for tensor, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            tensor.copy_(values.view_as(tensor))

@@ -1,12 +1,18 @@
 """The registered model as MLflow sees it (models from code): a thin shell around a matcher folder.
 
     model = mlflow.pyfunc.load_model("models:/itm-matcher@champion")
-    model.predict([{"text": "a red circle"}, {"image": "photo.jpg"}])                    # one vector a row
-    model.predict([{"image": "photo.jpg", "text": "a red circle"}], params={"output": "scores"})
+    model.predict("a red circle")                                                        # one vector a row
+    model.predict(["a red circle", PIL.Image.open("photo.jpg"), photo_bytes, array])
+    model.predict([{"text": "a red circle"}, {"image": base64_of_a_photo}])              # as JSON has it, or as a DataFrame
+    model.predict([{"image": photo_bytes, "text": "a red circle"}], params={"output": "scores"})
 
-Rows hold `image` (encoded bytes or a path), `text`, or both. `vectors`: each row holds one of the two. `scores`: every
-image against every text, (I, T); rows without one of the two only add to the other side. It runs on a GPU where there is one; the variable
-ITM_DEVICE names another device (`resolve_device`).
+Rows hold `image`, `text`, or both (`itm.data.request` lists every form). `vectors`: each row holds one of the two. `scores`: every
+image against every text, (I, T); rows without one of the two only add to the other side. An empty row is refused: never fewer rows out than
+in. It runs on a GPU where there is one; the variable ITM_DEVICE names another device (`resolve_device`).
+
+Files of the machine that serves are opened only where that is switched on, for whoever can reach it would read them:
+
+    mlflow.pyfunc.load_model(uri, model_config={"paths": True})                          # or ITM_PATHS=1 for the process
 
 A matcher that names parts of a package of its maker's loads only if the caller allows that package:
 
@@ -17,7 +23,6 @@ A matcher that names parts of a package of its maker's loads only if the caller 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,25 +42,29 @@ class ItmModel(PythonModel):
         from itm.device import resolve_device
         from itm.matchers.folder import load_matcher_folder
 
-        allow = (context.model_config or {}).get("allow", [])
+        config = context.model_config or {}
+        allow = config.get("allow", [])
+        self.paths = bool(config.get("paths", False)) or os.environ.get("ITM_PATHS") == "1"
         self.device = resolve_device(os.environ.get("ITM_DEVICE", "auto"))
         self.matcher: Any = load_matcher_folder(context.artifacts["matcher"], allow).to(self.device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
-        """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used."""
+        """(N, D) vectors or (I, T) scores, float32. Raises ValueError naming the row that cannot be used.
+
+        model_input: every form of `rows_of`; of annotations MLflow takes this one for no schema, and warns of none at all.
+        """
+        from itm.data.request import rows_of
+
         output = (params or {}).get("output", "vectors")
         if output not in ("vectors", "scores"):
             raise ValueError(f"params output={output!r} is unknown; use 'vectors' or 'scores'")
-        images = [(n, _image_bytes(cell, n)) for n, cell in _cells(model_input, "image")]
-        texts = _cells(model_input, "text")
-        if not images and not texts:
-            raise ValueError(f"the input needs a column 'image' (bytes or path) or 'text', it has {list(map(str, model_input.columns))}")
+        rows = rows_of(_plain(model_input), self.paths)
+        images = [(row.number, row.image) for row in rows if row.image is not None]
+        texts = [(row.number, row.text) for row in rows if row.text is not None]
         with torch.inference_mode():
-            if output == "scores":
-                return self._scores([raw for _, raw in images], [text for _, text in texts])
-            return self._vectors(images, texts)
+            return (self._scores if output == "scores" else self._vectors)(images, texts)
 
-    def _scores(self, images: list[bytes], texts: list[str]) -> np.ndarray:
+    def _scores(self, images: list[tuple[int, Any]], texts: list[tuple[int, Any]]) -> np.ndarray:
         if not images or not texts:
             raise ValueError("scores need at least one image and one text")
         return self.matcher.score(self._encode_images(images), self._encode_texts(texts)).float().cpu().numpy()
@@ -67,36 +76,46 @@ class ItmModel(PythonModel):
         vectors: dict[int, np.ndarray] = {}
         for cells, encode in ((images, self._encode_images), (texts, self._encode_texts)):
             if cells:
-                encoded = encode([cell for _, cell in cells]).vector
+                encoded = encode(cells).vector
                 if encoded is None:
                     raise ValueError(f"a {type(self.matcher).__name__} matcher has no vectors; ask for params output='scores'")
                 vectors.update(zip((n for n, _ in cells), encoded.float().cpu().numpy(), strict=True))
         return np.stack([vectors[n] for n in sorted(vectors)])
 
-    def _encode_images(self, raw: list[Any]) -> Any:
-        return _in_pieces(raw, lambda piece: self.matcher.encode_images(self.matcher.inputs.images(piece).to(self.device)))
+    def _encode_images(self, cells: list[tuple[int, Any]]) -> Any:
+        return _in_pieces(cells, self._images)
 
-    def _encode_texts(self, texts: list[Any]) -> Any:
-        return _in_pieces(texts, lambda piece: self.matcher.encode_captions(self.matcher.inputs.captions(piece).to(self.device)))
+    def _images(self, piece: list[tuple[int, Any]]) -> Any:
+        try:
+            pixels = self.matcher.inputs.images([raw for _, raw in piece])
+        except ValueError:
+            for number, raw in piece:  # which of them
+                try:
+                    self.matcher.inputs.images([raw])
+                except ValueError as error:
+                    raise ValueError(f"row {number}: {error}") from None
+            raise
+        return self.matcher.encode_images(pixels.to(self.device))
+
+    def _encode_texts(self, cells: list[tuple[int, Any]]) -> Any:
+        captions = self.matcher.inputs.captions
+        return _in_pieces(cells, lambda piece: self.matcher.encode_captions(captions([text for _, text in piece]).to(self.device)))
 
 
-def _in_pieces(cells: list[Any], encode: Any) -> Any:
+def _in_pieces(cells: list[tuple[int, Any]], encode: Any) -> Any:
     pieces = [encode(cells[n : n + ROWS_PER_CALL]) for n in range(0, len(cells), ROWS_PER_CALL)]
     return type(pieces[0]).cat(pieces)
 
 
-def _cells(rows: pd.DataFrame, column: str) -> list[tuple[int, Any]]:
-    if column not in rows:
-        return []
-    return [(n, cell) for n, cell in enumerate(rows[column]) if isinstance(cell, str | bytes) and len(cell)]
-
-
-def _image_bytes(cell: str | bytes, row: int) -> bytes:
-    if isinstance(cell, bytes):
-        return cell
-    if not Path(cell).is_file():
-        raise ValueError(f"row {row}: no image file at {cell}")
-    return Path(cell).read_bytes()
+def _plain(given: Any) -> Any:
+    """Tables of pandas as dicts and lists."""
+    if isinstance(given, pd.Series):
+        return given.tolist()
+    if not isinstance(given, pd.DataFrame):
+        return given
+    if "image" in given or "text" in given or given.shape[1] != 1:
+        return {str(name): given[name].tolist() for name in given.columns}
+    return given.iloc[:, 0].tolist()  # a list that became a table on the way
 
 
 set_model(ItmModel())

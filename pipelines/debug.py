@@ -78,6 +78,9 @@ def debug_twin(recipe: Recipe) -> Recipe:
 def _model(kind: str, options: Json) -> Json:
     if kind == "clip":
         return {"config": CLIP_CONFIG, "heads": options.get("heads")}
+    if kind == "hf_dual":
+        kept = {name: options[name] for name in ("heads", "freeze", "lora") if name in options}
+        return {"config": {"model_type": "clip", **CLIP_CONFIG}, **kept}
     options = _shrink(options)
     if kind == "uniter":
         options |= {"region_dim": REGION_WIDTH, "positions": SIZES["positions"]}

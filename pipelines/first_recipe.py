@@ -147,7 +147,8 @@ class FirstRecipe:
         where = "use_gpu: true" if self.machine.gpu else "workers: 0"
         why = f"for {self.machine}" + ("" if self.machine.gpu else ": inside one process, without Ray")
         lines = ["train:", f"  {where}  # {why}", f"  batch_size: {batch}  # of {self._pairs:,} pairs", f"  steps: {steps}"]
-        lines += [f"  lr: {rate}", f"  warmup_steps: {steps // 10}", "  clip_norm: 2.0", f"  validate_every: {max(1, steps // 4)}"]
+        lines += ["  precision: auto", f"  lr: {rate}", f"  warmup_steps: {steps // 10}", "  clip_norm: 2.0"]
+        lines.append(f"  validate_every: {max(1, steps // 4)}")
         return "\n".join(lines) + "\n"
 
     @property

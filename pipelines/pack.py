@@ -15,7 +15,8 @@ import argparse
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -166,29 +167,38 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
         return read_manifest(folder)
-    receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
-    files.remove_abandoned(folder)
-    manifest = _close(
-        folder, f"{data.source.kind} {made_from}", [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split)
-    )
-    if manifest.samples + manifest.rejected != count:
-        raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
-    _track(recipe, folder, manifest)
-    write_manifest(folder, manifest)
+    made = f"{data.source.kind} {made_from}"
+    with _tracked(recipe, split, folder, made) as told:
+        receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
+        files.remove_abandoned(folder)
+        manifest = _close(folder, made, [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split))
+        if manifest.samples + manifest.rejected != count:
+            raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
+        told(manifest)
+        write_manifest(folder, manifest)
     return manifest
 
 
-def _track(recipe: Recipe, folder: str, manifest: Manifest) -> None:
-    """One run per packed split, opened when its shards are safe: a tracking server that is down costs no packing."""
+@contextmanager
+def _tracked(recipe: Recipe, split: str, folder: str, source: str) -> Iterator[Callable[[Manifest], None]]:
+    """One run per packed split, for the time of the work. The manifest is told when the shards are safe: after an error nothing is lost."""
     from itm.tracking.lineage import DatasetRef, packages_used
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker
 
-    params = {"split": manifest.split, "source": manifest.source, "root": folder, "shards": len(manifest.shards)}
-    data = [DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")]
-    tags = {"stage": "pack", **packages_used(recipe.model_dump(mode="json"))}
-    with Tracker.start(recipe.registry.experiment, f"pack {manifest.split}", params, tags, data) as tracker:
-        flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
-        tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
+    params, tags = {"split": split, "source": source, "root": folder}, {"stage": "pack", **packages_used(recipe.model_dump(mode="json"))}
+    with Tracker.start(recipe.registry.experiment, f"pack {split}", params, tags) as tracker:
+
+        def told(manifest: Manifest) -> None:
+            tracker.datasets([DatasetRef(manifest.split, manifest.fingerprint(), folder, "packing")])
+            tracker.tags({"shards": len(manifest.shards), "manifest": manifest.fingerprint()})
+            flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
+            tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
+            tracker.flush()
+            if files.exists(quarantine := files.join(folder, QUARANTINE)):
+                with files.local_copy(quarantine) as rows:
+                    tracker.artifact(rows)
+
+        yield told
 
 
 def _usable(job: Job, finished: bool) -> Receipt | None:

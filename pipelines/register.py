@@ -16,14 +16,20 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
 
 import itm
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from pipelines.cli import recipe_arguments, recipe_from, script
-from pipelines.evaluating import FORMAT
+from pipelines.evaluating import FORMAT, group_of
 from pipelines.training import FORMAT as RUN_FORMAT
+
+if TYPE_CHECKING:
+    from itm.tracking.card import Card
 
 RECEIPT, RECEIPT_FORMAT = "registered.json", 1  # in the run's folder: which version this evaluation became
 SERVED = Path(itm.__file__).with_name("pyfunc.py")
@@ -60,9 +66,12 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     """
     from itm.matchers.weights import weights_hash
     from itm.tracking.registry import promote, register_matcher
+    from itm.tracking.runs import check_recorded, run_of
 
     folder = run_folder or recipe.folder
     trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
+    if found := run_of(folder):
+        check_recorded(*found)
     metrics = {name: float(value) for name, value in evaluated["metrics"].items()}
     gate = recipe.registry
     if gate.metric not in metrics:
@@ -71,7 +80,8 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     with files.local_copy(files.join(folder, "matcher")) as matcher:
         if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher, allow=recipe.allowed)):
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
-        version = register_matcher(matcher, gate.model, trained["run_id"], finite, _tags(recipe, trained, evaluated), code=SERVED)
+        tags, card = _tags(recipe, trained, evaluated), _card(recipe, folder, trained, evaluated)
+        version = register_matcher(matcher, gate.model, trained["run_id"], finite, tags, code=SERVED, card=card)
     gained = promote(gate.model, version, gate.metric, metrics[gate.metric], gate.min_gain, comparable="test_data")
     if run_folder is None:
         said = _receipt_of(recipe) | {"version": version, "champion": bool(gained), "reason": gained.reason}
@@ -89,7 +99,7 @@ def receipt(recipe: Recipe) -> Json | None:
 
 
 def _receipt_of(recipe: Recipe) -> Json:
-    from itm.tracking.registry import tracking_uri
+    from itm.tracking.addresses import tracking_uri
 
     gate, evaluated = recipe.registry, files.read_bytes(files.join(recipe.folder, "evaluation.json"))
     about = {"model": gate.model, "metric": gate.metric, "min_gain": gate.min_gain, "tracking_uri": tracking_uri()}
@@ -104,8 +114,39 @@ def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
         "train_data": trained.get("manifest"),
         "teachers": ", ".join(sorted(map(str, trained.get("teachers", {}).values()))),
         "git_commit": trained.get("git_commit"),
-        "test_data": f"{evaluated['split']} {evaluated['split_hash']}, protocol {evaluated['protocol_name']}",
+        "test_data": _test_data(evaluated),
+        "licence": recipe.registry.licence,
+        "metrics": json.dumps({name: value for name, value in evaluated["metrics"].items() if math.isfinite(value)}),
+        "chance": json.dumps(evaluated.get("chance", {})),
     }
+
+
+def _test_data(evaluated: Json) -> str:
+    return f"{evaluated['split']} {evaluated['split_hash']}, protocol {evaluated['protocol_name']}"
+
+
+def _card(recipe: Recipe, folder: str, trained: Json, evaluated: Json) -> Card:
+    """Of the recipe that the run recorded; of the one at hand where it is the same."""
+    from itm.tracking.card import Card
+
+    started = files.join(folder, "started.json")
+    chosen = read_json(started, RUN_FORMAT).get("recipe", {}) if files.exists(started) else {}
+    if not chosen and trained.get("recipe_fingerprint") == recipe.fingerprint():
+        chosen = recipe.model_dump(mode="json")
+    data, model, method = (chosen.get(name, {}) for name in ("data", "model", "method"))
+    where = files.join(data["root"], data["train_split"]) if data else ""
+    return Card(
+        title=trained.get("name", recipe.name),
+        group=group_of(evaluated),
+        about=chosen.get("about", ""),
+        model=f"{model['kind']}, trained by {method['kind']}" if model and method else "",
+        train_data=" ".join(filter(None, (where, trained.get("manifest")))),
+        test_data=_test_data(evaluated),
+        teachers=", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items()),
+        code=trained.get("git_commit") or "",
+        licence=recipe.registry.licence,
+        recipe=yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True),
+    )
 
 
 def _read(folder: str, name: str, stage: str, known: int) -> Json:

@@ -52,12 +52,17 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
     page: what `page_of` gave, where the caller has it.
     """
     output = files.join(recipe.folder, "report.html")
-    files.write_atomic(output, render(page or page_of(recipe, compare)).encode())
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
+    run_id = None
     if trained.get("run_id"):
-        from itm.tracking.registry import Tracker
+        from itm.tracking.runs import run_to_log
 
-        with Tracker.resume(trained["run_id"]) as tracker, files.local_copy(output) as written:
+        run_id = run_to_log(recipe.folder)
+    files.write_atomic(output, render(page or page_of(recipe, compare)).encode())
+    if run_id:
+        from itm.tracking.runs import Tracker
+
+        with Tracker.resume(run_id) as tracker, files.local_copy(output) as written:
             tracker.artifact(written)
     return output
 

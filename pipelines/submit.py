@@ -23,7 +23,8 @@ from urllib.parse import urlparse
 
 from itm.config import Recipe, load_recipe
 from itm.data import files
-from itm.tracking.lineage import git_commit, tracking_uri
+from itm.tracking.addresses import tracking_uri
+from itm.tracking.lineage import git_commit
 from pipelines.cli import RECIPES, STAGES, module_of, script
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,9 @@ from itm.matchers.folder import save_matcher
 from itm.methods import METHODS
 from itm.teachers.identity import choice_of
 from itm.teachers.stores import store_for
-from itm.tracking.registry import download
+from itm.tracking import lookup
+from itm.tracking.fetch import download
+from itm.tracking.runs import client
 from pipelines.evaluate import evaluate
 from pipelines.pack import CLAIM, Job, pack, pack_shard
 from pipelines.register import register
@@ -218,7 +220,7 @@ def image_of_the_test_split(here: Path) -> Path:
 def serve(uri: str, registry: Path, image: Path) -> dict[str, Any]:
     """What the model says in a fresh process that knows no itm but that of the model."""
     command = [sys.executable, "-I", "-c", SERVE, uri, str(registry), str(image), json.dumps(TEXTS)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"ITM_PATHS": "1"}
     said = subprocess.run(command, cwd=registry, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert said.returncode == 0, said.stderr
     answer: dict[str, Any] = json.loads(said.stdout.splitlines()[-1])
@@ -238,6 +240,24 @@ def test_an_old_version_is_found_and_served_by_the_code_it_brought(here: Path) -
     assert register(whole()).version == "1"  # the same weights of the same run: nothing is added
     answer = serve("models:/recorded@champion", here / "registry", image_of_the_test_split(here))
     agrees_with_the_matcher(answer, itm.load_matcher("models:/recorded/1"), here / "image.png")
+
+
+def test_old_versions_runs_and_recipes_are_told(here: Path) -> None:
+    (version,) = lookup.versions("recorded")
+    told, whole_run = version.plain(), json.loads((here / "runs" / "whole" / "run.json").read_text())
+    evaluated = json.loads((here / "runs" / "whole" / "evaluation.json").read_text())
+    assert told["metrics"] == {name: pytest.approx(value) for name, value in evaluated["metrics"].items()}
+    assert (told["data"]["train"], told["chance"], told["run_id"]) == (whole_run["manifest"], {}, whole_run["run_id"])
+    assert sorted(told["teachers"]) == sorted(whole_run["teachers"].values())
+    kept = lookup.recipe_of(version)
+    assert (kept["train"]["lr"], kept["train"]["steps"], kept["model"]["kind"]) == (
+        whole().train.lr,
+        whole().train.steps,
+        whole().model.kind,
+    )
+    assert lookup.difference(version, version)["recipe"] == {}
+    run = client().get_run(whole_run["run_id"])
+    assert whole_run["run_id"] in {row["run_id"] for row in lookup.runs(client().get_experiment(run.info.experiment_id).name)}
 
 
 def test_a_version_of_today_brings_the_whole_of_itm_and_nothing_else(here: Path) -> None:

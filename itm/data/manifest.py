@@ -7,7 +7,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -81,13 +81,14 @@ class Manifest(BaseModel):
     def captions(self) -> int:
         return sum(s.captions for s in self.shards)
 
-    def check_captioned(self, uri: str, purpose: str) -> None:
-        """Raises ValueError naming the split where its images have no captions. purpose: what was to be done with them."""
+    def check_captioned(self, uri: str, purpose: str) -> Self:
+        """Itself. Raises ValueError naming the split where its images have no captions. purpose: what was to be done with them."""
         if self.samples and not self.captions:
             raise ValueError(
                 f"{uri} holds {self.samples:,} images without captions: they can be searched and taught to images, not {purpose}; "
                 "pack them with captions (a .txt beside each image, or a table), or name another split"
             )
+        return self
 
 
 class Receipt(BaseModel):

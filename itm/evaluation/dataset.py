@@ -199,30 +199,39 @@ def encode_shard(
     bare: images without captions are taken, too; else they are problems.
     Raises ValueError when the shard has another sha256.
     """
+    where, items = resolve_device(device), read_samples(shard_uri, sha256)
+    with computing("fp32", where):
+        return encode_samples(matcher, shard_uri, items if bare else captioned(items, shard_uri), batch_size, limit, where)
+
+
+def encode_samples(
+    matcher: Matcher, shard_uri: str, items: Iterable[Sample | Problem], batch_size: int, limit: int | None, device: torch.device
+) -> EncodedSplit:
+    """What `encode_shard` does with the samples of a shard, in the precision that the caller has set (`itm.precision.computing`)."""
     problems: list[Problem] = []
     samples: list[Sample] = []
     images: list[Encoded] = []
-    where = resolve_device(device)
-    with scoring_mode(matcher, where), computing("fp32", where):
-        items = read_samples(shard_uri, sha256)
-        read = batches(items if bare else _captioned(items, files.name_of(shard_uri)), batch_size, limit, problems)
-        inputs = copy.copy(matcher.inputs)
-        inputs.target = torch.device("cpu")  # the thread that decodes leaves the device to this one
-        for good, prepared in ahead(prepare(inputs, batch, files.name_of(shard_uri), problems) for batch in read):
+    shard = files.name_of(shard_uri)
+    inputs = copy.copy(matcher.inputs)
+    inputs.target = torch.device("cpu")  # the thread that decodes leaves the device to this one
+    with scoring_mode(matcher, device):
+        read = batches(items, batch_size, limit, problems)
+        for good, prepared in ahead(prepare(inputs, batch, shard, problems) for batch in read):
             samples += good
-            images += [encode_rows(matcher, rows, batch_size, where) for rows in prepared]
+            images += [encode_rows(matcher, rows, batch_size, device) for rows in prepared]
         try:
-            encoded = _encode_captions(matcher, samples, batch_size, where)
+            encoded = _encode_captions(matcher, samples, batch_size, device)
         except ValueError:
-            rows, samples = _readable(matcher.inputs, samples, files.name_of(shard_uri), problems)
+            rows, samples = _readable(matcher.inputs, samples, shard, problems)
             images = [Encoded.cat(images)[torch.tensor(rows, dtype=torch.int64)]]
-            encoded = _encode_captions(matcher, samples, batch_size, where)
+            encoded = _encode_captions(matcher, samples, batch_size, device)
     left, right = (Encoded.cat(pieces) if pieces else Encoded() for pieces in (images if samples else [], encoded))
     return EncodedSplit(left, right, _names(samples, shard_uri), problems)
 
 
-def _captioned(items: Iterable[Sample | Problem], shard: str) -> Iterator[Sample | Problem]:
-    """Images without captions answer no question of an evaluation."""
+def captioned(items: Iterable[Sample | Problem], shard_uri: str) -> Iterator[Sample | Problem]:
+    """Images without captions answer no question of an evaluation: they become problems."""
+    shard = files.name_of(shard_uri)
     for item in items:
         yield item if isinstance(item, Problem) or item.captions else Problem(item.key, shard, "evaluate", "no caption")
 

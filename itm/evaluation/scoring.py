@@ -60,6 +60,25 @@ def score_matrix(
     return total.div_(len(members))
 
 
+def score_share(
+    matcher: Matcher,
+    images: Encoded,
+    captions: Encoded,
+    share: tuple[int, int],
+    *,
+    block: int | None = None,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> Tensor:
+    """(I,T) float32 on the CPU: every n-th tile of `score_matrix`, from the k-th on, for share (k, n); zero in all others.
+
+    So the sum over k is what `score_matrix` gives. Matchers that cut tiles themselves get blocks of I/n images at most.
+    """
+    where = resolve_device(device)
+    with _scoring(matcher, where, precision):
+        return _tiled(matcher, images, captions, block, where, share)
+
+
 def encode_rows(matcher: Matcher, rows: Images | Captions, batch_size: int = 256, device: str | torch.device = "cpu") -> Encoded:
     """Encode in batches, results on the CPU. The caller sets evaluation mode (see `scoring_mode`)."""
     pieces = (rows[i : i + batch_size].to(device) for i in range(0, len(rows), batch_size))
@@ -101,24 +120,35 @@ def _encoded(matcher: Matcher, rows: Images | Captions | Encoded, batch_size: in
     return rows if isinstance(rows, Encoded) else encode_rows(matcher, rows, batch_size, device)
 
 
-def _tiled(matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device) -> Tensor:
-    scores = torch.empty(len(images), len(captions))
+def _tiled(
+    matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device, share: tuple[int, int] = (0, 1)
+) -> Tensor:
+    own, of = share
+    scores = torch.zeros(len(images), len(captions)) if of > 1 else torch.empty(len(images), len(captions))
     own_tiles = matcher.cuts_tiles(captions)
     order = None if own_tiles or captions.mask is None else by_length(captions)
     columns = OWN_TILES[1] if own_tiles else _columns(images, captions)
+    before = 0  # tiles
     for start in range(0, len(captions), columns):
         chosen = slice(start, start + columns) if order is None else order[start : start + columns]
         tile = trim(captions[chosen])
-        rows = block or (OWN_TILES[0] if own_tiles else _rows(images, tile))
-        moved, first = tile.to(device), 0
-        while first < len(images):
-            try:
-                piece = images[first : first + rows].to(device)
-                scores[first : first + rows, chosen] = matcher.score(piece, moved).float().cpu()
-            except torch.OutOfMemoryError as error:
-                rows = _half(rows, len(tile), error)
-            else:
-                first += rows
+        rows = block or (min(OWN_TILES[0], -(-len(images) // of)) if own_tiles else _rows(images, tile))
+        firsts = range(0, len(images), rows)
+        mine = firsts[(own - before) % of :: of]
+        before += len(firsts)
+        if not mine:
+            continue
+        moved, most = tile.to(device), rows
+        for first in mine:
+            last = min(first + rows, len(images))
+            while first < last:
+                span = slice(first, min(first + most, last))
+                try:
+                    scores[span, chosen] = matcher.score(images[span].to(device), moved).float().cpu()
+                except torch.OutOfMemoryError as error:
+                    most = _half(span.stop - first, len(tile), error)
+                else:
+                    first = span.stop
     return scores
 
 

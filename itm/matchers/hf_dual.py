@@ -5,7 +5,7 @@ The scale and the bias of the logits do not change an order, so they are left ou
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from itm.matchers.dual import Heads, cosines, read_heads
 from itm.matchers.encoders.towers import Normalise, as_config, check_tokens, check_vocabulary
 from itm.matchers.encoders.two_towers import HALF, add_adapters, features, load_two_towers, reads_padding, sizes_of
 from itm.types import Captions, Encoded, Images, Matcher, Options
+
+
+class More(TypedDict, total=False):
+    """lora: {rank, alpha, layers}; pixels: mean and deviation of red, green and blue, known where a path is given."""
+
+    lora: Options
+    pixels: list[list[float]]
 
 
 class HFDual(Matcher):
@@ -33,13 +40,11 @@ class HFDual(Matcher):
         config: Options | None = None,
         heads: dict[str, bool] | None = None,
         freeze: bool = False,
-        **more: Any,
+        **more: Unpack[More],
     ) -> None:
-        """Raises ValueError for another option than these, lora and pixels, or where nothing is left to train."""
+        """Raises ValueError unless exactly one of `path` and `config` is given, and for a tokenizer of more ids than the model embeds."""
         super().__init__()
-        lora, pixels = more.pop("lora", None), more.pop("pixels", None)
-        if more:
-            raise ValueError(f"model hf_dual has no option {next(iter(more))!r}; known: path, config, heads, freeze, lora, pixels")
+        lora, pixels = more.get("lora"), more.get("pixels")
         self.backbone: Any = load_two_towers(path, config)
         for name in ("logit_scale", "logit_bias"):
             if hasattr(self.backbone, name):

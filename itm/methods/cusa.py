@@ -115,7 +115,8 @@ class CUSA(Method):
         if self.uni_heads is None:
             assert encoded.uni is not None
             return encoded.uni
-        vector = encoded.vector if encoded.vector is not None else self.matcher.whole(encoded, side)
+        whole = self.matcher.whole(encoded, side)
+        vector = encoded.vector if whole is None else whole
         if vector is None:
             assert encoded.parts is not None
             vector = masked_mean(encoded.parts, encoded.mask)

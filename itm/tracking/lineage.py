@@ -1,32 +1,24 @@
-"""What a run says about its origin: the code, the data, the tracking address, and names and texts that fit a tracking server."""
+"""What a run says about its origin: the code, the data, the machine, and names and texts that fit a tracking server."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
+import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from itm.data import files
+from itm.environment import environment
 from itm.kinds import origins
 
 LONGEST_PARAM = 6000  # characters; MLflow's limits
 LONGEST_TAG = 8000
 LONGEST_NAME = 250
-
-
-def tracking_uri() -> str:
-    """The MLflow address as an absolute URI, fit to be handed to a process with another working directory.
-
-    MLFLOW_TRACKING_URI where set (a relative SQLite file or folder is made absolute), else `sqlite:///<cwd>/mlflow.db`.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{files.absolute(uri.removeprefix('sqlite:///'))}"
-    return uri if "://" in uri or uri.startswith("databricks") else files.absolute(uri.removeprefix("file:"))
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,12 @@ def packages_used(choices: Mapping[str, object]) -> dict[str, str]:
     """
     found = "; ".join(f"{path} of {origin}" for path, origin in origins(choices).items())
     return {"packages": found} if found else {}
+
+
+def whole_environment() -> dict[str, object]:
+    """As `environment`; the command, the host, and the version of every distribution installed here."""
+    packages = {(part.metadata["Name"] or "").lower(): part.version for part in importlib.metadata.distributions()}
+    return environment() | {"host": platform.node(), "command": " ".join(sys.argv), "packages": dict(sorted(packages.items()))}
 
 
 def git_commit() -> str:

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from itm.kinds import local_packages, requirements
+from itm.tracking.addresses import folder_uri
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 REQUIREMENTS = ("torch", "transformers", "numpy", "pyarrow", "pillow", "simplejpeg", "safetensors", "pydantic", "pyyaml")
+
+EXAMPLE = ["a red circle left of a blue square", "two dogs run over a lawn"]
 
 
 def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: str) -> Path:
@@ -31,10 +34,11 @@ def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: 
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(code),
-            artifacts={"matcher": str(folder.absolute())},
+            artifacts={"matcher": folder_uri(folder)},
             code_paths=[str(place) for place in (Path(__file__).parents[1], *local_packages(config))],
-            model_config={"allow": []},  # so that `mlflow.pyfunc.load_model(uri, model_config={"allow": [...]})` is heard
+            model_config={"allow": [], "paths": False},  # so that those of `mlflow.pyfunc.load_model(uri, model_config=...)` are heard
             signature=_signature(),
+            input_example=EXAMPLE,
             pip_requirements=[*own, *requirements(config)],
             mlflow_model=Model(run_id=run_id, model_id=model_id),
         )
@@ -42,9 +46,10 @@ def save_package(target: Path, folder: Path, code: Path, run_id: str, model_id: 
 
 
 def _signature() -> ModelSignature:
+    """Of the output. The input has none: MLflow would turn every form of it into a table, and rows that do not fit into nothing."""
+    import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    columns = [ColSpec(AnyType(), "image", required=False), ColSpec("string", "text", required=False)]
-    return ModelSignature(Schema([*columns]), None, ParamSchema([ParamSpec("output", "string", "vectors")]))
+    rows = TensorSpec(np.dtype("float32"), (-1, -1), "vectors or scores")
+    return ModelSignature(None, Schema([rows]), ParamSchema([ParamSpec("output", "string", "vectors")]))

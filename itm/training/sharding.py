@@ -1,19 +1,17 @@
 """FSDP2 in the place of DDP: every rank keeps a share of the weights, gradients and optimiser state, and of the moving average.
 
 A layer's weights are gathered while it runs; with bf16 in that format, in half the bytes, while shares and sums of gradients stay float32.
-Temperatures and gains (0-D) and buffers are whole on every rank. What is validated and saved is gathered on rank 0 as whole tensors of the
-ordinary names, so a checkpoint fits any number of ranks, sharded or not.
+Temperatures and gains (0-D) and buffers are whole on every rank. What is saved is gathered on rank 0 as whole tensors of the ordinary
+names, so a checkpoint fits any number of ranks, sharded or not; what is validated, on all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from itm.config import Train
-from itm.distributed import all_reduce_sum, rank, world_size
+from itm.distributed import all_reduce_sum, broadcast, rank, world_size
 from itm.matchers.encoders.build import layers_of
 from itm.precision import LOW, resolve_precision
 from itm.training.optim import build_optimizer, own_kernels
@@ -32,11 +30,12 @@ from itm.types import Batch, Method, Options
 
 
 class ShardedStep(Step):
-    """A `Step` with the numbers of DDP. Rank 0 holds one whole copy of the method in main memory, into which it gathers."""
+    """A `Step` with the numbers of DDP. Each rank holds one whole copy of the method in main memory, into which rank 0 gathers what is
+    saved, and which each fills for a validation."""
 
     def __init__(self, method: Method, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> None:
         """method: whole, the same on all ranks, and not on the device yet, which need not hold all of it."""
-        self.copy = copy.deepcopy(method) if rank() == 0 else None
+        self.copy = copy.deepcopy(method)
         average = AveragedModel(method, avg_fn=get_ema_avg_fn(train.ema), use_buffers=True) if train.ema else None
         low = LOW.get(resolve_precision(train.precision, device))
         _shard(method, device, low)
@@ -46,31 +45,31 @@ class ShardedStep(Step):
         super().__init__(method, build_optimizer(method, train), train, rate, average, seed)
 
     def __call__(self, batches: Sequence[Batch], number: int) -> dict[str, Tensor]:
-        _broadcast(self.plain.buffers())
+        broadcast(self.plain.buffers())
         return super().__call__(batches, number)
 
     def gathered(self, kind: str) -> nn.Module:
         weights = get_model_state_dict(self.modules[kind], options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if self.copy is None:
+        if rank() > 0:
             return self.modules[kind]
         self.copy.load_state_dict(weights)
         return self.copy
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        method = self.gathered(self.kept)
-        if self.copy is None:
-            yield method
-            return
+        self.gathered(self.kept)
+        method = self.copy.to(self.device)
         try:
-            yield method.to(self.device)
+            for value in method.state_dict().values():
+                broadcast([value])
+            yield method
         finally:
             method.cpu()
 
     def load(self, kind: str, read: Callable[[nn.Module], None]) -> None:
-        if self.copy is not None:
+        if rank() == 0:
             read(self.copy)
-        weights = self.copy.state_dict() if self.copy is not None else {}
+        weights = self.copy.state_dict() if rank() == 0 else {}
         set_model_state_dict(self.modules[kind], weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
     def optimizer_state(self) -> Options:
@@ -111,16 +110,6 @@ def _shard(method: Method, device: torch.device, low: torch.dtype | None) -> Non
     for group in (*groups, method):
         fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     method.to(device)
-
-
-def _broadcast(buffers: Iterable[Tensor]) -> None:
-    """Those of rank 0 to all, as DDP does before each step; one message a type."""
-    for _, group in itertools.groupby(sorted(buffers, key=lambda b: str(b.dtype)), key=lambda b: b.dtype):
-        same = list(group)
-        flat = torch.cat([b.flatten() for b in same])
-        dist.broadcast(flat, 0)
-        for buffer, values in zip(same, flat.split([b.numel() for b in same]), strict=True):
-            buffer.copy_(values.view_as(buffer))
 
 
 def _whole(value: object) -> object:

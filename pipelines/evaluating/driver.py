@@ -16,14 +16,16 @@ from itm.data.manifest import CHANGED, check_present
 from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
-from itm.evaluation.protocols import Scored, ScoreProtocol, find_protocol, run_protocol
+from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
-from pipelines.evaluating.result import content, output_of, stored, track
+from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
+from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
-from pipelines.on_ray.scoring import notes, score_split
+from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.scoring import notes, score_split, seats_for
 
 # Below this many captions one process is done before workers have imported torch.
 IN_PROCESS_CAPTIONS = 20_000
@@ -45,14 +47,13 @@ def evaluate(
     Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    asked = find_protocol(protocol)
+    folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
-    manifest = read_manifest(split_uri)
-    manifest.check_captioned(split_uri, "evaluated")
+    manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {
         "format": FORMAT,
@@ -65,13 +66,14 @@ def evaluate(
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
+    if not uris and not how.screen:
+        check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
     seen = [encode(matcher, split_uri, manifest, recipe) for matcher in matchers]
     screen = encode(screener, split_uri, manifest, recipe) if screener else None
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
-    folds = asked.folds if isinstance(asked, ScoreProtocol) and not save_scores else 1
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
@@ -134,28 +136,16 @@ def captions_of(encoded: EncodedSplit, split_uri: str, manifest: Manifest) -> di
 
 
 def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> EncodedSplit:
-    """Every image and caption of the split once: here when it is small, else one Ray task a shard."""
+    """Every image and caption of the split once: here when it is small, else shard by shard in actors, on GPUs where there are some."""
     size, shards = recipe.evaluation.batch_size, shards_of(split_uri, manifest)
-    if manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1:
+    small = manifest.captions <= IN_PROCESS_CAPTIONS or len(shards) == 1
+    if small and not gpus_elsewhere():
         pieces = [encode_shard(matcher, uri, sha256, size, device=resolve_device()) for uri, sha256 in shards]
     else:
-        pieces = _encode_by_tasks(matcher, shards, size)
+        seats, cpus = seats_for(len(shards))
+        jobs = (((uri, sha256, size, None, seats.device), ()) for uri, sha256 in shards)
+        pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
-
-
-def _encode_by_tasks(matcher: Any, shards: list[tuple[str, str]], batch_size: int) -> list[EncodedSplit]:
-    import ray
-
-    from pipelines.on_ray.session import connect, core
-
-    connect()
-    gpu = ray.cluster_resources().get("GPU", 0) > 0
-    task: Any = ray.remote(num_cpus=core(), num_gpus=1 if gpu else 0)(encode_shard)
-    shared = ray.put(matcher.cpu())
-    try:
-        return ray.get([task.remote(shared, *shard, batch_size, None, "cuda" if gpu else "cpu") for shard in shards])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
 
 
 def score(

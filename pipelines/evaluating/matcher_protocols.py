@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from dataclasses import replace
 
 import itm
 from itm.config import Recipe
@@ -12,10 +13,12 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
-from itm.evaluation.protocols import MatcherProtocol, Question
+from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
 from itm.matchers.weights import weights_hash
+from itm.types import Matcher
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.result import output_of, stored, track
+from pipelines.evaluating.result import check_track, output_of, stored, track
+from pipelines.on_ray.gpus import at_gpu, gpus_elsewhere
 
 
 def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> Json:
@@ -38,7 +41,10 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     identity |= about
     if done := stored(output, identity):
         return done
-    outcome = protocol.measure(matcher, asked)
+    if recipe is not None and not uris:
+        check_track(recipe)
+    away = not by_pairs and gpus_elsewhere()  # a file of pairs may be on this machine alone
+    outcome = at_gpu(_measured, protocol, matcher.cpu(), asked) if away else protocol.measure(matcher, asked)
     where = {} if by_pairs else {"split_uri": asked.split_uri}
     numbers = {"protocol": outcome.protocol, "metrics": outcome.metrics, "chance": outcome.chance, "counts": outcome.counts}
     result = identity | {"score_type": protocol.score_type} | where | outcome.details | numbers
@@ -46,6 +52,11 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     if recipe is not None and not uris:
         track(recipe, result, output)
     return result
+
+
+def _measured(protocol: MatcherProtocol, matcher: Matcher, asked: Question) -> Outcome:
+    """On a worker, whose device is another one than the driver's."""
+    return protocol.measure(matcher, replace(asked, device=resolve_device()))
 
 
 def _question(args: argparse.Namespace, recipe: Recipe | None, name: str, by_pairs: bool) -> tuple[Question, Json]:

@@ -14,7 +14,7 @@ from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import Example, examples, histogram
 from itm.report.ranks import ranks_and_worst
-from pipelines.evaluating import FORMAT
+from pipelines.evaluating import FORMAT, group_of
 
 
 def table(result: Json) -> str:
@@ -107,18 +107,27 @@ def stored(output: str, identity: Json) -> Json | None:
     return result if all(result.get(key) == value for key, value in identity.items()) else None
 
 
+def check_track(recipe: Recipe) -> None:
+    """Before the work: raises DeadTracking where `track` would wait for a server, and says where it has no run to write to."""
+    if files.exists(files.join(recipe.folder, "run.json")):
+        from itm.tracking.runs import run_to_log
+
+        run_to_log(recipe.folder)
+
+
 def track(recipe: Recipe, result: Json, output: str) -> None:
-    """Metrics and file into the MLflow run of the training, where there is one."""
-    receipt = files.join(recipe.folder, "run.json")
-    if not files.exists(receipt):
+    """Metrics, as <split>/<protocol>/<name>, and file into the MLflow run of the training, where there is one."""
+    if not files.exists(files.join(recipe.folder, "run.json")):
         return
     from itm.tracking.loggers import loggers_of
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker, run_to_log
 
-    run_id = json.loads(files.read_bytes(receipt))["run_id"]
+    if (run_id := run_to_log(recipe.folder, quiet=True)) is None:
+        return
+    group = group_of(result)
     with Tracker.resume(run_id, loggers=loggers_of(recipe, run_id)) as tracker:
         flow = {name: result[name] for name in ("rows_in", "rows_out", "rows_rejected") if name in result}
-        tracker.metrics({f"{result['split']}_{name}": value for name, value in (result["metrics"] | flow).items()})
-        tracker.tags({f"{result['split']}.protocol": result["protocol"], f"{result['split']}.split_hash": result["split_hash"]})
+        tracker.metrics({f"{group}/{name}": value for name, value in (result["metrics"] | flow).items()})
+        tracker.tags({f"{group}/protocol": result["protocol"], f"{group}/split_hash": result["split_hash"]})
         with files.local_copy(output) as written:
             tracker.artifact(written)

@@ -1,13 +1,15 @@
 """Scoring at scale for `itm evaluate`: where the pairs of a split are scored, and which of them.
 
 The default scores all pairs in one matrix in this process. Past `DENSE_BYTES` of scores or `IN_PROCESS_PAIRS` costly pairs, or with
---distributed, tiles are scored by Ray tasks into the store <output>/<name>/scores-<hash>; a run that was stopped computes only the tiles
+--distributed, tiles are scored by Ray actors into the store <output>/<name>/scores-<hash>; a run that was stopped computes only the tiles
 that are missing, and metrics are streamed from the tiles. On several machines <output> must be a folder or URI that all of them see.
+A process without a GPU whose cluster has some leaves attention and joint forwards to them, however few pairs there are.
 --screen scores only what cheap vectors propose, and says what that loses.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -25,8 +27,10 @@ from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.training.compiled import check_compiler
-from itm.types import Matcher
+from itm.types import Encoded, Matcher, Options
+from pipelines.on_ray.gpus import Seats, at_gpu, fetched, gpu_seats, gpus_elsewhere
 from pipelines.on_ray.options import How
+from pipelines.on_ray.pool import Pool
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -58,17 +62,22 @@ def score_split(
     costly = any(images.parts is not None for images, _ in sides)
     options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
-        return _screened(members, sides, how, screen or encoded[0])
-    if not (how.distributed or 4 * pairs * folds > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)):
+        given = (sides, how, screen or encoded[0])
+        if costly and gpus_elsewhere():
+            return at_gpu(_screened, [member.cpu() for member in members], *given)
+        return _screened(members, *given)
+    many = 4 * pairs * folds > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)
+    if not (how.distributed or many or (costly and gpus_elsewhere())):
         options["device"] = resolve_device()
         if folds > 1:
             return _fold_scores(members, sides, encoded[0].names.caption_image, folds, options)
         return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], **options)
-    spread, put, options["device"] = by_tasks()
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
     images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
+    grid = Grid.of(members, images, captions, how.block)
+    spread, put, options["device"] = by_actors(len(grid.tiles))
     identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
-    store = TileStore.create(root, identity, Grid.of(members, images, captions, how.block), captions)
+    store = TileStore.create(root, identity, grid, captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
@@ -131,25 +140,52 @@ def _set_pruning(members: Sequence[Matcher], prune: Prune) -> None:
         member.pruning = None if prune == "off" else Pruning(prune)
 
 
-def by_tasks() -> tuple[Spread, Callable[[Any], Any], str]:
-    """`spread` and `put` by Ray, and the device of scoring: tasks of one CPU thread, or of one GPU each where the cluster has them."""
+def seats_for(jobs: int) -> tuple[Seats, int]:
+    """Seats for so many jobs of scoring or encoding, on GPUs or with a CPU thread each, and the CPUs that each takes."""
     import ray
 
     from pipelines.on_ray.session import connect, core
 
     connect()
-    resources = ray.cluster_resources()
-    device = "cuda" if resources.get("GPU", 0) > 0 else "cpu"
-    window = 2 * max(1, int(resources.get("CPU", 1)) // core())
+    cpus = core()
+    seats = gpu_seats(None, jobs, cpus)
+    return seats or Seats(max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus), 0, "cpu"), cpus
+
+
+def by_actors(tiles: int) -> tuple[Spread, Callable[[Any], Any], str]:
+    """`spread` and `put` by Ray, and the device of scoring. An actor scores one tile after the other; ranks are counted by tasks."""
+    import ray
+
+    seats, cpus = seats_for(tiles)
 
     def spread(work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        task = ray.remote(num_cpus=core(), num_gpus=1 if work is score_tile and device == "cuda" else 0)(work)
-        running: deque[Any] = deque()
-        for job in jobs:
-            running.append(task.remote(*job))
-            if len(running) >= window:
-                yield ray.get(running.popleft())
-        while running:
-            yield ray.get(running.popleft())
+        return _scored(jobs, seats, cpus) if work is score_tile else _by_tasks(work, jobs, cpus)
 
-    return spread, ray.put, device
+    return spread, ray.put, seats.device
+
+
+def _scored(jobs: Iterable[tuple[Any, ...]], seats: Seats, cpus: int) -> Iterator[Any]:
+    """The jobs of `score_tile`; the members, which are the same in all of them, go to each actor once."""
+    rest = iter(jobs)
+    if (first := next(rest, None)) is None:
+        return
+    parts = (((uri, options), (images, captions)) for uri, _, images, captions, options in itertools.chain([first], rest))
+    yield from Pool(seats, cpus, _score, first[1]).map(parts)
+
+
+def _score(members: Sequence[Matcher], uri: str, options: Options, images: list[Encoded], captions: list[Encoded]) -> Any:
+    return score_tile(uri, members, images, captions, options)
+
+
+def _by_tasks(work: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], cpus: int) -> Iterator[Any]:
+    import ray
+
+    task = ray.remote(num_cpus=cpus)(work)
+    window = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // cpus)
+    running: deque[Any] = deque()
+    for job in jobs:
+        running.append(task.remote(*job))
+        if len(running) >= window:
+            yield fetched(running.popleft())
+    while running:
+        yield fetched(running.popleft())

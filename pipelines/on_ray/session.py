@@ -30,6 +30,9 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 STORE_BYTES = 512 << 20
+SOCKET = "/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"  # what Ray adds to its folder
+LONGEST_SOCKET = 107  # bytes of a socket's path; the limit of the system
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 _sent: list[Path] | None = None  # the user's packages that the session of `connect` sends to its workers; None = no such session
 
 
@@ -62,10 +65,27 @@ def connect() -> None:
             cpus = max(4, os.cpu_count() or 1)
             # Worker output stays in Ray's log files: stages show their own progress and raise their workers' errors in the driver.
             silent: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+            make_sockets_short()
             ray.init(address="local", num_cpus=cpus, object_store_memory=STORE_BYTES, **silent, **env)
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
     set_up_data()
+
+
+def make_sockets_short() -> None:
+    """Have a local session keep its sockets where their paths fit, whatever TMPDIR is.
+
+    Raises ValueError for a RAY_TMPDIR that is too long, and where no short folder can be written to.
+    """
+    chosen = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    longest = LONGEST_SOCKET - len(SOCKET)
+    if len(os.fsencode(os.path.abspath(chosen))) <= longest:
+        return
+    short = [folder for folder in SHORT_FOLDERS if os.access(folder, os.W_OK | os.X_OK)]
+    if os.environ.get("RAY_TMPDIR") or not short:
+        what = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+        raise ValueError(f"{what}={chosen} is too long for the sockets of Ray: set RAY_TMPDIR to a folder of at most {longest} bytes")
+    os.environ["RAY_TMPDIR"] = short[0]
 
 
 @contextmanager

@@ -83,8 +83,8 @@ class Prepare:
 class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
-    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int) -> None:
-        self.teacher = build_teacher(part, modality).to(resolve_device())
+    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int, device: str = "auto") -> None:
+        self.teacher = build_teacher(part, modality).to(resolve_device(device))
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
     def __call__(self, shards: pa.Table) -> pa.Table:

@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from itm.config import Part, Recipe
 from itm.data import files, sidecar
@@ -19,7 +21,11 @@ from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import stored_identity, stores_root
+from pipelines.on_ray.gpus import Seats, gpu_seats
 from pipelines.teaching.actors import Prepare, Score, Written
+
+if TYPE_CHECKING:
+    from itm.tracking.runs import Tracker
 
 ACTOR_CPUS = 0.25
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -83,9 +89,11 @@ def _make_store(job: Job) -> str:
         done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
     todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]
     started = time.perf_counter()
-    written = list(over(work(job, uri, todo, identity), f"teach {job.split} {job.modality}", len(todo), "shard"))
-    counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
-    return _finish(job, uri, identity, counts | busy(written))
+    fresh = todo or not files.exists(files.join(uri, "store.json"))
+    with _tracked(job, uri, identity) if fresh else nullcontext() as tracker:
+        written = list(over(work(job, uri, todo, identity), f"teach {job.split} {job.modality}", len(todo), "shard"))
+        counts = {"shards_scored": len(todo), "rows_scored": sum(w.rows for w in written), "seconds": time.perf_counter() - started}
+        return _finish(job, uri, identity, counts | busy(written), tracker)
 
 
 def _is_done(store: str, shard: ShardInfo, identity: Json) -> bool:
@@ -105,8 +113,8 @@ def busy(written: Sequence[Written]) -> dict[str, float]:
     return {"actor_busy": sum(w.ended - w.began for w in written) / alive}
 
 
-def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str:
-    """Check the whole store, list what was rejected, log the run, and write store.json last."""
+def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracker: Tracker | None) -> str:
+    """Check the whole store, list what was rejected, log to the run, if there is one, and write store.json last."""
     files.remove_abandoned(uri)
     sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
     problems = [problem for s in sidecars for problem in _problems(s)]
@@ -130,9 +138,14 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> str
             f"the first: {problems[0].reason}; all are in {quarantine}"
         )
     headers = {s.header.shard: s.header for s in sidecars}
-    if counts["shards_scored"] or not files.exists(files.join(uri, "store.json")):
+    if tracker:
         flow = {"rows_in": seen, "rows_out": whole, "rows_rejected": len(problems)}
-        _track(job, uri, identity, counts | flow | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
+        speed = {"rows_per_second": counts["rows_scored"] / counts["seconds"]} if counts["rows_scored"] else {}
+        tracker.metrics(counts | speed | flow | {"rows": rows, "rejected": len(problems), "shards": len(sidecars)})
+        tracker.flush()
+        if problems:
+            with files.local_copy(quarantine) as kept:
+                tracker.artifact(kept)
     return sidecar.write_store(job.root, job.choice, headers, identity)
 
 
@@ -157,19 +170,16 @@ def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
         yield Problem(key, rows.header.shard, "read", reason)
 
 
-def _track(job: Job, uri: str, identity: Json, counts: dict[str, float]) -> None:
-    """One run per store, opened when its vectors are safe: a tracking server that is down costs no scoring."""
+def _tracked(job: Job, uri: str, identity: Json) -> Tracker:
+    """One run per store, for the time of the work."""
     from itm.tracking.lineage import DatasetRef, packages_used
-    from itm.tracking.registry import Tracker
+    from itm.tracking.runs import Tracker
 
     params = {f"teacher.{name}": value for name, value in identity.items()} | {"split": job.split, "modality": job.modality, "store": uri}
     data = [DatasetRef(job.split, job.manifest.fingerprint(), job.split_uri, "teaching")]
     name, tags = f"teach {job.split} {sidecar.teacher_id(identity)}", {"stage": "teach", "teacher_id": sidecar.teacher_id(identity)}
     tags |= packages_used(job.part.model_dump(mode="json"))
-    with Tracker.start(job.recipe.registry.experiment, name, params, tags, data) as tracker:
-        if counts["rows_scored"]:
-            counts["rows_per_second"] = counts["rows_scored"] / counts["seconds"]
-        tracker.metrics(counts)
+    return Tracker.start(job.recipe.registry.experiment, name, params, tags, data)
 
 
 def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, base: sidecar.Store, seed: int) -> Iterator[Written]:
@@ -195,20 +205,22 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare
 
     connect()
     teachers = job.recipe.teachers
-    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
-    actors = max(1, min(teachers.actors, len(todo), int(cpus / 2 / ACTOR_CPUS)))
+    seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
+    cpus = ray.cluster_resources().get("CPU", 0)
+    if seats is None:
+        seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
     rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
         .map_batches(
             Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size),
-            compute=ray.data.ActorPoolStrategy(size=actors),
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device),
+            compute=ray.data.ActorPoolStrategy(size=seats.count),
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=ACTOR_CPUS,
-            num_gpus=min(1.0, gpus / actors) if gpus else None,
+            num_gpus=seats.gpus or None,
         )
     )
     for row in dataset.iter_rows():

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import yaml
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
 from itm.data.shards import read_manifest
+from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
+from itm.tracking.addresses import check_alive, tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
-from itm.tracking.registry import Tracker, tracking_uri
+from itm.tracking.runs import DESCRIPTION, RECIPE, Tracker
 from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
 from pipelines.training.earlier import begun, check_same
@@ -52,6 +55,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     if finished and not longer:
         print(f"{recipe.folder} is finished (run {finished['run_id']}); more steps go on from there, --overwrite trains it again")
         return finished
+    check_alive()
     check_gpus(recipe)
     job = _prepared(recipe, manifest, started)
     teachers = {modality: store.teacher for modality, store in job.stores.items()}
@@ -62,13 +66,16 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
-        summary = execute(job)
-        done = {"format": FORMAT, "run_id": tracker.run_id, "name": recipe.name, **about, **summary, "environment": environment()}
+        summary = execute(job, tracker.say)
+        done = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, "name": recipe.name, **about, **summary}
+        done["environment"] = environment()
         done["matcher"] = files.join(recipe.folder, "matcher")
         files.write_atomic(files.join(recipe.folder, "run.json"), json.dumps(done, indent=1).encode())
-        flow = {name: float(summary[name]) for name in ("rows_in", "rows_out", "rows_rejected")}
-        flow |= {"samples_per_s_mean": summary["samples_per_s"], "train_seconds": summary["seconds"]}
-        tracker.metrics(flow, step=summary["steps"])
+        names = ("rows_in", "rows_out", "rows_rejected", "samples_per_s", "seconds")
+        tracker.metrics({f"train/{name}": float(summary[name]) for name in names}, step=summary["steps"])
+        for uri in files.list_files(recipe.folder, ".jsonl"):
+            with files.local_copy(uri) as kept:
+                tracker.artifact(kept, "log")
     return done
 
 
@@ -144,6 +151,8 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
     if started and started["tracking_uri"] == tracking_uri():
         tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
     else:
+        if started:
+            print(f"this run was recorded in {started['tracking_uri']}; from here on it is recorded in {tracking_uri()}, as a new run")
         source = job.split(recipe.data.train_split)
         tracker = Tracker.start(
             recipe.registry.experiment,
@@ -155,19 +164,40 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
         )
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
         files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
+    tracker.text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), RECIPE)
+    tracker.tags({DESCRIPTION: about_run(job)})
     with tracker:
         yield tracker
 
 
-def execute(job: Job) -> Json:
+def about_run(job: Job) -> str:
+    """The description of the run on its MLflow page."""
+    recipe, manifest = job.recipe, job.manifest
+    rows = {
+        "model": f"{recipe.model.kind}, trained by `{recipe.method.kind}`",
+        "data": f"{job.split(recipe.data.train_split)} {manifest.fingerprint()}",
+        "size": f"{manifest.samples:,} images, {manifest.captions:,} captions",
+        "teachers": ", ".join(f"{modality}: {store.teacher}" for modality, store in job.stores.items()) or "none",
+        "steps": f"{job.course.steps:,}, the matcher is kept in {recipe.folder}/matcher",
+    }
+    return "\n\n".join(filter(None, [recipe.about, "\n".join(f"- {name}: {text}" for name, text in rows.items())]))
+
+
+def execute(job: Job, say: Callable[[str], None]) -> Json:
+    """say: is told a line at each logged step."""
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
+
+        def show(done: int, text: str) -> None:
+            progress.to(done, text)
+            say(f"step {done} of {job.course.steps}, {text}")
+
         if train.workers:
-            return run_group(job, progress.to)
-        device = torch.device("cuda" if train.use_gpu else "cpu")
+            return run_group(job, show)
+        device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
-        return work(job, device, progress.to)
+        return work(job, device, show)
 
 
 def forget(folder: str) -> None:

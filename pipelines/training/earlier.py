@@ -55,8 +55,8 @@ def check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, lo
         if said["recipe_fingerprint"] in known:
             continue
         if recorded is None:
-            found = f"{said['recipe_fingerprint']}, this one has {recipe.fingerprint()}"
-            raise ValueError(f"{folder} holds a run with recipe_fingerprint {found}; {remedy}")
+            two = f"{said['recipe_fingerprint']}, this one has {recipe.fingerprint()}"
+            raise ValueError(f"{folder} holds a run with recipe_fingerprint {two}; {remedy}")
         found = differences(recorded, located)
         others = {key: values for key, values in found.items() if key not in LENGTH and not key.startswith(LATER)}
         if others:

@@ -13,6 +13,7 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.device import resolve_device
 from pipelines.on_ray.errors import cause_of
+from pipelines.on_ray.gpus import LABEL, awaited, most_gpus, why_no_cuda
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.session import interruptible
 from pipelines.on_ray.stream import PrepareActor, decoders
@@ -72,7 +73,7 @@ def check_room(recipe: Recipe, cpus: float) -> None:
 
 
 def check_gpus(recipe: Recipe) -> None:
-    """Before a run is recorded: raises ValueError where a training asks for GPUs that are not there, and are not to come."""
+    """Before a run is recorded: raises ValueError where a training asks for GPUs that are not there and do not come, or without CUDA."""
     train = recipe.train
     if not train.use_gpu:
         return
@@ -85,25 +86,18 @@ def check_gpus(recipe: Recipe) -> None:
     from pipelines.on_ray.session import connect
 
     connect()
-    import ray
-
-    least, there = train.min_workers or train.workers, max(ray.cluster_resources().get("GPU", 0.0), _most_gpus())
-    if there < least:
+    least, most = train.min_workers or train.workers, most_gpus()
+    if most < least:
         asked = f"train.min_workers={least}" if train.min_workers else f"train.workers={least}"
         raise ValueError(
-            f"train.use_gpu=true and {asked} need {least} GPUs, the cluster has {there:g} and would wait for ever: "
-            f"set train.workers={int(there)}" + ("" if there else " with train.use_gpu=false") + ", or add nodes"
+            f"train.use_gpu=true and {asked} need {least} GPUs, the cluster has {most} and would wait for ever: "
+            f"set train.workers={most}"
+            + ("" if most else " with train.use_gpu=false")
+            + f", or add nodes (node label {LABEL}: those to come)"
         )
-
-
-def _most_gpus() -> float:
-    """GPUs that an autoscaling cluster may grow to; 0 where it says nothing."""
-    from ray._private.state import state
-
-    try:
-        return float((state.get_max_resources_from_cluster_config() or {}).get("GPU", 0))
-    except Exception:  # no public interface tells it; without an answer there is what there is
-        return 0.0
+    awaited(least, least)
+    if why := why_no_cuda():
+        raise ValueError(f"train.use_gpu=true: {why}; set train.use_gpu=false")
 
 
 def worker_entry(config: Json) -> Json:

@@ -11,10 +11,9 @@ import torch
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.distributed import all_reduce_sum, rank
-from itm.evaluation.dataset import encode_split
+from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
-from itm.evaluation.scoring import score_matrix
+from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
 from itm.matchers.folder import save_matcher
 from itm.training.checkpoint import Best, best_uri, read_weights, save_checkpoint, write_weights
 from itm.training.compiled import as_written
@@ -34,30 +33,36 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     values = losses | rates | dict(scalars(here.step.plain))
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
-        here.tracker.metrics(values, step=done)
+        here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
         report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
 
 
 def validate(here: Rank, done: int) -> None:
-    """On rank 0, which keeps the weights of the best rSum; the others wait for it in the next step."""
+    """By all ranks, in the recipe's precision; rank 0 keeps the weights of the best rSum."""
     job, recipe = here.job, here.job.recipe
     if not recipe.data.val_split:
         return
     with here.clock.stopped(), here.step.whole() as method, as_written(recipe.train.compile):
+        broadcast(method.buffers())  # running statistics, and their moving average, are those of rank 0
+        matcher: Any = method.matcher
+        metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
-        matcher: Any = method.matcher
-        split, device, size = job.split(recipe.data.val_split), here.step.device, recipe.evaluation.batch_size
-        rejected = recipe.data.max_reject_rate
-        encoded = encode_split(matcher, split, size, recipe.data.val_images, device=device, max_reject_rate=rejected)
-        scores = score_matrix(matcher, encoded.images, encoded.captions, block=recipe.evaluation.block, device=device)
-        metrics = retrieval_metrics(scores, encoded.positives)
-        here.tracker.metrics({f"val_{name}": value for name, value in metrics.items()}, step=done)
+        here.tracker.metrics({f"val/{name}": value for name, value in metrics.items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
             write_weights(best_uri(job.checkpoints, best), matcher)
             here.state = replace(here.state, best=best)
+
+
+def metrics_of(here: Rank, matcher: Any) -> dict[str, float]:
+    """Recalls on the validation split, on rank 0; {} on the others, which have done their share by then."""
+    data, asked, where = here.job.recipe.data, here.job.recipe.evaluation, (here.step.device, here.step.precision)
+    split = here.job.split(data.val_split)
+    encoded = encode_over_ranks(matcher, split, asked.batch_size, data.val_images, data.max_reject_rate, *where)
+    scores = score_over_ranks(matcher, encoded.images, encoded.captions, asked.block, *where)
+    return retrieval_metrics(scores, encoded.positives) if rank() == 0 else {}
 
 
 def checkpoint(here: Rank, done: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from itm.data.plan import Position
 from itm.distributed import rank, world_size
 from itm.tracking.loggers import loggers_of
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.step import Step
 from itm.training.switches import build_step

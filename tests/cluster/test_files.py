@@ -39,7 +39,7 @@ CLUSTER_SPEC = {
     "authOptions": {"mode": None},
     "enableInTreeAutoscaling": None,
     "autoscalerOptions": {"version": None, "idleTimeoutSeconds": None},
-    "headGroupSpec": {"rayStartParams": ..., "template": POD},
+    "headGroupSpec": {"labels": ..., "rayStartParams": ..., "template": POD},
     "workerGroupSpecs": [
         {
             "groupName": None,
@@ -102,6 +102,13 @@ def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: 
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
     assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
     assert unknown_keys(document["spec"], known) == []
+
+
+def test_the_head_promises_the_gpus_to_which_the_groups_can_grow():
+    for spec in cluster_specs():
+        containers = [(group["maxReplicas"], group["template"]["spec"]["containers"][0]) for group in spec["workerGroupSpecs"]]
+        most = sum(count * int(container["resources"]["requests"].get("nvidia.com/gpu", 0)) for count, container in containers)
+        assert spec["headGroupSpec"]["labels"] == {"itm/gpus": str(most)}
 
 
 def test_job_and_standing_cluster_are_the_same_cluster():

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from itm.tracking.registry import Tracker, promote
+from itm.tracking.registry import promote
+from itm.tracking.runs import Tracker
 from pipelines import teach
 from pipelines.cli import stage_main
 from tests.support import ROOT

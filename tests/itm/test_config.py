@@ -27,6 +27,21 @@ def test_every_problem_is_reported_at_once():
     assert "did you mean 'data'" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["team/itm", "a.b", "x'y", 'x"y', "a:b", "50%", "a@b", "", " a", "a ", "a\n", "x" * 251])
+def test_a_model_name_that_the_registry_refuses_is_refused_in_the_recipe(name: str):
+    with pytest.raises(ValueError, match=r"registry\.model: .*MLflow takes no"):
+        parse_recipe({**MINIMAL, "registry": {"model": name}})
+
+
+def test_names_that_mlflow_takes_stay_and_an_experiment_may_hold_more():
+    for name in ("itm-matcher", "my model", "größe_2", "a+b (1)"):
+        assert parse_recipe({**MINIMAL, "registry": {"model": name}}).registry.model == name
+    assert parse_recipe({**MINIMAL, "registry": {"experiment": "/Users/me/a.b: 'x'"}}).registry.experiment == "/Users/me/a.b: 'x'"
+    for name in ("", " a", "a\tb", "x" * 251):
+        with pytest.raises(ValueError, match=r"registry\.experiment: .*MLflow takes no"):
+            parse_recipe({**MINIMAL, "registry": {"experiment": name}})
+
+
 def test_overrides_are_yaml_and_reach_nested_options(tmp_path):
     (tmp_path / "r.yaml").write_text("name: x\nmodel: {kind: dual, options: {width: 8}}\n")
     recipe = load_recipe(tmp_path / "r.yaml", ["train.steps=5", "model.options.width=16", "data.flip=true"])

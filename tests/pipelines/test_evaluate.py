@@ -10,6 +10,7 @@ import itm
 from itm.data.shards import read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split, exact_relevance
 from itm.evaluation.metrics import retrieval_metrics
+from itm.evaluation.protocols import Coco1KFolds
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.folder import build_matcher, save_matcher
 from itm.matchers.weights import weights_hash
@@ -17,6 +18,8 @@ from itm.types import Encoded
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate_scores
 from pipelines.evaluating import driver as evaluate
+from pipelines.on_ray import scoring
+from tests.support.ports import free_ports
 from tests.support.small_split import records, small_run, write_split
 
 
@@ -180,15 +183,46 @@ def test_encoding_by_ray_tasks_gives_the_vectors_of_one_process(tmp_path, ray_lo
 def test_metrics_and_the_file_reach_the_run_of_the_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    from itm.tracking.registry import Tracker, client
+    from itm.tracking.runs import Tracker, client
 
     recipe = small_run(tmp_path)
     with Tracker.start("test", "small") as tracker:
         Path(recipe.folder, "run.json").write_text(json.dumps({"run_id": tracker.run_id}))
     result = evaluate.evaluate(recipe)
     run = client().get_run(tracker.run_id)
-    assert run.data.metrics["test_rsum"] == pytest.approx(result["metrics"]["rsum"])
-    assert [f.path for f in client().list_artifacts(tracker.run_id)] == ["evaluation.json"]
+    assert run.data.metrics["test/auto/rsum"] == pytest.approx(result["metrics"]["rsum"])
+    assert [f.path for f in client().list_artifacts(tracker.run_id)] == ["environment.json", "evaluation.json", "log"]
+    texts = evaluate.evaluate(recipe, protocol="t2t")
+    metrics = client().get_run(tracker.run_id).data.metrics
+    assert {name: metrics[f"test/t2t/{name}"] for name in texts["metrics"]} == pytest.approx(texts["metrics"])
+    assert {name: metrics[f"test/auto/{name}"] for name in result["metrics"]} == pytest.approx(result["metrics"])
+
+
+@pytest.mark.e2e
+def test_an_evaluation_that_finds_its_run_in_another_store_says_so_and_keeps_its_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/first/mlflow.db")
+    from itm.tracking.runs import Tracker
+
+    recipe = small_run(tmp_path)
+    with Tracker.start("test", "small") as tracker:
+        said = {"run_id": tracker.run_id, "tracking_uri": tracker.uri}
+        Path(recipe.folder, "run.json").write_text(json.dumps(said))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/second.db")
+    assert evaluate.evaluate(recipe)["metrics"]
+    told = capsys.readouterr().err
+    assert f"sqlite:///{tmp_path}/second.db; it was recorded in {tracker.uri}: export MLFLOW_TRACKING_URI={tracker.uri}" in told
+    assert not (tmp_path / "second.db").exists()
+
+
+@pytest.mark.e2e
+def test_a_dead_server_is_told_before_the_evaluation(tmp_path, monkeypatch):
+    [port] = free_ports(1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    recipe = small_run(tmp_path)
+    Path(recipe.folder, "run.json").write_text(json.dumps({"run_id": "0" * 32}))
+    with pytest.raises(ValueError, match=f"no answer from the tracking server at http://127.0.0.1:{port}"):
+        evaluate.evaluate(recipe)
+    assert not Path(recipe.folder, "evaluation.json").exists()
 
 
 def test_an_ensemble_is_the_mean_of_its_members_scores_under_a_name_that_lists_them(tmp_path, capsys):
@@ -250,3 +284,19 @@ def test_captions_without_a_word_are_quarantined_and_counted_and_the_rest_is_sco
     assert rows[5].key not in split.names.image_keys
     told = [(p.key, p.what) for p in split.problems]
     assert told == [(rows[2].key, "caption"), *[(rows[5].key, "caption")] * len(rows[5].captions), (rows[5].key, "sample")]
+
+
+def test_a_protocol_of_folds_scores_each_fold_alone_with_the_numbers_of_all_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(Coco1KFolds, "images", 10)
+    rows = [replace(r, captions=[replace(c, id=f"{c.id}-{r.key}") for c in (r.captions * 5)[:5]]) for r in records(10)]
+    rows = [replace(r, captions=[replace(c, id=f"{r.key}#{k}") for k, c in enumerate(r.captions)]) for r in rows]
+    recipe = small_run(tmp_path)
+    write_split(tmp_path / "shards" / "test", rows)
+    asked = []
+    score = score_matrix
+    monkeypatch.setattr(scoring, "score_matrix", lambda m, i, c, **o: asked.append(len(i[0]) * len(c[0])) or score(m, i, c, **o))
+    by_fold = evaluate.evaluate(recipe, protocol="coco-1k-5fold")["metrics"]
+    assert asked == [2 * 10] * 5
+    whole = evaluate.evaluate(recipe, protocol="coco-1k-5fold", save_scores=str(tmp_path / "all.npy"))["metrics"]
+    assert asked[5:] == [10 * 50]
+    assert by_fold == pytest.approx(whole)

@@ -9,7 +9,9 @@ import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,7 +109,8 @@ def test_a_bad_sample_is_named_and_counted_by_every_reader(tmp_path: Path, name:
     # teaching: rows keep their place, the reason is in the quarantine table
     monkeypatch.setattr(stage, "_score", score_here)
     flow: dict[str, float] = {}
-    monkeypatch.setattr(stage, "_track", lambda job, uri, identity, counts: flow.update(counts))
+    told = SimpleNamespace(metrics=flow.update, flush=lambda: None, artifact=lambda path: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext(told))
     uri = stage.teach(teach_recipe(tmp_path, {"kind": "statistics"}, max_reject_rate=0.2))["image"]
     assert (flow["rows_in"], flow["rows_out"], flow["rows_rejected"]) == (10, 9, 1)
     (row,) = [json.loads(line) for line in (Path(uri) / "quarantine.jsonl").read_text().splitlines()]
@@ -116,7 +119,7 @@ def test_a_bad_sample_is_named_and_counted_by_every_reader(tmp_path: Path, name:
 
 def test_evaluation_and_training_count_what_they_left_out_and_mlflow_shows_it(tmp_path: Path) -> None:
     from itm.matchers.folder import load_matcher_folder
-    from itm.tracking.registry import client
+    from itm.tracking.runs import client
 
     small_split(tmp_path / "shards", "train", broken=(4, 7))
     small_split(tmp_path / "shards", "val", shards=1, broken=(2,))
@@ -124,7 +127,7 @@ def test_evaluation_and_training_count_what_they_left_out_and_mlflow_shows_it(tm
     # samples 4 and 7 have two captions each, and each is met twice
     assert (done["rows_in"], done["rows_out"], done["rows_rejected"]) == (96, 88, 8)
     shown = client().get_run(done["run_id"]).data.metrics
-    assert [shown[f"rows_{way}"] for way in ("in", "out", "rejected")] == [done[f"rows_{way}"] for way in ("in", "out", "rejected")]
+    assert [shown[f"train/rows_{way}"] for way in ("in", "out", "rejected")] == [done[f"rows_{way}"] for way in ("in", "out", "rejected")]
     split = str(tmp_path / "shards/val")
     encoded = encode_split(load_matcher_folder(tmp_path / "runs/run/matcher"), split)
     assert flow_of(encoded, split, read_manifest(split)) == {"rows_in": 8, "rows_out": 7, "rows_rejected": 1}
@@ -258,7 +261,7 @@ def test_a_shard_that_vanishes_while_it_is_read_is_an_error_with_its_name(tmp_pa
 def test_clocks_that_disagree_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No stage asks when a file was changed: stamps of 1970 and of 2100 leave a finished store finished."""
     monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     small_split(tmp_path, "train")
     uri = Path(stage.teach(teach_recipe(tmp_path, {"kind": "statistics"}))["image"])
     stamps = [0, 4_102_444_800]

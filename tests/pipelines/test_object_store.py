@@ -15,7 +15,7 @@ import itm
 from itm.config import Recipe, Registry, parse_recipe
 from itm.data import files
 from itm.matchers.folder import load_matcher_folder
-from itm.tracking.registry import client
+from itm.tracking.runs import client
 from pipelines import pack as packing
 from pipelines.evaluate import evaluate
 from pipelines.inspect import inspect

@@ -17,7 +17,8 @@ import torch
 import itm
 from itm.config import Recipe, load_recipe, parse_recipe
 from itm.data.sidecar import open_store, read_sidecar, sidecar_uri
-from itm.tracking.registry import client, find_version
+from itm.tracking.registry import find_version
+from itm.tracking.runs import client
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
 from pipelines.register import register
@@ -56,8 +57,8 @@ def test_a_joint_matcher_of_ones_own_is_trained_judged_registered_and_served(acm
         assert f"{path} of acme (no version), sha256 {digest}" in said
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {row["run"] for row in logged} == {done["run_id"]}
-    assert [row["step"] for row in logged if "acme.parts:Squared" in row] == [1, 2]
-    assert any("val_rsum" in row for row in logged)
+    assert [row["step"] for row in logged if "train/acme.parts:Squared" in row] == [1, 2]
+    assert any("val/rsum" in row for row in logged)
     with pytest.raises(ValueError, match="code of the package 'acme'"):
         itm.load_matcher(done["matcher"])
     matcher = itm.load_matcher(done["matcher"], allow=["acme"])

@@ -13,7 +13,7 @@ from itm.config import Part, Recipe, parse_recipe
 from itm.data import files
 from itm.data.shards import index_shard, read_manifest, read_samples
 from itm.data.sources.scenes import Scenes
-from itm.tracking.registry import client
+from itm.tracking.runs import client
 from pipelines import inspect
 from pipelines.pack import Job, pack, pack_shard
 

@@ -8,7 +8,8 @@ import pytest
 import itm
 from itm.config import Recipe, parse_recipe
 from itm.matchers.weights import weights_hash
-from itm.tracking.registry import Tracker, find_version
+from itm.tracking.registry import find_version
+from itm.tracking.runs import Tracker
 from pipelines.cli import stage_main
 from pipelines.register import register
 from tests.support.registry_world import matcher_folder

@@ -10,7 +10,8 @@ from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
 from itm.retrieval import index as index_of
-from itm.tracking.registry import Tracker, promote
+from itm.tracking.registry import promote
+from itm.tracking.runs import Tracker
 from pipelines import search as stage
 from pipelines.cli import stage_main
 from tests.support.registry_world import matcher_folder, picture, register_matcher, tiny_matcher

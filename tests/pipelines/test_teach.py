@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_one_image_cannot_be_shuffled(here):
 
 @pytest.mark.e2e
 def test_a_killed_run_ends_with_the_same_bytes_and_recomputes_nothing(tmp_path, monkeypatch, ray_local):
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     pack(tmp_path / "data", scenes(60), per_shard=2)
     teacher = {"kind": "statistics", "options": {"size": 256}}
     (tmp_path / "r.json").write_text(
@@ -260,7 +261,7 @@ def test_a_killed_run_ends_with_the_same_bytes_and_recomputes_nothing(tmp_path, 
 
 @pytest.mark.e2e
 def test_a_store_logs_one_run_with_its_identity_and_a_second_teach_logs_none(tmp_path, monkeypatch, ray_local):
-    from itm.tracking.registry import client
+    from itm.tracking.runs import client
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     pack(tmp_path / "data", scenes(12))

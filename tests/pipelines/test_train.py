@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import itm
-from itm.config import Recipe, load_recipe, parse_recipe
+from itm.config import Recipe, load_recipe, overridden, parse_recipe
 from itm.data.records import Problem
 from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
+from itm.evaluation.metrics import retrieval_metrics
 from itm.matchers.folder import load_matcher_folder
 from pipelines.train import train
+from pipelines.training import moments
 from pipelines.training.group import check_room
 from pipelines.training.worker import LOST, ended_with_its_device
 from tests.support.noise_split import every_sample, small_split, world
@@ -47,6 +49,27 @@ def test_a_matcher_is_fine_tuned_with_its_own_tokenizer_and_one_of_other_sizes_i
     wider = wider.model_copy(update={"model": wider.model.model_copy(update={"options": wider.model.options | {"width": 4}})})
     with pytest.raises(ValueError, match="does not fit model.options, take them from its config.json"):
         train(wider)
+
+
+@pytest.mark.parametrize(("key", "value"), [("clean", False), ("max_length", 9)])
+def test_a_recipe_that_contradicts_the_tokenizer_it_starts_from_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    splits(tmp_path)
+    train(recipe(tmp_path, steps=1, validate_every=1))
+    other = overridden(recipe(tmp_path, name="other", start=f"{tmp_path}/runs/run/matcher"), [f"text.{key}={value}"])
+    with pytest.raises(ValueError, match=rf"contradicts the tokenizer of train\.start.*text\.{key}: {value!r} here"):
+        train(other)
+
+
+def test_validation_reads_so_many_images_and_the_share_of_same_image_pairs_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits(tmp_path)
+    seen: list[int] = []
+    monkeypatch.setattr(moments, "retrieval_metrics", lambda scores, truth: seen.append(len(scores)) or retrieval_metrics(scores, truth))
+    done = train(recipe(tmp_path, data={"val_images": 5, "shuffle_pairs": "all"}))
+    assert seen == [5, 5]
+    assert "are expected with another pair of their image beside them" in capsys.readouterr().out
+    assert 0 < done["same_image_share"] < 1
 
 
 @pytest.mark.e2e
@@ -100,7 +123,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     splits(tmp_path)
     train(recipe(tmp_path, steps=2))
     with pytest.raises(
-        ValueError, match=r"other choices: train.lr was 0.001, is 0.1; model.options.width was 8, is 4;.*--overwrite"
+        ValueError, match=r"other choices: model.options.width was 8, is 4; train.lr was 0.001, is 0.1;.*--overwrite"
     ) as told:
         other = recipe(tmp_path, steps=2, lr=0.1).model_dump(mode="json")
         other["model"]["options"]["width"] = 4

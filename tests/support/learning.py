@@ -35,6 +35,8 @@ CUSA: dict[str, Any] = {"kind": "cusa", "options": {"itc": {"tau": 0.07, "reduct
 TRUE: dict[str, Any] = {side: {"kind": f"scenes_{side}"} for side in ("image", "text")}
 SHUFFLED: dict[str, Any] = {side: {"kind": "shuffled", "options": {"of": TRUE[side], "seed": 7}} for side in ("image", "text")}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"base": (BASE, {}), "cusa": (CUSA, TRUE), "shuffled": (CUSA, SHUFFLED)}
+TRIPLET: dict[str, Any] = {"margin": 0.2, "official": True, "reduction": "mean", "warmup_steps": 100}
+SOFT_OF = {"sgr": ({"weight": 0.6}, {"weight": 0.75}), "saf": ({"weight": 1.0}, {"weight": 0.75})}  # as recipes cusa-{sgr,saf}-*
 STEPS = {"dual": 400, "scan": 300, "sgr": 300, "saf": 300, "uarda": 300, "uniter": 500}
 BATCH = {"dual": 128, "scan": 64, "sgr": 32, "saf": 32, "uarda": 64, "uniter": 32}
 SHOWN = {
@@ -68,17 +70,32 @@ def iais(weight: float) -> dict[str, Any]:
     return {"kind": "iais", "options": {"alignment": "singular", "weight": weight, "steps": STEPS["uniter"], "ranking": ranking}}
 
 
+def published(kind: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The combination of the recipes cusa-sgr-* and cusa-saf-*: triplet loss and soft labels, temperatures and weights as there. All
+    negatives come first, as so short a run from scratch needs it."""
+    csa, usa = SOFT_OF[kind]
+    soft = {"kind": "cusa", "options": {"triplet": TRIPLET, "csa": csa, "usa": usa}}
+    return {
+        "base": ({"kind": "matching", "options": {"loss": "triplet", **TRIPLET}}, {}),
+        "cusa": (soft, TRUE),
+        "shuffled": (soft, SHUFFLED),
+    }
+
+
 def variants_of(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    if model.endswith("-published"):
+        return published(model.removesuffix("-published"))
     return {"base": (iais(0.0), {}), "iais": (iais(8.0), {})} if model == "uniter" else VARIANTS
 
 
 def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
     method, teachers = variants_of(model)[variant]
+    name, model = f"{model}-{variant}-{seed}", model.removesuffix("-published")
     # Every pair of a single-stream matcher is a forward pass: a smaller test set.
     sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {"n_val": 60, "n_test": 600}
     world = {"kind": "scenes", "options": {"world": "equiv", "regions": True, **sizes}}
     choices = {
-        "name": f"{model}-{variant}-{seed}",
+        "name": name,
         "seed": seed,
         "output": output,
         "data": {
@@ -101,6 +118,7 @@ def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
             "warmup_steps": 50,
             "clip_norm": 2.0,
             "validate_every": STEPS[model],
+            "log_shares": len(teachers) > 0 and name.startswith(f"{model}-published"),
         },
         "registry": {"experiment": "learning"},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def pack_here(choices: Recipe, monkeypatch: pytest.MonkeyPatch, **given: Any) ->
         patch.setattr(
             packing, "_run_jobs", lambda jobs, title: {j.uri: packing.Receipt.model_validate_json(packing.pack_shard(j)) for j in jobs}
         )
-        patch.setattr(packing, "_track", lambda *args: None)
+        patch.setattr(packing, "_tracked", lambda *args: nullcontext(lambda manifest: None))
         return packing.pack(choices, **given)
 
 

@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated SQLite file: creating its tables costs seconds, copying it none."""
-    from itm.tracking.registry import client
+    from itm.tracking.runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}").search_experiments()

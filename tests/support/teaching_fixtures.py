@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from pipelines.teaching import driver as stage
@@ -12,5 +14,5 @@ from tests.support.small_teaching import score_here
 def here(tmp_path, monkeypatch):
     """Scoring inside this process, without tracking."""
     monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     return tmp_path

@@ -15,7 +15,8 @@ import pytest
 
 import itm
 from itm.config import load_recipe
-from itm.tracking.registry import client, find_version
+from itm.tracking.registry import find_version
+from itm.tracking.runs import client
 from pipelines.cli import RECIPES
 from pipelines.submit import submit
 from tests.support.ports import free_ports
@@ -76,7 +77,7 @@ def test_jobs_train_evaluate_and_register_a_model_on_a_cluster(head: str, regist
     assert (version.tags["recipe_name"], version.tags["git_commit"]) == ("demo", "c0ffee")
     run = client().get_run(version.run_id)
     assert run.info.status == "FINISHED"
-    assert "test_rsum" in run.data.metrics
+    assert "test/auto/rsum" in run.data.metrics
     matcher = itm.load_matcher("models:/job-model@champion")
     assert matcher.encode_captions(matcher.inputs.captions(["a red circle"])).vector.shape == (1, 128)
     assert list(registry.rglob("model.safetensors"))

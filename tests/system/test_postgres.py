@@ -26,7 +26,8 @@ import yaml
 from pyarrow import fs
 
 from itm.config import Recipe
-from itm.tracking.registry import Tracker, client, find_version, promote
+from itm.tracking.registry import find_version, promote
+from itm.tracking.runs import Tracker, client
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
 from pipelines.register import register
@@ -173,7 +174,7 @@ def test_a_run_is_trained_registered_promoted_and_searched_with_the_server_of_th
     run = client().get_run(json.loads((tmp_path / "runs" / "one" / "run.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["train.steps"] == "2"
-    assert {"loss", "val_rsum", "test_rsum", "samples_per_s_mean"} <= run.data.metrics.keys()
+    assert {"train/loss", "val/rsum", "test/auto/rsum", "train/samples_per_s"} <= run.data.metrics.keys()
     assert [each.dataset.name for each in run.inputs.dataset_inputs] == ["one-train"]
 
     first, second = (float(find_version(f"models:/itm-matcher/{version}").tags["rsum"]) for version in (1, 2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from itm.data.sources.source import ListedImages, Listing, caption_of, field_of, paths_by_split, read_json
 
 
@@ -19,7 +17,7 @@ class CocoCaptions(ListedImages):
         super().__init__(image_root, {split: _listings(p) for split, p in paths.items()}, paths.values())
 
 
-def _listings(path: Path) -> list[Listing]:
+def _listings(path: str) -> list[Listing]:
     coco = read_json(path)
     if not isinstance(coco, dict) or not {"images", "annotations"} <= coco.keys():
         raise ValueError(f"{path} is no COCO caption file: it needs `images` and `annotations`")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, TypedDict, Unpack, get_args
 
 from itm.data.formats import Json
@@ -70,8 +69,8 @@ class CsvPairs(ListedImages):
             columns["quotes"] = "text"
         return super().identity() | {"columns": columns}
 
-    def _rows(self, path: Path, split: str) -> Iterator[tuple[str, _Row]]:
-        delimiter = self.delimiter or ("\t" if path.suffix == ".tsv" else ",")
+    def _rows(self, path: str, split: str) -> Iterator[tuple[str, _Row]]:
+        delimiter = self.delimiter or ("\t" if path.endswith(".tsv") else ",")
         quoted = delimiter != "\t" if self.quoting is None else self.quoting
         lines = [line.removesuffix("\r").replace("\r", " ") for line in read_text(path).split("\n")]
         self.quotes_are_text |= not quoted and any('"' in line for line in lines)
@@ -88,7 +87,7 @@ class CsvPairs(ListedImages):
             torn = quoted and unended(lines[number - 1], delimiter)
             yield self._row(said, f"{path} line {number}", split, len(cells) - len(named), torn)
 
-    def _cells(self, path: Path, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
+    def _cells(self, path: str, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
         """The cells of a line; of one whose quoted cell does not end those between its delimiters, where such rows are quarantined."""
         return _cells(path, number, line, delimiter, quoted and not (self.bad_rows == "quarantine" and unended(line, delimiter)))
 
@@ -120,7 +119,7 @@ def unended(line: str, delimiter: str) -> bool:
     return False
 
 
-def _cells(path: Path, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
+def _cells(path: str, number: int, line: str, delimiter: str, quoted: bool) -> list[str]:
     """The cells of one line. Raises ValueError naming it when a quoted cell does not end in it."""
     if not quoted:
         return [cell.lstrip() for cell in line.split(delimiter)] if line else []

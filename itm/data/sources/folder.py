@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from itm.data.formats import Json
-from itm.data.records import Caption, Problem, Record
+from itm.data.records import Caption, Problem, Record, image_format
 from itm.data.sources.photos import open_photos
-from itm.data.sources.pictures import SUFFIXES, as_stored, image_format
+from itm.data.sources.pictures import SUFFIXES, image_fault, is_image
 from itm.data.sources.source import Source, caption_of, unique_keys
 from itm.data.sources.splits import SPLIT_NAMES, in_order
 from itm.data.sources.tables import Row, normal, read_rows, text_lines
@@ -50,7 +50,7 @@ class ImageFolder(Source):
         metadata = [n for n in self.photos.names if n.rpartition("/")[2].lower() in _METADATA]
         unknown = [n for n in self.photos.names if n not in texts and n not in metadata and _suffix(n) not in SUFFIXES]
         with ThreadPoolExecutor(8) as pool:
-            images = {n for n, head in zip(unknown, pool.map(self.photos.head, unknown), strict=True) if image_format(head)}
+            images = {n for n, head in zip(unknown, pool.map(self.photos.head, unknown), strict=True) if is_image(head)}
         found = {n: _Photo(n) for n in sorted({*named, *images})}
         if not found:
             raise ValueError(f"no image in {self.photos.uri}: it holds {len(self.photos.names)} files, none of an image format")
@@ -91,17 +91,20 @@ class ImageFolder(Source):
 
     def item(self, split: str, index: int) -> Record | Problem:
         photo, key = self.listings[split][index], self._keys[split][index]
-        if photo.lost:
-            return Problem(key, "", "source", photo.lost, captions=len(photo.captions))
         captions = [*photo.captions, *(self._lines(photo.text) if photo.text else [])]
+        fault, image = photo.lost, b""
         try:
-            image, extension, converted = as_stored(self.photos.read(photo.name))
+            image = b"" if fault else self.photos.read(photo.name)
         except ValueError as error:
-            said = str(error)
-            reason = said if photo.name in said else f"{self.photos.place(photo.name)} {said}"
-            return Problem(key, "", "source", reason, captions=len(captions))
-        meta = {"image_id": key, "filename": photo.name, **photo.meta, **({"converted_from": converted} if converted else {})}
-        return Record(key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, extension, meta=meta)
+            fault = str(error)
+        if not fault and (said := image_fault(image)):
+            fault = f"{self.photos.place(photo.name)} {said}"
+        if fault:
+            return Problem(key, "", "source", fault, captions=len(captions))
+        meta = {"image_id": key, "filename": photo.name, **photo.meta}
+        return Record(
+            key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, image_format(image) or "", meta=meta
+        )
 
     def _lines(self, name: str) -> list[Caption]:
         """The captions of a `.txt`; a blank line is none."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from itm.data import files
 from itm.data.records import Caption
 from itm.data.sources.source import ListedImages, Listing, caption_of, field_of, read_json
@@ -18,7 +16,7 @@ class Karpathy(ListedImages):
     """
 
     def __init__(self, path: str, image_root: str = ".", restval_in_train: bool = True) -> None:
-        file = Path(files.absolute(path))
+        file = files.absolute(path)
         dataset = read_json(file)
         if not isinstance(dataset, dict) or not dataset.get("images"):
             raise ValueError(f"{path} is no Karpathy split file: it has no `images`")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from itm.data.formats import Json
 from itm.data.records import Caption
@@ -21,7 +20,7 @@ class PairsJson(ListedImages):
         super().__init__(image_root, {split: group_by_path(_rows(p)) for split, p in paths.items()}, paths.values())
 
 
-def _rows(path: Path) -> Iterator[tuple[str, list[Caption], Json]]:
+def _rows(path: str) -> Iterator[tuple[str, list[Caption], Json]]:
     rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of pairs, not a {type(rows).__name__}")

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from itm.data import files
 from itm.data.formats import Json
-from itm.data.records import Problem, Record
+from itm.data.records import Problem, Record, image_format
 from itm.data.sources.arrow_tables import ArrowTable, find_tables, open_table
 from itm.data.sources.folder import caption_columns_of, captions_of
-from itm.data.sources.pictures import as_stored
-from itm.data.sources.source import Source, unique_keys
+from itm.data.sources.pictures import image_fault
+from itm.data.sources.source import Source, below, read_file, unique_keys
 from itm.data.sources.tables import Row
 
 IDS = ("image_id", "img_id", "imgid", "cocoid")
@@ -103,19 +103,23 @@ class Parquet(Source):
 
     def _record(self, split: str, place: list[list[int]], rows: list[Row]) -> Record | Problem:
         key, row = self.tables.key(*place[0]), rows[0]
-        if row.fault:
-            return Problem(key, "", "source", row.fault)
-        said = row.cells[self.tables.image]
-        filename = _path_of(said)
-        captions = [caption for row in rows for caption in captions_of(row, self.tables.captions)]
-        try:
-            image, extension, converted = as_stored(self.tables.image_bytes(said))
-        except ValueError as error:
-            reason = f"{row.where}: the image {f'{filename} ' if filename else ''}{error}"
-            return Problem(key, "", "source", reason, captions=len(captions))
+        captions = [caption for one in rows for caption in captions_of(one, self.tables.captions)]
+        fault, image, filename = row.fault, b"", None
+        if not fault:
+            said = row.cells[self.tables.image]
+            filename = _path_of(said)
+            try:
+                image = self.tables.image_bytes(said)
+                if wrong := image_fault(image):
+                    fault = f"{row.where}: the image {f'{filename} ' if filename else ''}{wrong}"
+            except ValueError as error:
+                fault = f"{row.where}: {error}"
+        if fault:
+            return Problem(key, "", "source", fault, captions=len(captions))
         meta = {"image_id": key, **({"filename": filename} if filename else {}), **_scalars(row.cells, self.tables.captions)}
-        meta |= {"converted_from": converted} if converted else {}
-        return Record(key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, extension, meta=meta)
+        return Record(
+            key, split, [replace(c, id=f"{key}#{n}") for n, c in enumerate(captions)], image, image_format(image) or "", meta=meta
+        )
 
     def _group(self, split: str) -> _Groups:
         """One pass over the column that tells images apart, at most; the driver makes it, and no worker."""
@@ -218,18 +222,14 @@ class _Tables:
         return hashlib.blake2b(data if isinstance(data, bytes) else repr(data).encode(), digest_size=16).digest()
 
     def image_bytes(self, said: Any) -> bytes:
-        """The bytes of an image cell. Raises ValueError saying why there are none, to be read after the name of the image."""
+        """The bytes of an image cell. Raises ValueError saying why there are none."""
         data = said.get("bytes") if isinstance(said, dict) else said
         if isinstance(data, bytes):
             return data
         path = _path_of(said)
         if not path:
-            raise ValueError("is null")
-        uri = path if files.is_remote(path) or path.startswith("/") else files.join(self.image_root, path)
-        try:
-            return files.read_bytes(uri)
-        except OSError as error:
-            raise ValueError(f"cannot be read at {uri}: {error.strerror or error}") from None
+            raise ValueError("the image is null")
+        return read_file(below(self.image_root, path))
 
 
 def _cells(table: ArrowTable, group: int, columns: list[str], rows: Any, without_bytes: str | None = None) -> Iterator[tuple[int, Json]]:

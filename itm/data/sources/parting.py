@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from itm.data import files
@@ -21,6 +20,7 @@ from itm.data.sources.source import Source, read_json
 from itm.data.sources.splits import SPLIT_NAMES, in_order
 from itm.data.sources.tables import normal, text_lines
 from itm.kinds import build_part, find_part, options_of
+from itm.progress import Progress
 
 OPTION = "split"
 _TRAIN = {**SPLIT_NAMES, "restval": "train"}  # as every retrieval paper takes COCO's
@@ -115,16 +115,15 @@ class Parted(Source):
 
 
 def _by_shares(base: Source, splits: list[str], shared_out: str, shares: Mapping[str, float]) -> _Parts:
-    from tqdm import tqdm
-
     items: dict[str, list[tuple[str, int]]] = {name: [] for name in splits}
     for name in base.splits:
         if name != shared_out:
             items[name] = [(name, item) for item in range(base.count(name))]
     total = base.count(shared_out)
-    records = tqdm(base.records(shared_out), "split", total, unit="image", mininterval=1, disable=total < 1000)
-    for item, record in enumerate(records):
-        items[share_of(record, shares)].append((shared_out, item))
+    with Progress("split", total, "image") as progress:
+        for item, record in enumerate(base.records(shared_out)):
+            items[share_of(record, shares)].append((shared_out, item))
+            progress.update(1)
     if empty := [name for name in shares if not items[name]]:
         raise ValueError(f"split {empty[0]} gets none of {total} images for its share of {shares[empty[0]]:g}: give it a larger one")
     return _Parts(items, [])
@@ -216,7 +215,7 @@ def _named(split: str | Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _karpathy(path: str) -> Iterator[tuple[str, list[str]]]:
-    said = read_json(Path(files.absolute(path)))
+    said = read_json(files.absolute(path))
     if not isinstance(said, dict) or not isinstance(said.get("images"), list):
         raise ValueError(f"{path} is no Karpathy split file: it has no `images`")
     for number, image in enumerate(said["images"]):

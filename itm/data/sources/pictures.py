@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from itm.data import records
-from itm.data.records import IMAGE_FORMATS, storable
+from itm.data.records import image_format
 
 SUFFIXES = {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "heic", "heif", "avif"}
-_BRANDS = {b"avif": "avif", b"avis": "avif", b"heic": "heic", b"heix": "heic", b"mif1": "heic", b"msf1": "heic", b"hevc": "heic"}
 HEAD = 18  # bytes that tell the format
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"hevc": "HEIC"}
+_BITMAPS = [n.to_bytes(4, "little") for n in (12, 40, 52, 56, 64, 108, 124)]  # lengths of their header: `BM` begins many a text
 
 
-def image_format(head: bytes) -> str | None:
-    """jpg, png, webp, gif, bmp, tiff, heic or avif by the first `HEAD` bytes; None for what is no image."""
-    return records.image_format(head) or (_BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None)
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins so is an image, of a kind that is read or not."""
+    found = image_format(head)
+    return head[14:18] in _BITMAPS if found == "bmp" else found is not None or _unread(head) is not None
 
 
-def as_stored(data: bytes) -> tuple[bytes, str, str | None]:
-    """(bytes for a shard, their extension, the format they were converted from or None).
+def image_fault(data: bytes) -> str | None:
+    """Why the bytes are no image that is read, to be said after its name; None where they are one by their beginning."""
+    if found := _unread(data):
+        return f"is a {found} image, which is not read: convert it to JPEG or PNG"
+    if image_format(data) is None:
+        return "is no image: its bytes are of no known format" if data else "is empty"
+    return None
 
-    Raises ValueError for what is no image, or of a format that is not read.
-    """
-    found = image_format(data[:HEAD])
-    if found in _BRANDS.values():
-        raise ValueError(f"is a {str(found).upper()} image, which is not read: convert it to JPEG or PNG")
-    if found is None:
-        raise ValueError("is empty" if not data else "is no image: its bytes are of no known format")
-    image, extension = storable(data)
-    return image, extension, None if found in IMAGE_FORMATS else found
+
+def _unread(head: bytes) -> str | None:
+    return _BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None

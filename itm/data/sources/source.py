@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -98,11 +99,11 @@ class ListedImages(Source):
     An item whose file is missing is a Problem. A caption without an id gets `<key>#<position>`.
     """
 
-    def __init__(self, image_root: str | Path, listings: dict[str, list[Listing]], annotations: Iterable[Path]) -> None:
+    def __init__(self, image_root: str, listings: dict[str, list[Listing]], annotations: Iterable[str]) -> None:
         self.image_root = str(image_root)
         self.listings = listings
         self.splits = list(listings)
-        self.digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in annotations]
+        self.digests = [hashlib.sha256(files.read_bytes(uri)).hexdigest() for uri in annotations]
         self._keys = {split: unique_keys([row.path for row in rows]) for split, rows in listings.items()}
 
     def count(self, split: str) -> int:
@@ -120,31 +121,48 @@ class ListedImages(Source):
 
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
-        path = Path(files.absolute(self.image_root.replace("{split}", split))) / row.path
+        uri = below(self.image_root.replace("{split}", split), row.path)
         try:
-            image = path.read_bytes()
-        except OSError as error:
-            return Problem(key, "", "source", f"{path} cannot be read: {error.strerror}", captions=len(row.captions))
+            image = read_file(uri)
+        except ValueError as error:
+            return Problem(key, "", "source", str(error), captions=len(row.captions))
         found = image_format(image)  # whatever its name says
-        if found is None and path.suffix.lower() not in _SUFFIXES:
-            return Problem(key, "", "source", f"{path} is no jpg, png, webp, gif, bmp or tiff file", captions=len(row.captions))
+        if found is None and not uri.lower().endswith(_SUFFIXES):
+            return Problem(key, "", "source", f"{uri} is no jpg, png, webp, gif, bmp or tiff file", captions=len(row.captions))
         captions = [replace(c, id=c.id or f"{key}#{n}") for n, c in enumerate(row.captions)]
         meta = {"image_id": key, "filename": row.path, **row.meta}
         return Record(key, split, captions, image, found or "jpg", meta=meta)
 
 
-def paths_by_split(path: str | dict[str, str]) -> dict[str, Path]:
-    """`path` is {split: file}, or one file name with `{split}`: then every one of train, val, test that exists.
+def below(root: str, path: str) -> str:
+    """The file that a listing below `root` calls `path`, which may also be absolute or a URI."""
+    if files.is_remote(path) or path.startswith(("/", "file:")):
+        return files.absolute(path)
+    uri = files.join(files.absolute(root), path.removeprefix("./"))
+    return files.absolute(uri)
+
+
+def read_file(uri: str) -> bytes:
+    """The bytes of a file on any file system. Raises ValueError naming it and what is wrong."""
+    try:
+        return files.read_bytes(uri)
+    except OSError as error:
+        said = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+        raise ValueError(f"{uri} cannot be read: {said}") from None
+
+
+def paths_by_split(path: str | dict[str, str]) -> dict[str, str]:
+    """`path` is {split: file}, or one file name with `{split}`: then every one of train, val, test that exists. Files as URIs.
 
     Raises ValueError when nothing is there.
     """
     if isinstance(path, dict):
-        found = {split: Path(files.absolute(p)) for split, p in path.items()}
+        found = {split: files.absolute(p) for split, p in path.items()}
     elif "{split}" in path:
-        found = {split: p for split in ("train", "val", "test") if (p := Path(files.absolute(path.replace("{split}", split)))).exists()}
+        found = {s: uri for s in ("train", "val", "test") if files.exists(uri := files.absolute(path.replace("{split}", s)))}
     else:
-        found = {"train": Path(files.absolute(path))}
-    missing = [str(p) for p in found.values() if not p.exists()]
+        found = {"train": files.absolute(path)}
+    missing = [uri for uri in found.values() if not files.exists(uri)]
     if missing or not found:
         raise ValueError(f"no annotation file at {', '.join(missing) or path}; give {{split}} in the path or a mapping split: file")
     return found
@@ -182,18 +200,17 @@ def field_of(row: object, name: str, where: str) -> Any:
     return row[name]
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
+def refuse_pointer(path: str | Path, start: bytes) -> None:
     """Raises ValueError when a file that begins with `start` is what Git LFS left in place of the real one."""
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download the file")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """A UTF-8 file without its byte order mark. Raises ValueError naming the file when it is missing or of another encoding."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"no annotation file at {path}") from None
+    if not files.exists(path):
+        raise ValueError(f"no annotation file at {path}")
+    data = read_file(str(path))
     refuse_pointer(path, data)
     try:
         return data.decode("utf-8-sig")
@@ -201,11 +218,11 @@ def read_text(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(
             f"{path} line {line} is not UTF-8 (byte 0x{data[error.start]:02x}); if it is Latin-1, convert it with "
-            f"`iconv -f latin1 -t utf-8 {path.name}`, if it comes from Excel, save it as CSV UTF-8"
+            f"`iconv -f latin1 -t utf-8 {files.name_of(path)}`, if it comes from Excel, save it as CSV UTF-8"
         ) from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: str | Path) -> Any:
     """Raises ValueError naming the file when it is missing, of another encoding than UTF-8, or no JSON."""
     try:
         return json.loads(read_text(path))

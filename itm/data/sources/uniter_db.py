@@ -48,7 +48,7 @@ class UniterDb(Source):
         if bare and vocab is None:
             split, db = bare[0]
             raise ValueError(f"{db.folder} keeps word pieces only (split {split}): give vocab=<vocab.txt of bert-base-cased>")
-        self.pieces = files.read_bytes(vocab).decode().splitlines() if bare and vocab is not None else None
+        self.pieces = _pieces(vocab) if bare and vocab is not None else None
 
     def count(self, split: str) -> int:
         return len(self._rows[split])
@@ -180,6 +180,13 @@ class TextDatabase:
     def digest(self) -> str:
         size = (self.folder / "data.mdb").stat().st_size
         return hashlib.sha256(json.dumps([self.captions_of, self.lengths, size]).encode()).hexdigest()
+
+
+def _pieces(vocab: str) -> list[str]:
+    try:
+        return files.read_bytes(vocab).decode().splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"vocab={vocab} is not there, and a text database keeps word pieces only: put bert-base-cased's there") from None
 
 
 def _several(given: str | list[str]) -> list[str]:

@@ -250,7 +250,7 @@ class SimilarityMatcher(LateInteraction):
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
         scores, statistics = [], []
-        for chosen in self._chunks(order, lengths[order].tolist(), len(images)):
+        for chosen in _chunks(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
             longest = int(lengths[chosen[0]])
             chunk = words[chosen, :longest], word_mask[chosen, :longest], whole_captions[chosen]
             inputs = (regions, region_mask, whole_images), chunk
@@ -281,18 +281,6 @@ class SimilarityMatcher(LateInteraction):
                 f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
             )
 
-    def _chunks(self, order: Tensor, lengths: list[int], images: int) -> list[Tensor]:
-        """Rows of `order` (longest first) cut where images x words x width would pass `chunk_elements`, or padding 15 % of a chunk."""
-        budget = max(1, self.chunk_elements // (images * self.width))
-        starts = [0]
-        for end, length in enumerate(lengths):
-            longest = lengths[starts[-1]]
-            wide = (end + 1 - starts[-1]) * longest > budget
-            padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
-            if end > starts[-1] and (wide or padded):
-                starts.append(end)
-        return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
     def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2).
 
@@ -319,6 +307,18 @@ class SimilarityMatcher(LateInteraction):
 
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
         return attend(*parts_of(image), parts_of(caption)[0])[0]
+
+
+def _chunks(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
+    """Rows of `order` (longest first) cut where they would hold more than `budget` words, or padding 15 % of a chunk."""
+    starts = [0]
+    for end, length in enumerate(lengths):
+        longest = lengths[starts[-1]]
+        wide = (end + 1 - starts[-1]) * longest > budget
+        padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
+        if end > starts[-1] and (wide or padded):
+            starts.append(end)
+    return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from itm.data.shards import read_manifest
 from itm.data.sources.source import paths_by_split
 from itm.data.text import WordVocabulary
 from itm.matchers.folder import build_matcher, save_matcher
-from itm.tracking.lineage import tracking_uri
+from itm.tracking.addresses import tracking_uri
 from pipelines.training.preparation import prepare
 from tests.support.noise_split import small_split
 from tests.support.small_training import recipe

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.plan import Plan, Position, expected_same_image_share
+from itm.data.plan import Plan, Position, expected_same_image_share, window_of
 
 
 def manifest(counts: list[int]) -> Manifest:
@@ -111,3 +111,8 @@ def test_the_expected_share_of_flickr30k_and_coco_is_that_of_the_published_loade
     assert expected_same_image_share(145_000, 29_000, 128) == pytest.approx(0.0035, abs=1e-4)
     assert expected_same_image_share(566_435, 113_287, 128) == pytest.approx(0.0009, abs=1e-4)
     assert expected_same_image_share(10_000, 2_000, 128) == pytest.approx(0.0496, abs=1e-3)  # eight shards of 250 images
+
+
+def test_pairs_that_are_shuffled_together_are_rounded_up_to_whole_shards_or_are_all() -> None:
+    held = manifest([10] * 12)
+    assert [window_of(held, 8, pairs) for pairs in (None, 1, 10, 11, 95, 10_000, "all")] == [8, 1, 1, 2, 10, 12, 12]

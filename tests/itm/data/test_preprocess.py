@@ -183,3 +183,15 @@ def test_grey_of_16_bits_is_scaled_and_not_cut_off(crop):
     assert np.abs(sixteen - eight).max() <= 1
     made = [augment(data.getvalue(), ImageInput(size=16, crop=crop), draw(0, 0, "k")).astype(int) for data in (narrow, wide)]
     assert np.abs(made[0] - made[1]).max() <= 1
+
+
+def test_exact_training_pixels_are_those_of_evaluation():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=90)
+    image, numbers = ImageInput(size=32, exact=True), draw(0, 0, "k")
+    inputs = Inputs(image, None)
+    exact, plain = inputs.image_columns(stream.getvalue(), numbers)["pixels"], inputs.image_columns(stream.getvalue())["pixels"]
+    assert np.array_equal(exact, plain)
+    quick = augment(stream.getvalue(), ImageInput(size=32), numbers)
+    assert 0 < (quick != exact).mean() < 0.2

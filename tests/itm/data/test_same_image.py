@@ -134,3 +134,19 @@ def test_field_case_18_keys_that_restart_in_each_shard_are_told_apart() -> None:
     assert found.image_keys == ["00/0", "1", "01/0"]
     assert found.caption_ids == ["00/0#0", "1#0", "1#1", "01/0#0"]
     found.check()
+
+
+def test_field_case_18_a_split_whose_keys_restart_is_evaluated_and_trained_on_whole(tmp_path: Path) -> None:
+    for shard in range(2):
+        members = [
+            (f"{n:04d}.{end}", data)
+            for n in range(3)
+            for end, data in (("png", png(3 * shard + n, 64)), ("txt", f"{TEXTS[3 * shard + n]} runs".encode()))
+        ]
+        tar_of(tmp_path / f"{shard:05d}.tar", members)
+    split = encode_split(build_matcher(MODEL, small_inputs()), str(tmp_path))
+    assert split.names.image_keys == [f"{shard:05d}/{n:04d}" for shard in range(2) for n in range(3)]
+    split.names.check()
+    manifest = read_manifest(str(tmp_path))
+    batch = to_batch(Pairs(str(tmp_path), manifest, Plan.of(manifest, seed=0, batch=6), small_inputs(), {})(Work(0, 0, 0)))
+    assert torch.equal(positives_from_ids(batch.images.image_id, batch.captions.image_id), torch.eye(6, dtype=torch.bool))

@@ -76,6 +76,17 @@ def test_the_value_is_the_rank_correlation_of_the_matchers_own_cosines(tmp_path)
     assert outcome.counts == {"pairs": 20, "rejected": 0}
 
 
+def test_sentences_are_read_as_they_stand_also_by_a_matcher_that_cleans_captions_up(tmp_path):
+    matcher = itm.load_matcher(f"{small_run(tmp_path).folder}/matcher")
+    seen = []
+    matcher.inputs.tokenizer._encode = lambda text, encode=matcher.inputs.tokenizer._encode: (
+        seen.append(matcher.inputs.tokenizer.clean) or encode(text)
+    )
+    sts(matcher, [read_pairs(write(tmp_path, GLUE))])
+    assert seen == [False] * 4
+    assert matcher.inputs.tokenizer.clean
+
+
 def test_the_command_writes_values_hashes_and_bad_rows_and_computes_them_once(tmp_path, capsys):
     recipe = small_run(tmp_path)
     path = write(tmp_path, GLUE + "".join(f"{n}\tnews\tred dog {n}\tdog {n}\t{n}\n" for n in range(300)) + "x\ty\n", "sts-test.tsv")

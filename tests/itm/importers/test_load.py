@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from itm.importers import checkpoint as checkpoint_module
 from itm.importers.checkpoint import import_checkpoint
 from itm.importers.clip import RENAMED
 from itm.importers.load import load_official
+from itm.matchers.clip import CLIP
 from itm.matchers.folder import load_matcher_folder
 from itm.matchers.late.sgraf import SGR
 from itm.types import Captions, Images
@@ -205,6 +207,8 @@ def test_a_cusa_checkpoint_brings_its_heads_and_leaves_its_temperatures(tmp_path
     matcher = load_official(tmp_path / "best.pth")
     assert torch.equal(matcher.text_heads.uni.linear.weight, heads["uni_text_projection.weight"])
     assert torch.equal(matcher.image_heads.cross.norm.bias, heads["ln_cross_image_projection.bias"])
+    assert checkpoint_module._is_cusa(matcher)
+    assert not checkpoint_module._is_cusa(CLIP(vocab_size=matcher.backbone.config.text_config.vocab_size, config=matcher.options["config"]))
     assert len(RENAMED) == len({pattern for pattern, _ in RENAMED})
 
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from itm.losses.soft_label import cosine_matrix
+from itm.losses.soft_label import cosine_matrix, soft_label_loss
 from itm.losses.triplet import triplet_loss
 from itm.matchers.dual import DualEncoder
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SAF, SGR
 from itm.methods.cusa import CUSA
+from itm.training.step import gradient_shares
 from itm.types import Batch, Captions, Images, Matcher, SoftLabels
 
 
@@ -98,11 +99,44 @@ def sizes(make):
     return {} if make is SCAN else {"sim_dim": 6, "regions": 3}
 
 
+@pytest.mark.parametrize("make", [SGR, SAF])
+def test_usa_reads_the_global_vectors_that_the_score_was_made_with(make):
+    towers = {"image": {"kind": "regions", "in_width": 10}, "text": {"kind": "gru", "word_dim": 6, "width": 8}}
+    matcher, b = make(vocab_size=20, **towers, **sizes(make)), region_batch()
+    method, seen = CUSA(matcher, triplet={}, csa=False, usa={"head": "none", "teacher": 1.0}).train(), []
+    for module in (matcher.v_global_w, matcher.t_global_w):
+        module.register_forward_hook(lambda module, given, vector: seen.append(vector.detach()))
+    losses = method(b)
+    assert len(seen) == 2, "the batch norms of the global vectors see a batch once"
+    assert not matcher.kept
+    taus = method.temperature("usa_student"), method.temperature("usa_teacher")
+    teacher = [cosine_matrix(x) for x in (b.teacher.image, b.teacher.text)]
+    want = [soft_label_loss(cosine_matrix(v), t, *tau) for v, t, tau in zip(seen, teacher, zip(*taus, strict=True), strict=True)]
+    torch.testing.assert_close(losses["usa"], 0.5 * (want[0] + want[1]) / 2)
+
+
 def test_the_triplet_term_is_the_plain_triplet_loss_times_its_weight():
     matcher, b = dual(), batch()
     losses = CUSA(matcher, triplet={"weight": 0.5}, csa=False, usa=False)(b, step=3)
     scores, ids = matcher.score(matcher.encode_images(b.images), matcher.encode_captions(b.captions)), b.images.image_id
     torch.testing.assert_close(losses["triplet"], 0.5 * triplet_loss(scores, ids[:, None] == ids))
+    mean = CUSA(matcher, triplet={"weight": 0.5, "reduction": "mean"}, csa=False, usa=False)(b, step=3)
+    torch.testing.assert_close(mean["triplet"], losses["triplet"] / len(ids))
+
+
+def test_the_shares_of_the_gradient_are_those_of_each_loss_alone():
+    method, b = CUSA(dual(uni=True)).double(), batch()
+    losses = method(b)
+    shares = gradient_shares(losses, method)
+    norms = {}
+    for name in losses:
+        method.zero_grad()
+        method(b)[name].backward()
+        norms[f"share_{name}"] = torch.stack([p.grad.norm() for p in method.parameters() if p.grad is not None]).norm()
+    total = sum(norms.values())
+    assert {name: float(value) for name, value in shares.items()} == pytest.approx(
+        {n: float(v / total) for n, v in norms.items()}, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def test_rows_are_found_by_image_id_and_captions_as_they_are_or_cleaned(tmp_path
         images([sample("z")])
 
 
+def test_a_sample_that_is_named_by_a_number_finds_the_photo_of_that_number_and_no_other(tmp_path: Path):
+    rows = vectors(4, 1, 6)
+    names = ["COCO_val2014_000000391895.jpg", "1000092795.jpg", "a_7.jpg", "b_07.jpg"]
+    teacher = CusaNpyTeacher(stored(tmp_path / "t.npy", dict(zip(names, rows, strict=True))), "image")
+    assert np.array_equal(teacher([sample("391895"), sample("k", image_id="1000092795")]), rows[:2, 0])
+    for key in ("7", "train-391895"):  # two photos end in 7; a position in a split is no number of a photo
+        with pytest.raises(ValueError, match="have no key"):
+            teacher([sample(key)])
+
+
 def test_the_identity_follows_the_bytes(tmp_path: Path):
     names = [stored(tmp_path / f"{n}.npy", {"x": vectors(1, 4) + n}) for n in (0, 1)]
     first, second = (CusaNpyTeacher(name, "image").identity["weights_sha256"] for name in names)
@@ -109,7 +120,7 @@ def test_code_missing_files_and_plain_arrays_are_refused(tmp_path: Path):
 
 def test_teach_turns_them_into_a_store_in_step_with_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stage, "_score", score_here)
-    monkeypatch.setattr(stage, "_track", lambda *a: None)
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
     pack(tmp_path, scenes(6))
     rows = samples(tmp_path)
     given = vectors(len(rows), 1, 5)

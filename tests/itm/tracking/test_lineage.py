@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from itm.tracking.lineage import LONGEST_NAME, LONGEST_TAG, git_commit, plain_name, shorten, texts, tracking_uri
+from itm.tracking.addresses import tracking_uri
+from itm.tracking.lineage import LONGEST_NAME, LONGEST_TAG, git_commit, plain_name, shorten, texts
 from tests.support import ROOT
 
 

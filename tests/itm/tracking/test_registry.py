@@ -14,8 +14,10 @@ import torch
 import yaml
 
 import itm
-from itm.tracking.lineage import LONGEST_PARAM
-from itm.tracking.registry import DatasetRef, Tracker, client, download, find_version, promote
+from itm.tracking.fetch import download
+from itm.tracking.lineage import LONGEST_PARAM, DatasetRef
+from itm.tracking.registry import find_version, promote
+from itm.tracking.runs import Tracker, client
 from tests.support import ROOT
 from tests.support.ports import free_ports
 from tests.support.registry_world import TEXTS, matcher_folder, register_matcher, tiny_matcher, wait_for
@@ -53,7 +55,7 @@ def test_a_run_keeps_params_metrics_lineage_and_artifacts(registry: Path, tmp_pa
 def test_a_worker_in_another_directory_resumes_the_run_and_leaves_it_open(registry: Path, tmp_path: Path):
     tracker = Tracker.start("tests", "two processes")
     code = f"""
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 with Tracker.resume({tracker.run_id!r}, {tracker.uri!r}, node="trainer") as rank0:
     rank0.metrics({{"loss": 0.5}}, 7)
     __import__("time").sleep(1.5)

@@ -83,3 +83,44 @@ def test_each_optimiser_takes_the_settings_of_the_recipe(name: str) -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
     assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
+
+
+class Named(nn.Module):
+    """Weights named as UNITER and CUSA name theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = nn.Parameter(torch.tensor(0.05))
+        self.LayerNorm = nn.LayerNorm(3)
+        self.img_layer_norm = nn.LayerNorm(3)
+        self.dense = nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("decayed", "names"),
+    [
+        ("matrices", {"dense.weight"}),
+        ("cusa", {"dense.weight", "tau"}),
+        ("uniter", {"dense.weight", "tau", "img_layer_norm.weight"}),
+    ],
+)
+def test_which_weights_decay_is_chosen_as_the_authors_chose(decayed: str, names: set[str]) -> None:
+    module = Named()
+    owners = {id(p): name for name, p in module.named_parameters()}
+    with_decay, _ = parameter_groups(module, 0.1, decayed)
+    assert {owners[id(p)] for p in with_decay["params"]} == names  # type: ignore[attr-defined]
+
+
+def test_uniters_adamw_adds_eps_before_the_correction_and_decays_after_the_update() -> None:
+    module = nn.Linear(2, 2, bias=False).double()
+    weight, first, second = module.weight.detach().clone(), torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    train = Train(optimizer="adamw_uniter", decayed="uniter", lr=0.1, betas=(0.9, 0.98), eps=1e-2, weight_decay=0.3)
+    optimizer = build_optimizer(module, train)
+    for step in (1, 2, 3):
+        grad = torch.full((2, 2), 0.1 * step).double()
+        module.weight.grad = grad.clone()
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * grad, 0.98 * second + 0.02 * grad**2
+        weight = weight - 0.1 * (1 - 0.98**step) ** 0.5 / (1 - 0.9**step) * first / (second.sqrt() + 1e-2)
+        weight = weight - 0.1 * 0.3 * weight
+    torch.testing.assert_close(module.weight.detach(), weight, atol=1e-12, rtol=0)

@@ -95,7 +95,7 @@ def test_choices_that_cannot_be_met_are_one_line_and_exit_code_2(tmp_path, capsy
 
 def test_a_matrix_past_the_memory_bound_goes_to_tiles_and_so_do_many_costly_pairs(tmp_path, monkeypatch):
     recipe, uri = late_run(tmp_path)
-    monkeypatch.setattr(score, "by_tasks", lambda: pytest.fail("went to tasks"))
+    monkeypatch.setattr(score, "by_actors", lambda tiles: pytest.fail("went to tasks"))
     evaluate.evaluate(recipe)
     monkeypatch.setattr(score, "IN_PROCESS_PAIRS", 100)
     evaluate.evaluate(recipe, tie="optimistic")

@@ -20,7 +20,7 @@ import torch
 
 from itm.config import Recipe
 from itm.data.shards import read_manifest
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest
 from pipelines.train import train
 from pipelines.training.job import Job

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,7 +140,7 @@ def test_a_training_on_the_device_logs_and_validates_as_on_the_cpu(tmp_path: Pat
 def taught(root: Path, folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A split with a store that a matcher taught on the device there is."""
     monkeypatch.setattr(teach, "_score", score_here)
-    monkeypatch.setattr(teach, "_track", lambda *a: None)
+    monkeypatch.setattr(teach, "_tracked", lambda *a: nullcontext())
     wanted = recipe(root, {"kind": "matcher", "options": {"uri": str(folder)}})
     wanted = wanted.model_copy(update={"teachers": wanted.teachers.model_copy(update={"dtype": dtype})})
     return wanted, teach.teach(wanted)["image"]

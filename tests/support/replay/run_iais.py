@@ -105,12 +105,26 @@ def _run(arrays: Arrays, about: dict[str, Any], given: dict[str, Any]) -> Iterat
                     terms[name] = terms.get(name, torch.zeros(())) + value / share
         return terms
 
-    own = lambda: {name: value.detach().numpy().copy() for name, value in matcher.state_dict().items()}
-    for found in trainer.run(losses, own, {name: name for name in ("loss", "grad_norm") if name in arrays}):
+    told = {name: name for name in ("loss", "grad_norm") if name in arrays}
+    for found in trainer.run(losses, partial(_state, matcher, _aliased(arrays)), told):
         if found.name != "lr":  # the rates are the case's own
             yield found
     if "eval_scores" in arrays:
         yield from _evaluation(arrays, about, matcher.eval())
+
+
+def _aliased(arrays: Arrays) -> bool:
+    """Whether the program's ranking head was a view of row 1 of its matching head, which then moves with it (on a CPU it is)."""
+    ends = [v for k, v in arrays.items() if k.startswith("after") and k.endswith("|itm_output.weight") and v.ndim == 2]
+    return bool(ends) and not np.allclose(ends[-1][1], arrays["init|itm_output.weight"][1], atol=1e-12, rtol=0)
+
+
+def _state(matcher: Any, aliased: bool) -> Arrays:
+    held = {name: value.detach().numpy().copy() for name, value in matcher.state_dict().items()}
+    if aliased:
+        for part in ("weight", "bias"):
+            held[f"itm_output.{part}"][1:2] = held[f"rank_output.{part}"]
+    return held
 
 
 def _evaluation(arrays: Arrays, about: dict[str, Any], matcher: Any) -> Iterator[Check]:

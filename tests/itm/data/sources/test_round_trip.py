@@ -245,7 +245,9 @@ def test_every_sample_of_a_foreign_tar_is_read_whatever_its_key(data: list[Row],
         key = name.removesuffix(".").removesuffix(".txt").removesuffix(".jpg").removesuffix(".PNG").removesuffix(".jfif")
         if key in expected or key.rpartition("/")[2].startswith("."):
             continue
-        texts = texts[:1] if way == "caption" else [" ".join(t.replace("\ufeff", "").splitlines()) for t in texts] if way == "txt" else texts
+        if way == "txt":
+            texts = [" ".join(t.replace("\ufeff", "").splitlines()) for t in texts]
+        texts = texts[:1] if way == "caption" else texts
         said = {"json": {"captions": texts}, "caption": {"caption": texts[0]}}.get(way)
         content = "\n".join(texts).encode() if said is None else json.dumps(said).encode()
         members += [(f"{key}.png", PICTURES[0]), (f"{key}.{'txt' if said is None else 'json'}", content)]

@@ -148,3 +148,12 @@ def test_field_case_10_an_image_in_two_databases_or_a_text_of_two_images_is_refu
     (said / "img2txts.json").write_text(json.dumps({NAMES[0]: ["10", "11"], NAMES[1]: ["11", "12"]}))
     with pytest.raises(ValueError, match=rf"text 11 of .* is of {NAMES[1]} and of {NAMES[0]}: img2txts.json"):
         UniterDb({"val": str(said)}, str(both[0]))
+
+
+def test_several_text_databases_of_a_split_are_one_and_the_vocabulary_is_read_where_it_is_needed(tmp_path):
+    first, second = texts(tmp_path / "a", raw="A dog runs ."), texts(tmp_path / "b", raw="A cat sits .")
+    source = UniterDb({"train": [str(first), str(second)]}, str(images(tmp_path)), vocab=str(tmp_path / "is-not-there.txt"))
+    assert source.count("train") == 4
+    assert [source.item("train", k).captions[0].text for k in (0, 2)] == ["A dog runs .", "A cat sits ."]
+    with pytest.raises(ValueError, match=r"is-not-there"):
+        UniterDb({"test": str(texts(tmp_path / "c"))}, str(images(tmp_path / "c")), vocab=str(tmp_path / "is-not-there.txt"))
