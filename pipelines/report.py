@@ -51,6 +51,7 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
 
     page: what `page_of` gave, where the caller has it.
     """
+    page = page or page_of(recipe, compare)
     output = files.join(recipe.folder, "report.html")
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
     run_id = None
@@ -58,7 +59,7 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
         from itm.tracking.runs import run_to_log
 
         run_id = run_to_log(recipe.folder)
-    files.write_atomic(output, render(page or page_of(recipe, compare)).encode())
+    files.write_atomic(output, render(page).encode())
     if run_id:
         from itm.tracking.runs import Tracker
 
