@@ -79,7 +79,7 @@ def _model(kind: str, options: Json) -> Json:
     if kind == "clip":
         return {"config": CLIP_CONFIG, "heads": options.get("heads")}
     if kind == "hf_dual":
-        kept = {name: options[name] for name in ("heads", "freeze", "lora") if name in options}
+        kept = {name: value for name, value in options.items() if name in ("heads", "freeze", "lora")}
         return {"config": {"model_type": "clip", **CLIP_CONFIG}, **kept}
     options = _shrink(options)
     if kind == "uniter":

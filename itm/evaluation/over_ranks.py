@@ -77,7 +77,8 @@ def _from_rank(source: int, piece: EncodedSplit | Exception | None, device: torc
     held: list[EncodedSplit | Exception | None] = [piece]
     if world_size() > 1:
         dist.broadcast_object_list(held, source, device=device)
-    if isinstance(held[0], Exception):
-        raise held[0]
-    assert held[0] is not None
-    return held[0]
+    found = held[0]
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return found

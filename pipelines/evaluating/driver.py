@@ -55,14 +55,8 @@ def evaluate(
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
-    identity = {
-        "format": FORMAT,
-        "split": split,
-        "split_hash": manifest.fingerprint(),
-        "matcher_hash": "+".join(map(weights_hash, matchers)),
-        "protocol_name": protocol,
-        "tie": tie,
-    } | how.identity(weights_hash(screener) if screener else None)
+    identity = {"format": FORMAT, "split": split, "split_hash": manifest.fingerprint(), "protocol_name": protocol, "tie": tie}
+    identity |= {"matcher_hash": "+".join(map(weights_hash, matchers))} | how.identity(weights_hash(screener) if screener else None)
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
