@@ -43,8 +43,7 @@ def evaluate(
 ) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
-    Several matchers are an ensemble, whose score is the mean of theirs.
-    Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
+    Several are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
     folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
