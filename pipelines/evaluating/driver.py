@@ -70,15 +70,14 @@ def evaluate(
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
+    shown = for_the_page(matchers, seen, result)
     result |= {
         "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
         "matcher": " + ".join(members),
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
-        **flow,
-        **for_the_page(matchers, seen, result),
-        "seconds": round(time.perf_counter() - started, 2),
     }
+    result |= flow | shown | {"seconds": round(time.perf_counter() - started, 2)}
     if save_scores:
         write_scores(save_scores, scored)
     _write(output, result, encoded)
