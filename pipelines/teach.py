@@ -26,11 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pipelines.teaching import driver
+    from itm.data import files
+    from pipelines.teaching import driver, inspection
 
-    for modality, uri in teach(recipe_from(args), args.split).items():
+    recipe = recipe_from(args)
+    split_uri = files.absolute(files.join(recipe.data.root, args.split or recipe.data.train_split))
+    for modality, uri in teach(recipe, args.split).items():
         print(f"{modality}: {uri}")
         print(driver.flow_line(uri))
+        try:
+            print(f"nearest neighbours of 20 samples, to judge by: {inspection.page_of(uri, split_uri)}")
+        except ValueError as error:  # the store is whole all the same
+            print(f"no page of nearest neighbours: {error}")
 
 
 def kept(args: argparse.Namespace) -> str:
