@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -198,7 +199,7 @@ def soft_labels(cosines: np.ndarray, tau: float) -> np.ndarray:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-def _sharpness(cosines: Sequence[np.ndarray], equal: Sequence[np.ndarray]) -> dict[str, object]:
+def _sharpness(cosines: Sequence[np.ndarray], equal: Sequence[np.ndarray]) -> dict[str, Any]:
     entropy, off = {}, {}
     for tau in TEMPERATURES:
         labels = [soft_labels(c, tau) for c in cosines]
@@ -281,7 +282,7 @@ def _neighbours(chosen: _Chosen, number: int, batch: _Batch) -> Iterator[Neighbo
     scores = [np.zeros((0, len(asked)), np.float32)]
     for shard, sidecar in chosen.sidecars[number].items():
         ok = np.flatnonzero(sidecar.ok)
-        names += [_row(sidecar, shard, row) for row in ok]
+        names += [_row(sidecar, shard, int(row)) for row in ok]
         scores += [_unit(sidecar.vectors[ok[start : start + _CHUNK]]) @ queries.T for start in range(0, len(ok), _CHUNK)]
     table = np.concatenate(scores)
     for column, (place, row) in enumerate(asked):
