@@ -35,11 +35,21 @@ class Part(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class MixedRoot(Strict):
+    """One of several packed roots that are trained on together."""
+
+    root: str = Field(description="folder or URI of the shards, with a sub-folder train_split")
+    weight: float = Field(1.0, gt=0, description="share of the pairs, relative to the others")
+
+
 class Data(Strict):
     """Where pairs come from, where their shards lie and how an image is prepared."""
 
     source: Part | None = Field(None, description="raw data for `itm pack`; unset = the shards exist already")
     root: str = Field("data/shards", description="folder or URI of the shards, one sub-folder a split")
+    mix: list[MixedRoot] = Field(
+        default_factory=list, description="roots whose training splits are mixed: [{root, weight}, ...]; unset = data.root alone"
+    )
     train_split: str = Field("train", description="sub-folder that is trained on")
     val_split: str = Field("val", description="sub-folder that validation reads; empty = train without validation")
     test_split: str = Field("test", description="sub-folder that `itm evaluate` reads")

@@ -51,6 +51,7 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
 
     page: what `page_of` gave, where the caller has it.
     """
+    page = page or page_of(recipe, compare)
     output = files.join(recipe.folder, "report.html")
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
     run_id = None
@@ -58,7 +59,7 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
         from itm.tracking.runs import run_to_log
 
         run_id = run_to_log(recipe.folder)
-    files.write_atomic(output, render(page or page_of(recipe, compare)).encode())
+    files.write_atomic(output, render(page).encode())
     if run_id:
         from itm.tracking.runs import Tracker
 
@@ -72,7 +73,7 @@ def page_of(recipe: Recipe, compare: Sequence[str] = ()) -> Page:
     evaluation = _evaluation(recipe.folder)
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
     others = {files.name_of(folder): folder for folder in map(_plain, compare)}
-    history = _history(trained)
+    history = _history(recipe.folder) if trained.get("run_id") else None
     losses = _losses(recipe.folder)
     return Page(
         title=recipe.name,
@@ -88,12 +89,14 @@ def page_of(recipe: Recipe, compare: Sequence[str] = ()) -> Page:
     )
 
 
-def _history(trained: Json) -> History | None:
-    if not trained.get("run_id"):
+def _history(folder: str) -> History | None:
+    from itm.tracking.runs import run_to_log
+
+    if (run_id := run_to_log(folder, quiet=True)) is None:
         return None
     from itm.tracking.history import history_of
 
-    return history_of(trained["run_id"])
+    return history_of(run_id)
 
 
 def missing(recipe: Recipe, evaluation: Json, trained: Json, history: History | None, losses: Sequence[Any]) -> list[str]:

@@ -119,7 +119,8 @@ def _overrides(arguments: list[str]) -> list[str]:
 
 
 def _check_places(recipe: Recipe) -> None:
-    for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root)):
+    mixed = [(f"data.mix.{number}.root", one.root) for number, one in enumerate(recipe.data.mix)]
+    for key, place in (("data.root", recipe.data.root), ("output", recipe.output), ("teachers.root", recipe.teachers.root), *mixed):
         if place and not place.startswith(("/", "file://")) and not files.is_remote(place):
             raise ValueError(f"{key}={place} is relative: a job's folder goes when it ends. Say {key}=/shared/... or {key}=s3://bucket/...")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -18,6 +19,7 @@ from itm.data import files
 from itm.data.arrow import Columns, to_table
 from itm.data.formats import Json
 from itm.data.manifest import CHANGED, Manifest, SampleIndex
+from itm.data.mix import MixedStore, Mixture, folders_of
 from itm.data.plan import Plan
 from itm.data.records import Caption, Problem
 from itm.data.same_image import image_number
@@ -60,8 +62,9 @@ class Fetch:
     teacher_text, key, caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
     """
 
-    def __init__(self, split: str, manifest: Manifest, plan: Plan, kind: str, stores: dict[str, Store]) -> None:
+    def __init__(self, split: str, manifest: Manifest | Mixture, plan: Plan, kind: str, stores: Mapping[str, Store | MixedStore]) -> None:
         """kind: `pixels` or `regions`, the file of a sample that is wanted."""
+        self.shards, self.folders = manifest.shards, folders_of(split, manifest)
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
         self._caches()
 
@@ -92,8 +95,8 @@ class Fetch:
         return _table(rows, work)
 
     def _open_shard(self, shard: int) -> _Shard:
-        info = self.manifest.shards[shard]
-        uri = files.join(self.split, info.name)
+        info = self.shards[shard]
+        uri = files.join(self.folders[shard], info.name)
         index = index_shard(uri, info.sha256)
         begins = [0, *accumulate(s.captions for s in index)]
         if (len(index), begins[-1]) != (info.samples, info.captions):
@@ -108,11 +111,11 @@ class Fetch:
         uri, index, _, file = self._shard(shard)
         start, end = index[number].start, index[number].end
         sample = parse_range(file.read_at(end - start, start), uri, start)
-        name = self.manifest.shards[shard].name
+        name = self.shards[shard].name
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
-        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.split)}
+        columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.folders[shard])}
         if "image" in self.stores:
             vector = self._vector("image", shard, number, sample, None)
             if isinstance(vector, Problem):
@@ -133,7 +136,7 @@ class Fetch:
         return columns | {"caption": caption.id, "text": caption.text}
 
     def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
-        info = self.manifest.shards[shard]
+        info = self.shards[shard]
         return self.stores[modality].sidecar(info.name, info.sha256)
 
     def _vector(self, modality: str, shard: int, row: int, sample: Sample, caption: Caption | None) -> np.ndarray | Problem:
@@ -144,7 +147,7 @@ class Fetch:
         if theirs != ours:
             raise ValueError(f"{sidecar.uri}: row {row} is of {theirs}, the shard has {ours} there: run `itm teach` again")
         if sidecar.problems[row] is not None:
-            return Problem(sample.key, self.manifest.shards[shard].name, "teach", f"no {modality} teacher vector: {sidecar.problems[row]}")
+            return Problem(sample.key, self.shards[shard].name, "teach", f"no {modality} teacher vector: {sidecar.problems[row]}")
         return sidecar.vectors[row].astype(np.float32)
 
 

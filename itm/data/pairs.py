@@ -6,6 +6,8 @@ keeps its place; the reason travels in the column `problem` of the place it left
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 
@@ -13,6 +15,7 @@ from itm.data.arrow import Columns, to_columns, to_table
 from itm.data.buffers import Buffers
 from itm.data.fetch import Fetch, Work, unusable
 from itm.data.manifest import Manifest
+from itm.data.mix import MixedStore, Mixture
 from itm.data.plan import Plan
 from itm.data.preprocess import Inputs, draw
 from itm.data.records import Problem
@@ -29,7 +32,9 @@ class Pairs:
     teacher_text, key, caption, problem (JSON of a `Problem`, or null), step.
     """
 
-    def __init__(self, split: str, manifest: Manifest, plan: Plan, inputs: Inputs, stores: dict[str, Store]) -> None:
+    def __init__(
+        self, split: str, manifest: Manifest | Mixture, plan: Plan, inputs: Inputs, stores: Mapping[str, Store | MixedStore]
+    ) -> None:
         self.fetch = Fetch(split, manifest, plan, inputs.image.kind, stores)
         self.inputs = inputs
         self.buffers = Buffers()

@@ -15,11 +15,11 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from itm.data.manifest import Manifest
+from itm.data.manifest import ShardInfo
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,21 @@ class Position:
     step: int = 0
     epoch: int = 0
     offset: int = 0
+
+
+class Counted(Protocol):
+    """What an order is made from: a manifest, or a mixture of several."""
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def shards(self) -> list[ShardInfo]: ...
+
+    @property
+    def captions(self) -> int: ...
+
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Plan:
     start: Position = Position()
 
     @classmethod
-    def of(cls, manifest: Manifest, *, seed: int, batch: int, ranks: int = 1, accumulate: int = 1, window: int = 8) -> Plan:
+    def of(cls, manifest: Counted, *, seed: int, batch: int, ranks: int = 1, accumulate: int = 1, window: int = 8) -> Plan:
         """Raises ValueError, with the numbers, when there are fewer pairs than one global batch."""
         plan = cls(tuple(s.captions for s in manifest.shards), manifest.fingerprint(), seed, batch, ranks, accumulate, window)
         if plan.pairs < plan.global_batch:
@@ -113,7 +128,7 @@ class Plan:
             )
 
 
-def window_of(manifest: Manifest, shards: int, pairs: int | Literal["all"] | None) -> int:
+def window_of(manifest: Counted, shards: int, pairs: int | Literal["all"] | None) -> int:
     """Shards that are shuffled together: as many as hold `pairs` pairs at the mean number a shard, or `shards` where that is unset."""
     if pairs is None:
         return shards

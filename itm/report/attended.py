@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from itm.data.formats import Json
+from itm.data.manifest import full_key
 from itm.data.preprocess import decode, framed, read_regions
 from itm.data.shards import Sample, index_shard, read_range
 from itm.evaluation.dataset import EncodedSplit
@@ -71,7 +72,7 @@ def _weights(matcher: Matcher, split: EncodedSplit, image: int, caption: int) ->
 def _boxes(form: Any, split: EncodedSplit, image: int, parts: int) -> list[list[float]] | None:
     """Where the parts of an image lie in it; None where nobody knows."""
     shard, key = split.names.image_shards[image], split.names.image_keys[image]
-    entry = next((entry for entry in index_shard(shard) if entry.key == key), None)
+    entry = next((entry for entry in index_shard(shard) if key in (entry.key, full_key(shard, entry.key))), None)
     if entry is None:
         return None
     sample = read_range(shard, entry.start, entry.end)
@@ -80,7 +81,7 @@ def _boxes(form: Any, split: EncodedSplit, image: int, parts: int) -> list[list[
     side = math.isqrt(parts)
     if sample.image is None or side * side != parts:
         return None
-    left, top, right, bottom = framed(*decode(sample.image).size, form.size, form.crop)
+    left, top, right, bottom = framed(*decode(sample.image, form.exif).size, form.size, form.crop)
     across, down = np.linspace(left, right, side + 1), np.linspace(top, bottom, side + 1)
     return _rounded([(across[c], down[r], across[c + 1], down[r + 1]) for r in range(side) for c in range(side)])
 

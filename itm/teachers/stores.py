@@ -15,6 +15,20 @@ def stores_root(recipe: Recipe, split: str) -> str:
     return files.absolute(files.join(root, split) if root else files.join(recipe.data.root, split, "teachers"))
 
 
+def roots_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe itself, or, where it mixes several roots, one of each root: stores lie beside the shards they are of.
+
+    Raises ValueError where the recipe says one place for the stores of several roots.
+    """
+    if not recipe.data.mix:
+        return [recipe]
+    if recipe.teachers.root:
+        raise ValueError(
+            "teachers.root is one place for the stores of several roots (data.mix): leave it unset, they lie beside the shards"
+        )
+    return [recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": one.root, "mix": []})}) for one in recipe.data.mix]
+
+
 def store_for(recipe: Recipe, split: str, modality: str) -> sidecar.Store:
     """The finished store of the recipe's teacher, which it must name; no teacher is loaded.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from itm.tracking.registry import client
+from itm.tracking.runs import client
 
 CURVES = ("rsum", "t2i_r1", "i2t_r1")
 

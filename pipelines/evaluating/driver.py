@@ -43,8 +43,7 @@ def evaluate(
 ) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
-    Several matchers are an ensemble, whose score is the mean of theirs.
-    Raises ValueError for a split that cannot be read, too many rejected samples, NaN scores, or a protocol that does not fit.
+    Several are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does not fit.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
     folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
@@ -71,15 +70,14 @@ def evaluate(
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
     outcome = run_protocol(protocol, scored, tie)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
+    shown = for_the_page(matchers, seen, result)
     result |= {
         "recipe": {"name": recipe.name, "fingerprint": recipe.fingerprint()},
         "matcher": " + ".join(members),
         "split_uri": split_uri,
         "rejected": len(encoded.problems),
-        **flow,
-        **for_the_page(matchers, seen, result),
-        "seconds": round(time.perf_counter() - started, 2),
     }
+    result |= flow | shown | {"seconds": round(time.perf_counter() - started, 2)}
     if save_scores:
         write_scores(save_scores, scored)
     _write(output, result, encoded)

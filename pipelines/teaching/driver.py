@@ -20,7 +20,7 @@ from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest
 from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
-from itm.teachers.stores import stored_identity, stores_root
+from itm.teachers.stores import roots_of, stored_identity, stores_root
 from pipelines.on_ray.gpus import Seats, gpu_seats
 from pipelines.teaching.actors import Prepare, Score, Written
 
@@ -40,7 +40,10 @@ def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:
     parts: dict[Modality, Part] = {m: part for m in MODALITIES if (part := getattr(recipe.teachers, m)) is not None}
     if not parts:
         raise ValueError(f"recipe {recipe.name!r} names no teacher: set teachers.image and/or teachers.text")
-    return {modality: _make_store(Job.of(recipe, split, modality, part)) for modality, part in parts.items()}
+    if not recipe.data.mix:
+        return {modality: _make_store(Job.of(recipe, split, modality, part)) for modality, part in parts.items()}
+    made = {(one.data.root, modality): Job.of(one, split, modality, part) for one in roots_of(recipe) for modality, part in parts.items()}
+    return {f"{modality} of {root}": _make_store(job) for (root, modality), job in made.items()}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from itm.config import Recipe, Train
 from itm.data.manifest import Manifest
+from itm.data.mix import Mixture, plan_of
 from itm.data.plan import Plan, Position, expected_same_image_share, window_of
 from itm.training.optim import learning_rate
 
@@ -22,10 +23,10 @@ class Course:
     steps: int
 
     @classmethod
-    def of(cls, recipe: Recipe, manifest: Manifest) -> Course:
+    def of(cls, recipe: Recipe, manifest: Manifest | Mixture) -> Course:
         """Raises ValueError when there are fewer pairs than one step takes, and when the recipe does not say how long to train."""
         train, ranks = recipe.train, max(1, recipe.train.workers)
-        plan = Plan.of(
+        plan = plan_of(
             manifest,
             seed=recipe.seed,
             batch=train.batch_size,
@@ -35,7 +36,7 @@ class Course:
         )
         return cls(train, plan, _last_step(train, plan))
 
-    def same_image_share(self, manifest: Manifest) -> float:
+    def same_image_share(self, manifest: Manifest | Mixture) -> float:
         """Expected share of the pairs of a rank's batch whose image is in it twice (`expected_same_image_share`)."""
         together = min(1.0, self.plan.window / len(manifest.shards))
         pairs, images = (max(1, round(count * together)) for count in (manifest.captions, manifest.samples))

@@ -15,7 +15,7 @@ from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import Manifest
-from itm.data.shards import read_manifest
+from itm.data.mix import Mixture, parts_of
 from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
@@ -27,7 +27,7 @@ from pipelines.training import FORMAT
 from pipelines.training.earlier import begun, check_same
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
-from pipelines.training.preparation import prepare
+from pipelines.training.preparation import prepare, training_manifest
 from pipelines.training.worker import work
 
 
@@ -43,7 +43,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         forget(recipe.folder)
     for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
         files.remove_abandoned(folder)
-    manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+    manifest = training_manifest(recipe)
     finished, started = (_read(files.join(recipe.folder, name)) for name in ("run.json", "started.json"))
     try:
         longer = check_same(recipe.folder, (finished, started), given, recipe, manifest)
@@ -85,14 +85,14 @@ def finished(recipe: Recipe) -> Json | None:
     if receipt is None:
         return None
     try:
-        manifest = read_manifest(files.join(recipe.data.root, recipe.data.train_split))
+        manifest = training_manifest(recipe)
         longer = check_same(recipe.folder, (receipt, _read(files.join(recipe.folder, "started.json"))), recipe, located(recipe), manifest)
     except ValueError:  # another run, or no training split: `train` says which
         return None
     return None if longer else receipt
 
 
-def _prepared(recipe: Recipe, manifest: Manifest, started: Json | None) -> Job:
+def _prepared(recipe: Recipe, manifest: Manifest | Mixture, started: Json | None) -> Job:
     """As `prepare`; a start that is refused leaves nothing that the next one, of other choices, would take up."""
     try:
         return prepare(recipe, manifest)
@@ -137,7 +137,8 @@ def flow_line(done: Json) -> str:
 
 def located(recipe: Recipe) -> Recipe:
     """The recipe with absolute paths, for processes with another working directory."""
-    data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root)})
+    mix = [one.model_copy(update={"root": files.absolute(one.root)}) for one in recipe.data.mix]
+    data = recipe.data.model_copy(update={"root": files.absolute(recipe.data.root), "mix": mix})
     text = recipe.text
     if text.path and files.exists(text.path):
         text = text.model_copy(update={"path": files.absolute(text.path)})
@@ -151,15 +152,15 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
     if started and started["tracking_uri"] == tracking_uri():
         tracker = Tracker(started["run_id"], started["tracking_uri"], owner=True, system_metrics=True)
     else:
+        name, held = f"{recipe.name}-{recipe.data.train_split}", parts_of(job.split(recipe.data.train_split), job.manifest)
         if started:
             print(f"this run was recorded in {started['tracking_uri']}; from here on it is recorded in {tracking_uri()}, as a new run")
-        source = job.split(recipe.data.train_split)
         tracker = Tracker.start(
             recipe.registry.experiment,
             recipe.name,
             recipe.flat(),
             {"stage": "train", **about, **packages_used(recipe.model_dump(mode="json"))},
-            [DatasetRef(f"{recipe.name}-{recipe.data.train_split}", job.manifest.fingerprint(), source)],
+            [DatasetRef(name, manifest.fingerprint(), uri) for uri, manifest in held],
             system_metrics=True,
         )
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}

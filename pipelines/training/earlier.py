@@ -8,6 +8,7 @@ from itm.config import NO_CHOICES, Recipe, parse_recipe
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.manifest import Manifest
+from itm.data.mix import Mixture
 from itm.training.checkpoint import latest
 
 LENGTH = ("train.steps", "train.epochs")
@@ -36,7 +37,7 @@ def recorded_in(*earlier: Json | None) -> Json | None:
     return next((said["recipe"] for said in earlier if said and "recipe" in said), None)
 
 
-def check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, located: Recipe, manifest: Manifest) -> bool:
+def check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, located: Recipe, manifest: Manifest | Mixture) -> bool:
     """Whether the run in the folder is this one but for its length. earlier: run.json, started.json (None: not there);
     located: the recipe with absolute paths, as they record it.
 
@@ -50,7 +51,7 @@ def check_same(folder: str, earlier: tuple[Json | None, ...], recipe: Recipe, lo
         if said["manifest"] != manifest.fingerprint():
             raise ValueError(
                 f"{folder} holds a run on other shards: its training split had the manifest {said['manifest']}, "
-                f"data.root has {manifest.fingerprint()} now; {remedy}"
+                f"{'data.mix' if recipe.data.mix else 'data.root'} has {manifest.fingerprint()} now; {remedy}"
             )
         if said["recipe_fingerprint"] in known:
             continue

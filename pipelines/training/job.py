@@ -9,6 +9,7 @@ import torch
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest
+from itm.data.mix import MixedStore, Mixture
 from itm.data.preprocess import Inputs
 from itm.data.sidecar import Store
 from itm.kinds import build_part
@@ -25,10 +26,10 @@ class Job:
     """A checked training run. Every path in it is absolute: a Ray worker has another working directory."""
 
     recipe: Recipe
-    manifest: Manifest
+    manifest: Manifest | Mixture
     course: Course
     inputs: Inputs
-    stores: dict[str, Store]
+    stores: dict[str, Store | MixedStore]
     run_id: str
     tracking_uri: str
 

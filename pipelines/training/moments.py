@@ -11,6 +11,7 @@ import torch
 
 from itm.data import files
 from itm.data.formats import Json
+from itm.data.mix import Mixture, parts_of
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
@@ -30,12 +31,20 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     # Pairs of all ranks a second, in this process's share of the run, validation and checkpoints not counted.
     speed = (done - here.first) * here.course.plan.global_batch / max(here.clock.here, 1e-9)
     rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": float(rejected)}
-    values = losses | rates | dict(scalars(here.step.plain))
+    values = losses | rates | dict(scalars(here.step.plain)) | shares(here)
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
         here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
         report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
+
+
+def shares(here: Rank) -> dict[str, float]:
+    """Of a mixture: `mix/<number of the root>`, the share of all ranks' pairs that it has given since this process took the run up."""
+    if not isinstance(here.job.manifest, Mixture):
+        return {}
+    given = all_reduce_sum(here.given.clone().to(here.step.device)).cpu()
+    return {f"mix/{number}": float(count / given.sum()) for number, count in enumerate(given)}
 
 
 def validate(here: Rank, done: int) -> None:
@@ -110,8 +119,15 @@ def finish(here: Rank) -> Json:
         "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
         "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
         "same_image_share": here.same_image[0] / max(1, here.same_image[1]),
+        **({"mix": _mix(here)} if isinstance(here.job.manifest, Mixture) else {}),
         "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
         "rows_in": state.pairs,
         "rows_out": state.used,
         "rows_rejected": state.rejected,
     }
+
+
+def _mix(here: Rank) -> dict[str, float]:
+    """Folder of each root -> the share of the pairs that it has given, as it was last logged."""
+    mixture, last = here.job.manifest, here.state.losses[-1] if here.state.losses else {}
+    return {uri: last.get(f"mix/{number}", 0.0) for number, (uri, _) in enumerate(parts_of("", mixture))}

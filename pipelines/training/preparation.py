@@ -13,6 +13,7 @@ import itm
 from itm.config import Recipe, Text
 from itm.data import files
 from itm.data.manifest import Manifest, check_present
+from itm.data.mix import MixedStore, Mixture, folders_of, parts_of
 from itm.data.pixels import decode
 from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Problem
@@ -21,7 +22,7 @@ from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
 from itm.precision import resolve_precision, warn_if_slow
-from itm.teachers.stores import store_for
+from itm.teachers.stores import roots_of, store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
@@ -30,7 +31,16 @@ from pipelines.training.course import Course
 from pipelines.training.job import START, Job, build_method
 
 
-def prepare(recipe: Recipe, manifest: Manifest) -> Job:
+def training_manifest(recipe: Recipe) -> Manifest | Mixture:
+    """Of the training split below data.root, or of those that data.mix names. Raises ValueError as `read_manifest`."""
+    data = recipe.data
+    if not data.mix:
+        return read_manifest(files.join(data.root, data.train_split))
+    uris = tuple(files.join(one.root, data.train_split) for one in data.mix)
+    return Mixture(data.train_split, uris, tuple(one.weight for one in data.mix), tuple(map(read_manifest, uris)))
+
+
+def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
     """Everything that can be refused is refused here: too few pairs, a missing store or split, a method that the model cannot serve."""
     data, train = recipe.data, recipe.train
     split = files.join(data.root, data.train_split)
@@ -42,7 +52,8 @@ def prepare(recipe: Recipe, manifest: Manifest) -> Job:
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
     course = Course.of(recipe, manifest)
-    check_present(split, manifest)
+    for part, held in parts_of(split, manifest):
+        check_present(part, held)
     captions = captions_of(split, manifest) if recipe.text.kind == "words" and not recipe.text.path and not train.start else None
     image, first = ImageInput.of(data), first_sample(split, manifest, data.image)
     if first and image.kind == "regions":
@@ -100,17 +111,17 @@ def agreed_text(text: Text, tokenizer: Any, start: str) -> None:
         )
 
 
-def captions_of(split: str, manifest: Manifest) -> Iterator[str]:
-    for shard in manifest.shards:
-        for item in read_samples(files.join(split, shard.name)):
+def captions_of(split: str, manifest: Manifest | Mixture) -> Iterator[str]:
+    for folder, shard in zip(folders_of(split, manifest), manifest.shards, strict=True):
+        for item in read_samples(files.join(folder, shard.name)):
             if isinstance(item, Sample):
                 yield from (caption.text for caption in item.captions)
 
 
-def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str] | None:
+def first_sample(split: str, manifest: Manifest | Mixture, kind: str) -> tuple[bytes, str] | None:
     """(image or region bytes, caption) of the first sample that has what the recipe trains on."""
-    for shard in manifest.shards:
-        for item in read_samples(files.join(split, shard.name)):
+    for folder, shard in zip(folders_of(split, manifest), manifest.shards, strict=True):
+        for item in read_samples(files.join(folder, shard.name)):
             data = None if isinstance(item, Problem) else item.regions if kind == "regions" else item.image
             with suppress(ValueError):
                 if (
@@ -123,10 +134,13 @@ def first_sample(split: str, manifest: Manifest, kind: str) -> tuple[bytes, str]
     return None
 
 
-def store_of(recipe: Recipe, manifest: Manifest, modality: str) -> Store:
+def store_of(recipe: Recipe, manifest: Manifest | Mixture, modality: str) -> Store | MixedStore:
     """The finished store of the recipe's teacher, which must have scored every shard. Raises ValueError with the remedy."""
     if getattr(recipe.teachers, modality) is None:
         raise ValueError(f"method {recipe.method.kind!r} needs {modality} teacher vectors: set teachers.{modality} and run `itm teach`")
-    store = store_for(recipe, recipe.data.train_split, modality)
-    store.check((shard.name, shard.sha256) for shard in manifest.shards)
-    return store
+    stores = []
+    for one, part in zip(roots_of(recipe), parts_of("", manifest), strict=True):
+        store = store_for(one, recipe.data.train_split, modality)
+        store.check((shard.name, shard.sha256) for shard in part[1].shards)
+        stores.append(store)
+    return MixedStore(tuple(stores)) if recipe.data.mix else stores[0]

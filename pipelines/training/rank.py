@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Rank:
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
     was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
-    and all.
+    and all. given: of a mixture, the pairs that each root has given to this process.
     """
 
     job: Job
@@ -41,6 +41,7 @@ class Rank:
     unsaved: Tensor
     waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
+    given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:

@@ -19,6 +19,7 @@ from itm.data.arrow import Columns
 from itm.data.buffers import Buffers
 from itm.data.collate import to_batch
 from itm.data.formats import Json
+from itm.data.mix import Mixture
 from itm.data.pairs import Pairs
 from itm.device import is_lost
 from itm.distributed import rank
@@ -83,9 +84,19 @@ def batches(here: Rank) -> Iterator[Batch]:
         left_out = [problem for problem in columns["problem"] if problem is not None]
         here.problems.add(left_out)
         here.unsaved += torch.tensor([rows - len(left_out), len(left_out)])
+        if isinstance(here.job.manifest, Mixture):
+            _count_roots(here, here.job.manifest, n, [problem is None for problem in columns["problem"]])
         _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
         here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
         yield to_batch(columns)
+
+
+def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:
+    """Add the pairs of batch `n` that can be used to those that their roots have given."""
+    step, micro = divmod(n, here.course.train.accumulate)
+    pairs = here.course.plan.batch_pairs(here.course.plan.start.step + step, micro, rank())
+    counts = np.bincount(mixture.root_of(pairs[np.array(good), 0]), minlength=len(mixture.uris))
+    here.given = torch.tensor(counts, dtype=torch.float64) + (here.given if len(here.given) else 0.0)
 
 
 def _timed(columns: Iterator[Columns], here: Rank) -> Iterator[Columns]:

@@ -1,4 +1,4 @@
-"""The five commands of the README, as they stand there, on a folder of pictures and a table."""
+"""The commands of the page on own photos, as they stand there, on a folder of pictures and a table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def photos(folder: Path) -> None:
                 table.writerows((f"{record.key}.png", caption.text, split) for caption in record.captions)
 
 
-# One process for all five, as each start of Python and of Ray costs seconds; Ray's workers start in the folder, as a user's do.
+# One process for all, as each start of Python and of Ray costs seconds; Ray's workers start in the folder, as a user's do.
 FOLLOW = """
 import shlex, sys
 from pipelines.cli import main
@@ -43,16 +43,19 @@ for line in sys.stdin.read().splitlines():
 
 
 @pytest.mark.e2e
-def test_five_commands_make_a_searchable_model_of_own_photos(tmp_path: Path) -> None:
+def test_three_commands_and_the_five_by_hand_make_a_searchable_model_of_own_photos(tmp_path: Path) -> None:
     photos(tmp_path)
-    readme = ROOT / "README.md"
-    (recipe,), (console,) = fenced(readme, "yaml"), fenced(readme, "console")
-    (tmp_path / "my.yaml").write_text(recipe.replace("epochs: 10", "epochs: 2"))
+    page = ROOT / "docs" / "own-photos.md"
+    quick, by_hand = fenced(page, "console")[:2]
+    (tmp_path / "by-hand.yaml").write_text(fenced(page, "yaml")[0].replace("epochs: 10", "epochs: 1"))
+    commands = quick.replace("run -c my.yaml", "run -c my.yaml train.steps=4 train.validate_every=4") + by_hand
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
     command = [sys.executable, "-c", FOLLOW]
-    done = subprocess.run(command, input=console, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=commands, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "train: 24 images, 120 captions in 1 shards, 0 rejected" in done.stdout
+    assert "train 24 images, 120 captions, 0 rejected" in done.stdout
+    assert "version 1 is the first champion" in done.stdout
+    assert done.stdout.count("'a dog in the snow' in 6 images, 30 captions") == 2
     assert "images 6  captions 30" in done.stdout
-    assert "'a dog in the snow' in 6 images, 30 captions" in done.stdout
-    assert "my-photos" in (tmp_path / "runs" / "my-photos" / "report.html").read_text()
+    for name in ("my-photos", "by-hand"):
+        assert name in (tmp_path / "runs" / name / "report.html").read_text()

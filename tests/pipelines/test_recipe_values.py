@@ -13,7 +13,8 @@ from itm.config import Recipe, load_recipe
 from pipelines.cli import RECIPES
 from tests.support.documents import DOCS
 
-PAPERS = {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("demo")}
+FAMILIES = ("scan-", "sgr-", "saf-", "sgraf-", "uarda-", "cusa-", "iais-")
+PAPERS = {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml")) if path.stem.startswith(FAMILIES)}
 
 
 class Value(NamedTuple):

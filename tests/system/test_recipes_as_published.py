@@ -12,7 +12,8 @@ from itm.config import load_recipe
 from pipelines.cli import RECIPES
 from tests.support.as_published import run, working_folder
 
-PAPERS = {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml")) if not path.stem.startswith("demo")}
+FAMILIES = ("scan-", "sgr-", "saf-", "sgraf-", "uarda-", "cusa-", "iais-")
+PAPERS = {path.stem: load_recipe(path) for path in sorted(RECIPES.glob("*.yaml")) if path.stem.startswith(FAMILIES)}
 ORDER = sorted(PAPERS, key=lambda name: bool(PAPERS[name].evaluation.ensemble))
 
 

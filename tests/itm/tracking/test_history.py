@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from itm.tracking.history import History, history_of
-from itm.tracking.registry import Tracker, promote
+from itm.tracking.registry import promote
+from itm.tracking.runs import Tracker
 from tests.support.registry_world import matcher_folder, register_matcher
 
 pytest_plugins = ["tests.support.registry_fixtures"]
