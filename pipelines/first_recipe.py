@@ -176,10 +176,11 @@ def index_only(recipe: FirstRecipe) -> str:
 
 def reject_line(seen: Survey) -> str:
     """The limit of rejected images, above what the survey found in the worst split; empty where it found none."""
-    if not any(seen.lost.values()):
+    lost = sum(seen.lost.values()) + sum(seen.wordless.values())
+    if not lost:
         return ""
-    worst = max(seen.lost[split] / (seen.lost[split] + seen.looked[split]) for split in seen.totals if seen.lost[split])
-    lost = sum(seen.lost.values())
+    shares = [max(seen.lost[s], seen.wordless[s]) / (seen.lost[s] + seen.looked[s]) for s in seen.totals if seen.lost[s] + seen.looked[s]]
+    worst = max(shares)
     return f"max_reject_rate: {min(1.0, round(worst * 1.5 + 0.01, 2))}  # {lost:,} images are rejected now, each named in quarantine.jsonl"
 
 

@@ -4,7 +4,8 @@
     itm inspect s3://bucket/coco/train       one split
     itm inspect shards/train/00003.tar       one shard
     itm inspect /data/img2dataset --index    also write manifest.json and an index beside each tar: later stages start at once
-    itm inspect -c recipe.yaml               the raw data of data.source: what `itm pack` would reject, and nothing is written
+    itm inspect -c recipe.yaml               the raw data of data.source: what `itm pack` would reject, and nothing is written; where
+                                             it names none, the shards below data.root
     itm inspect shards/train/teachers        all soft-label stores of a split side by side; also one store: its folder
 
 Of shards: samples, captions, members, image sizes, problems. Every image and region file is decoded, --quick looks at a few of each shard
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 from itm.data import files
 from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
 from itm.data.pixels import Traits, traits
-from itm.data.records import Problem
+from itm.data.records import Problem, Record
 from itm.data.same_image import bytes_of, image_of
 from itm.data.shards import REGIONS, Sample, parse_range, read_manifest, scan_bytes
 from itm.data.tar import Member, TarProblem, members
@@ -55,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if getattr(args, "recipe", None):
         args.overrides = [*filter(None, [args.uri]), *args.overrides]
-        return _inspect_source(recipe_from(args))
+        recipe = recipe_from(args)
+        if recipe.data.source is not None:
+            return _inspect_source(recipe)
+        args.uri, args.overrides = recipe.data.root, []
     if not args.uri or getattr(args, "overrides", []):
         raise ValueError("give one folder or URI of shards, or -c and a recipe")
     if not args.uri.endswith(".tar") and (found := _inspect_stores(args)) is not None:
@@ -233,7 +237,7 @@ def _fault(what: str, check: Callable[[], object]) -> str | None:
     return None
 
 
-def _wordless(sample: Sample, shard: str) -> Iterator[Problem]:
+def _wordless(sample: Sample | Record, shard: str) -> Iterator[Problem]:
     """Captions that training and evaluation leave out where captions are cleaned."""
     for caption in sample.captions:
         if not any(map(str.isalnum, caption.text)):
@@ -289,9 +293,14 @@ def _inspect_source(recipe: Recipe) -> int:
     for split in source.splits:
         problems: list[Problem] = []
         read: Counter[str] = Counter()
-        kept = [len(r.captions) for r in accepted(Job(part, split, recipe.data.image, "", "", 0, source.count(split)), problems, read)]
-        report = Report(f"{split} of {part.kind}", f"raw: {source.count(split):,} images, {read['captions']:,} captions read")
-        report.captions, report.problems = Counter(kept), problems
+        report = Report(f"{split} of {part.kind}")
+        for record in accepted(Job(part, split, recipe.data.image, "", "", 0, source.count(split)), problems, read):
+            report.captions[len(record.captions)] += 1
+            problems += _wordless(record, "") if recipe.text.clean else []
+            if record.image is not None:
+                report.looks.append(traits(record.image))
+        report.layout = f"raw: {source.count(split):,} images, {read['captions']:,} captions read"
+        report.problems = problems
         print(report.text())
         healthy &= not problems
     return 0 if healthy else 1

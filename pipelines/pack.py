@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -265,7 +266,7 @@ def pack_shard(job: Job) -> str:
 def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[Record]:
     """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
-    source = _source(job.source.model_dump_json())
+    source = _source(job.source.model_dump_json(), os.getcwd())
     bare = source.uncaptioned(job.split)
     source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
@@ -340,12 +341,12 @@ def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate
 
 def open_source(part: Part) -> Source:
     """Raises ValueError for an unknown kind or option, and as the source does."""
-    return _source(part.model_dump_json())
+    return _source(part.model_dump_json(), os.getcwd())
 
 
 @lru_cache(maxsize=2)
-def _source(part: str) -> Source:
-    """Built once a worker process: a source may have a large annotation file to read."""
+def _source(part: str, folder: str) -> Source:
+    """Built once a worker process: a source may have a large annotation file to read. folder: that relative paths begin at."""
     choice = Part.model_validate_json(part)
     return build_source(choice.kind, choice.options)
 

@@ -23,7 +23,8 @@ MOST_SCANNED = 2 << 30  # bytes of foreign shards that are counted by reading th
 @dataclass
 class Survey:
     """totals: images of each split, usable or not; captions: how many images have so many; sizes: (width, height) of a sample;
-    lost: images of each split that packing would reject."""
+    lost: images of each split that packing would reject; wordless: images with a caption of punctuation only, which training of a recipe
+    that cleans captions leaves out."""
 
     totals: dict[str, int] = field(default_factory=dict)
     looked: Counter[str] = field(default_factory=Counter)
@@ -35,6 +36,7 @@ class Survey:
     regions: int = 0
     problems: list[Problem] = field(default_factory=list)
     lost: Counter[str] = field(default_factory=Counter)
+    wordless: Counter[str] = field(default_factory=Counter)
 
     @property
     def images(self) -> int:
@@ -54,6 +56,9 @@ class Survey:
         self.captions[len(texts)] += 1
         self.said += [(key, text) for text in texts[:1]] or [(key, "(no caption)")]
         self.words = max([self.words, *(len(text.split()) for text in texts)])
+        without = [text for text in texts if not any(map(str.isalnum, text))]
+        self.wordless[split] += bool(without)
+        self.problems += [Problem(key, "", "survey", f"caption {text[:40]!r} holds no word", "caption") for text in without]
         if image and len(self.sizes) < SIZED:
             self.sizes.append(check_image(image))
 

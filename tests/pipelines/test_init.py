@@ -93,3 +93,48 @@ def test_a_pretrained_model_is_fine_tuned_at_its_own_sizes(tmp_path: Path) -> No
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.model.kind, recipe.data.image_size, recipe.text.kind) == ("hf_dual", SIDE, "hf")
     assert training_of(recipe, split_of(recipe, "train")).trained > 0
+
+
+def test_field_case_07_punctuation_only_captions_are_told_and_the_recipe_trains_as_it_is(tmp_path: Path) -> None:
+    from pipelines.survey import survey
+
+    records = scenes(8, "tiny")
+    names = write_photos(tmp_path / "photos", records)
+    rows = [(name, record.captions[0].text) for name, record in zip(names, records, strict=True)]
+    rows[5] = (names[5], "...")
+    (tmp_path / "said.csv").write_text("".join(f"{name},{text}\n" for name, text in [("image", "caption"), *rows]))
+    said = "\n".join(init(["."], "recipe.yaml", {}))
+    assert "problems  1" in said
+    assert "caption '...' holds no word" in said
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.data.max_reject_rate > 1 / 8
+    assert survey(_found(["."])).lost.total() == 0  # its image is packed, with the caption; training leaves the pair out
+
+
+def _found(paths: list[str]):
+    from itm.data.detect.look import look
+
+    return look(paths, {})
+
+
+def test_inspect_of_a_recipe_tells_what_later_stages_turn_lay_over_white_or_leave_out(tmp_path: Path, capsys) -> None:
+    from PIL import Image
+
+    (tmp_path / "photos").mkdir()
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "photos/a.jpg", exif=turn)
+    Image.new("RGBA", (8, 6)).save(tmp_path / "photos/b.png")
+    (tmp_path / "said.csv").write_text("image,caption\na.jpg,a dog\nb.png,!!\n")
+    init(["."], "recipe.yaml", {})
+    assert stage_main("inspect", ["-c", "recipe.yaml"]) == 1
+    said = capsys.readouterr().out
+    assert "turned    1 " in said
+    assert "clear     1 " in said
+    assert "'!!' holds no word" in said
+
+
+def test_inspect_of_a_recipe_without_a_source_looks_at_its_shards(tmp_path: Path, capsys) -> None:
+    init([str(LAYOUTS["img2dataset"](tmp_path))], "recipe.yaml", {})
+    assert stage_main("inspect", ["-c", "recipe.yaml"]) == 0
+    assert "img2dataset (image, .txt, .json)" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     return made
 
 
-def test_what_was_read_was_packed_rejected_or_passed_over(choices: Recipe) -> None:
+def test_field_case_photos_without_captions_what_was_read_was_packed_rejected_or_passed_over(choices: Recipe) -> None:
     manifest = read_manifest(f"{choices.data.root}/train")
     assert (manifest.samples, manifest.captions, manifest.rejected, manifest.format) == (5, 0, 1, "itm-2")
     assert [(row["key"], row["what"]) for row in quarantine(f"{choices.data.root}/train")] == [("notes.pdf", "member"), ("3", "sample")]
@@ -50,7 +50,7 @@ def test_what_was_read_was_packed_rejected_or_passed_over(choices: Recipe) -> No
     assert (clean.samples, clean.format) == (5, "itm-2")
 
 
-def test_a_search_finds_the_images_that_scoring_each_finds(choices: Recipe, tmp_path: Path) -> None:
+def test_field_case_photos_without_captions_a_search_finds_the_images_that_scoring_each_finds(choices: Recipe, tmp_path: Path) -> None:
     folder = str(matcher_folder(tmp_path / "m", 2))
     for _ in range(2):  # the second time from the kept index
         found = search.search("a red circle", model=folder, shards=f"{choices.data.root}/train", k=9)

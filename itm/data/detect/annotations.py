@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from itm.config import Part
 from itm.data.detect.finding import ROLES, Answers, Finding, choose, role_of, roles_of
-from itm.data.detect.images import image_root, walk
-from itm.data.detect.tables import is_table, look_at_table
+from itm.data.detect.images import image_root, looks_like_image, walk
+from itm.data.detect.tables import CAPTION_WORDS, is_table, look_at_table, words_of
+from itm.data.sources.pairs_json import read_pairs
+from itm.data.sources.source import read_text
 
 MOST_JSON = 2 << 30  # bytes; a larger file is no annotation file that a source could hold
-SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".token")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".token")
 CAPTIONS = {"coco": "coco_captions", "karpathy": "karpathy", "pairs": "pairs_json", "table": "csv"}
 NAMES = {"coco": "COCO captions", "karpathy": "a Karpathy split file", "pairs": "a list of image-caption pairs", "table": "a table"}
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A file that says captions. kind: coco, karpathy, pairs or table; images: paths that it names (none for a table)."""
+    """A file that says captions. kind: coco, karpathy, pairs or table; images: paths that it names (none for a table).
+
+    fields: of pairs, the names of fields that may be the image, and the caption, each with its first value; empty for the usual ones.
+    """
 
     path: Path
     kind: str
     images: list[str]
     splits: tuple[str, ...] = ()
+    fields: Mapping[str, dict[str, str]] = field(default_factory=dict)
 
 
 def annotation_at(file: Path) -> Annotation | None:
     """What a file says, None when it says no captions of images. Raises ValueError naming a JSON file that cannot be read."""
-    if file.suffix.lower() != ".json" and file.suffix.lower() in SUFFIXES:
+    json_like = file.suffix.lower() in (".json", ".jsonl")
+    if not json_like and file.suffix.lower() in SUFFIXES:
         return Annotation(file, "table", []) if is_table(file) else None
-    if file.suffix.lower() != ".json" or file.stat().st_size > MOST_JSON:
+    if not json_like or file.stat().st_size > MOST_JSON:
         return None
+    text = read_text(file)
     try:
-        said = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    return _json_annotation(file, said)
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = read_pairs(str(file), text)
+    return _json_annotation(file, said) or _pairs_annotation(file, text)
 
 
 def _json_annotation(file: Path, said: Any) -> Annotation | None:
@@ -50,6 +58,8 @@ def _json_annotation(file: Path, said: Any) -> Annotation | None:
         named = [str(row.get("image_path", row.get("image"))) for row in rows if isinstance(row, dict) and "caption" in row]
         named = [name for name in named if name != "None"]
         return Annotation(file, "pairs", named) if named else None
+    if not any(isinstance(row, dict) and {"id", "file_name", "filename", "sentences", "sentids"} & row.keys() for row in rows[:10]):
+        return None
     if any("sentences" in row or "sentids" in row for row in rows[:10]):
         named = ["/".join(filter(None, (row.get("filepath"), row.get("filename")))) for row in rows if isinstance(row, dict)]
         return Annotation(file, "karpathy", named, tuple(sorted({str(row.get("split")) for row in rows if isinstance(row, dict)})))
@@ -57,6 +67,57 @@ def _json_annotation(file: Path, said: Any) -> Annotation | None:
     if any(isinstance(row, dict) and "caption" in row for row in annotations[:1000]):
         return Annotation(file, "coco", [str(row.get("file_name")) for row in rows if isinstance(row, dict)])
     return None
+
+
+def _pairs_annotation(file: Path, text: str) -> Annotation | None:
+    """Pairs whose fields have other names, or whose rows are not a list: told by the image files that a field names."""
+    try:
+        rows = [row for row in read_pairs(str(file), text) if isinstance(row, dict)][:1000]
+    except ValueError as error:
+        if "stands twice" in str(error):
+            raise
+        return None
+    if not rows:
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    images = {n: str(rows[0].get(n)) for n in names if _most([row.get(n) for row in rows], _is_image_name)}
+    said = {n: str(rows[0].get(n))[:60] for n in names if n not in images and words_of(n) & set(CAPTION_WORDS)}
+    said = {n: text for n, text in said.items() if _most([row.get(n) for row in rows], _is_said)}
+    if not images or not said:
+        return None
+    first = next((name for name in ("image_path", "image") if name in images), next(iter(images)))
+    named = [str(row[first]) for row in rows if isinstance(row.get(first), str)]
+    fields: dict[str, dict[str, str]] = {}
+    if first not in ("image_path", "image"):
+        fields["image"] = images
+    if "caption" not in said:
+        fields["caption"] = said
+    return Annotation(file, "pairs", named, fields=fields)
+
+
+def _is_image_name(value: Any) -> bool:
+    return isinstance(value, str) and looks_like_image(value)
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, str | list)
+
+
+def _most(values: list[Any], holds: Callable[[Any], bool]) -> bool:
+    return sum(map(holds, values)) * 2 > len(values)
+
+
+def _fields(annotation: Annotation, answers: Answers) -> dict[str, object]:
+    """Options of `pairs_json` for the names of its fields. Raises Question where two may be meant."""
+    options: dict[str, object] = {}
+    if images := annotation.fields.get("image"):
+        options["image_field"] = choose(f"{annotation.path.name}: more than one field names images", "image-column", images, answers)
+    if captions := annotation.fields.get("caption"):
+        given = answers.get("caption-columns", "").split(",")
+        if given != [""] and not set(given) - set(captions):
+            return options | {"caption_fields": given}
+        options["caption_fields"] = choose(f"{annotation.path.name}: more than one field holds texts", "caption-columns", captions, answers)
+    return options
 
 
 def annotations_below(folder: Path, depth: int = 2, beside: Container[Path] = ()) -> tuple[list[Annotation], list[str]]:
@@ -107,7 +168,8 @@ def _look(chosen: list[Annotation], start: Path, answers: Answers) -> Finding:
     whole = len(chosen) == 1 and role_of(chosen[0].path.name) in (None, "train")
     path: object = str(chosen[0].path) if whole else {role: str(path) for role, path in _in_order(paths).items()}
     splits = {} if whole else {role: role for role in _in_order(paths)}
-    return Finding(layout, Part(kind=CAPTIONS[kind], options={"path": path, "image_root": root}), splits=splits)
+    options = {"path": path, "image_root": root} | (_fields(chosen[0], answers) if kind == "pairs" else {})
+    return Finding(layout, Part(kind=CAPTIONS[kind], options=options), splits=splits)
 
 
 def _tables(chosen: list[Annotation], first: Finding) -> Finding:

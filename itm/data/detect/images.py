@@ -22,15 +22,17 @@ def walk(folder: Path, depth: int = 8) -> Iterator[Path]:
     yield from islice(_walk(folder, depth), MOST_FILES)
 
 
-def _walk(folder: Path, depth: int) -> Iterator[Path]:
+def _walk(folder: Path, depth: int, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """above: the real paths of the folders above: a link to one of them is not followed."""
+    above = (*above, os.path.realpath(folder))
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
         if entry.is_file():
             yield Path(entry.path)
-        elif entry.is_dir() and depth:
-            yield from _walk(Path(entry.path), depth - 1)
+        elif entry.is_dir() and depth and os.path.realpath(entry.path) not in above:
+            yield from _walk(Path(entry.path), depth - 1, above)
 
 
 def is_image(path: Path) -> bool:
@@ -78,9 +80,11 @@ def _hits(folder: Path, names: Sequence[str]) -> int:
     return sum((folder / name).is_file() for name in names)
 
 
-def _folders(start: Path, depth: int) -> Iterator[Path]:
+def _folders(start: Path, depth: int, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """As `_walk`, its folders."""
+    above = (*above, os.path.realpath(start))
     yield start
     if depth:
         for entry in sorted(os.scandir(start), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith((".", "__MACOSX")):
-                yield from _folders(Path(entry.path), depth - 1)
+            if entry.is_dir() and not entry.name.startswith((".", "__MACOSX")) and os.path.realpath(entry.path) not in above:
+                yield from _folders(Path(entry.path), depth - 1, above)

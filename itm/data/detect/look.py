@@ -16,6 +16,7 @@ from itm.data.detect.tables import columns_of, read_table
 
 TABLES = (".parquet", ".arrow", ".feather")
 BESIDE = "beside"
+MAY_SAY = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".xls", ".ods", ".gz", ".sqlite", ".db", ".xml", ".srt", ".yaml", ".yml")
 METADATA = ("metadata.jsonl", "metadata.csv")
 KNOWN = (
     "photos with a table of captions (csv, tsv, |), with a .txt beside each or without captions; imagefolder; parquet or a saved data set; "
@@ -113,9 +114,28 @@ def _photos(folder: Path, answers: Answers) -> Finding:
     if not images:
         there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise ValueError(f"{folder} holds neither images nor anything that says captions, but {there}; known are {KNOWN}")
+    if not texts and answers.get("annotations") != "none":
+        _unread(folder, images, answers)
     captions = f"a .txt beside {len(texts):,} of them" if texts else "no captions"
     layout = f"{len(images):,} image files below {folder.name}, {captions}"
     return Finding(layout, Part(kind="imagefolder", options={"path": str(folder)}), captioned=bool(texts), notes=notes)
+
+
+def _unread(folder: Path, images: Sequence[Path], answers: Answers) -> None:
+    """Raises Question where no caption was found, and there are files that may hold some: they are not lost without a word."""
+    stems = {path.stem for path in images}
+    others = [path for path in walk(folder) if path not in set(images)]
+    tables = [path.name for path in others if path.name.lower().endswith(MAY_SAY)]
+    named = [path for path in others if path.stem in stems]
+    if not tables and not named:
+        return
+    what = f"{', '.join(tables[:3])} may hold captions in a form that is not read"
+    if not tables:
+        what = f"{len(named)} files such as {named[0].relative_to(folder)} bear the names of images and are no .txt beside them"
+    remedy = "captions are read from CSV, JSON or JSON lines whose rows name the image with its suffix, or from a .txt beside it"
+    if given := answers.get("annotations"):
+        raise ValueError(f"--annotations {given}: {folder.name} holds images, and {what}; {remedy}")
+    raise Question(f"{folder.name} holds images, and {what}: {remedy}", "annotations", {"none": "photos without captions"})
 
 
 def _which(annotations: Path, texts: int, answers: Answers) -> None:

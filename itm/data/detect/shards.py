@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from itm.config import Part
-from itm.data.detect.finding import Answers, Finding, choose, roles_of
+from itm.data.detect.finding import Answers, Finding, Question, choose, roles_of
 from itm.data.detect.images import looks_like_image
 from itm.data.manifest import NAME, Manifest
 
@@ -38,8 +39,20 @@ def look_at_archive(archive: Path, answers: Answers) -> Finding:
     if not images and not any(name.endswith(".regions.npz") for name in names):
         raise ValueError(f"{archive} holds no image among its first {len(names)} files, e.g. {', '.join(names[:3]) or 'none at all'}")
     if archive.suffix.lower() == ".tar" and _reading([names], answers) == "shards":
-        return shards_finding(archive.parent, {"train": archive.parent.name}, archive.parent.parent, names)
+        found = shards_finding(archive.parent, {"train": archive.parent.name}, archive.parent.parent, names)
+        others = len(list(archive.parent.glob("*.tar"))) - 1
+        note = f"{others} other tars of {archive.parent.name} are read as well, a split is a folder: move {archive.name} to be read alone"
+        return replace(found, notes=(*found.notes, note)) if others else found
     captioned = any(name.endswith(".txt") for name in names) or any(Path(name).name.startswith("metadata.") for name in names)
+    tables = [
+        name for name in names if name.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".xlsx")) or name.endswith("captions.txt")
+    ]
+    if not captioned and tables and answers.get("annotations") != "none":
+        raise Question(
+            f"{archive.name} holds photos and {', '.join(tables[:3])}, which is not read inside an archive (unpack it and init the folder)",
+            "annotations",
+            {"none": "photos without captions"},
+        )
     what = f"an archive of {'captioned photos' if captioned else 'photos without captions'}: {archive.name}"
     return Finding(what, Part(kind="imagefolder", options={"path": str(archive)}), captioned=captioned)
 

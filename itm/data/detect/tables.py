@@ -11,7 +11,8 @@ from pathlib import Path
 from itm.config import Part
 from itm.data.detect.finding import Answers, Finding, Question, choose, role_of, roles_of
 from itm.data.detect.images import image_root, looks_like_image
-from itm.data.sources.csv import unended
+from itm.data.sources.csv import COPY, excel_delimiter, unended
+from itm.data.sources.source import refuse_other_files
 
 DELIMITERS = {"\t": "tab", "|": "|", ",": ",", ";": ";"}
 NAMED = {name: delimiter for delimiter, name in DELIMITERS.items()}
@@ -38,11 +39,18 @@ def read_lines(file: Path) -> list[str]:
     """The first lines. Raises ValueError naming a file that is not UTF-8."""
     with file.open("rb") as stream:
         data = stream.read(1 << 20)
+    refuse_other_files(file, data)
     try:
         text = data.decode("utf-8-sig", errors="strict" if len(data) < 1 << 20 else "ignore")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is no UTF-8 text (byte {error.start}): convert it, e.g. iconv -f latin1 -t utf8") from None
-    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()][:READ]
+    return [line for _, line in _rows_of(text)][:READ]
+
+
+def _rows_of(text: str) -> list[tuple[int, str]]:
+    """(number, line) of the lines that hold something. Excel's first line `sep=;` is none."""
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    return [(number, line) for number, line in lines if line.strip() and not (number == 1 and excel_delimiter(line))]
 
 
 def is_table(file: Path) -> bool:
@@ -57,9 +65,10 @@ def is_table(file: Path) -> bool:
 def look_at_table(file: Path, start: Path, answers: Answers) -> Finding:
     """A finding of one table whose images lie in `start` or below."""
     table = read_table(file, answers)
+    refuse_broken_lines(file, table)
     image, captions, split = columns_of(table, file, answers)
     names = table.columns
-    root = image_root(list(dict.fromkeys(table.cells(image))), start, answers, file.name)
+    root = image_root(list(dict.fromkeys(COPY.sub("", cell) for cell in table.cells(image) if cell)), start, answers, file.name)
     options: dict[str, object] = {"path": str(file), "image_root": root, "image_column": names[image]}
     options["caption_columns"] = names[captions[0]] if len(captions) == 1 else [names[n] for n in captions]
     if table.delimiter != ("\t" if file.suffix == ".tsv" else ","):
@@ -89,7 +98,8 @@ def read_table(file: Path, answers: Answers) -> Table:
     header = _has_header(file, rows, answers)
     width = len(rows[0]) if header else min(len(row) for row in rows)
     names = [name.strip() for name in rows[0]] if header else [f"column_{n + 1}" for n in range(width)]
-    return Table(delimiter, header, names, rows[1:] if header else rows)
+    rows = [row for row in rows[header:] if any(cell.strip() for cell in row)]
+    return Table(delimiter, header, names, rows)
 
 
 def _likely(lines: list[str], fits: dict[str, str]) -> dict[str, str]:
@@ -101,10 +111,10 @@ def _likely(lines: list[str], fits: dict[str, str]) -> dict[str, str]:
 
 
 def _named_images(lines: Sequence[str], delimiter: str) -> bool:
-    rows = [_split(line, delimiter) for line in lines]
+    rows = [row for row in (_split(line, delimiter) for line in lines) if any(cell.strip() for cell in row)]
     wide = [row for row in rows if len(row) > 1]
-    named = sum(any(looks_like_image(re.sub(r"#\d+$", "", cell)) for cell in row) for row in wide)
-    return len(wide) * 2 >= len(rows) and named * 2 >= len(rows)
+    named = sum(any(looks_like_image(COPY.sub("", cell)) for cell in row) for row in wide)
+    return len(wide) > 0 and len(wide) * 3 >= len(rows) and named * 2 >= len(wide)
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -115,7 +125,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 def _has_header(file: Path, rows: list[list[str]], answers: Answers) -> bool:
     """The first line is a header where it names no image although the others do."""
-    if any(map(looks_like_image, rows[0])):
+    if any(map(_names_image, rows[0])):
         found = {"no": "the first line is an image and its caption"}
         known = [cell for cell in rows[0] if cell.strip().lower() in (*IMAGE_WORDS, *CAPTION_WORDS)]
         if known:
@@ -127,7 +137,9 @@ def _has_header(file: Path, rows: list[list[str]], answers: Answers) -> bool:
 def columns_of(table: Table, file: Path, answers: Answers) -> tuple[int, list[int], int | None]:
     """Numbers of the image column, the caption columns and the split column. Raises Question where two columns may be meant."""
     number = {name: n for n, name in enumerate(table.columns)}
-    images = {name: f"e.g. {table.cells(n)[0]}" for name, n in number.items() if _share(table.cells(n), looks_like_image) > 0.5}
+    images = {name: f"e.g. {table.cells(n)[0]}" for name, n in number.items() if _share(table.cells(n), _names_image) > 0.5}
+    if not images:
+        raise ValueError(f"{file}: no column names an image file in most rows; it has {', '.join(table.columns)}")
     image = number[choose(f"{file.name}: more than one column names images", "image-column", images, answers)]
     split = next((n for name, n in number.items() if n != image and _is_split(name, table.cells(n))), None)
     rest = {name: n for name, n in number.items() if n not in (image, split)}
@@ -140,7 +152,7 @@ def columns_of(table: Table, file: Path, answers: Answers) -> tuple[int, list[in
 
 def _captions(table: Table, rest: dict[str, int], file: Path) -> list[int]:
     """The caption column: named so, or the only one of texts; or a numbered family of them."""
-    named = {name: n for name, n in rest.items() if _words_of(name) & set(CAPTION_WORDS) and not _share(table.cells(n), str.isdigit) > 0.5}
+    named = {name: n for name, n in rest.items() if words_of(name) & set(CAPTION_WORDS) and not _share(table.cells(n), str.isdigit) > 0.5}
     texts = named or {name: n for name, n in rest.items() if _share(table.cells(n), lambda cell: " " in cell) > 0.5}
     texts = texts or {name: n for name, n in rest.items() if not _share(table.cells(n), str.isdigit) > 0.5}
     families = {re.sub(r"[\s_-]*\d+$", "", name) for name in texts}
@@ -152,13 +164,18 @@ def _captions(table: Table, rest: dict[str, int], file: Path) -> list[int]:
     raise Question(f"{file.name}: more than one column holds texts", "caption-columns", shown | {",".join(texts): "all of them"})
 
 
-def _words_of(name: str) -> set[str]:
+def words_of(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _is_split(name: str, cells: list[str]) -> bool:
     values = {cell for cell in cells if cell}
-    return bool(values) and (_words_of(name) & set(SPLIT_WORDS) != set() or len(values) < 6) and all(map(role_of, values - {"restval"}))
+    return bool(values) and (words_of(name) & set(SPLIT_WORDS) != set() or len(values) < 6) and all(map(role_of, values - {"restval"}))
+
+
+def _names_image(cell: str) -> bool:
+    """Also `a.jpg#0`, the first caption of an image in Flickr8k.token.txt; an empty cell names none, and none else."""
+    return looks_like_image(COPY.sub("", cell))
 
 
 def _share(cells: Sequence[str], holds: object) -> float:
@@ -167,8 +184,7 @@ def _share(cells: Sequence[str], holds: object) -> float:
 
 def _bad_rows(file: Path, table: Table, image: int) -> tuple[dict[str, object], tuple[str, ...]]:
     """Options for rows that cannot be read as the others, and what is to be said about them."""
-    lines = list(enumerate(file.read_bytes().decode("utf-8-sig", errors="replace").split("\n"), 1))[table.header :]
-    lines = [(number, line.removesuffix("\r")) for number, line in lines if line.strip()]
+    lines = _rows_of(file.read_bytes().decode("utf-8-sig", errors="replace"))[table.header :]
     nameless = [number for number, line in lines if not "".join(_split(line, table.delimiter)[image : image + 1]).strip()]
     open_quote = [number for number, line in lines if table.delimiter != "\t" and unended(line, table.delimiter)]
     options: dict[str, object] = {}
@@ -185,12 +201,28 @@ def _bad_rows(file: Path, table: Table, image: int) -> tuple[dict[str, object], 
     return options, tuple(notes)
 
 
+def refuse_broken_lines(file: Path, table: Table) -> None:
+    """Raises ValueError for a table that is whole only where its quoted cells go on in the next line: a row is a line here."""
+    text = file.read_bytes().decode("utf-8-sig", errors="replace")
+    if table.delimiter == "\t" or '"' not in text:
+        return
+    try:
+        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=table.delimiter, skipinitialspace=True) if any(row)]
+    except csv.Error:
+        return
+    broken = [row for row in rows if any("\n" in cell.strip() for cell in row)]
+    if len(broken) > 1 and all(len(row) == len(table.columns) and sum(map(_names_image, row)) == 1 for row in broken):
+        raise ValueError(
+            f"{file}: {len(broken)} quoted cells go on in the next line, the first is {broken[0][-1][:40]!r}: "
+            "write each row on one line, or give the captions as JSON lines"
+        )
+
+
 def _some(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
 
 
 def _all_cells(file: Path, table: Table, column: int) -> list[str]:
     """A column of the whole file: a split may begin late in it."""
-    lines = file.read_bytes().decode("utf-8-sig", errors="replace").split("\n")[table.header :]
-    rows = (_split(line.removesuffix("\r"), table.delimiter) for line in lines if line.strip())
+    rows = (_split(line, table.delimiter) for _, line in _rows_of(file.read_bytes().decode("utf-8-sig", errors="replace"))[table.header :])
     return [row[column].strip() for row in rows if len(row) == len(table.columns)]

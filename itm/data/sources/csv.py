@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from typing import Literal, TypedDict, Unpack, get_args
 
@@ -14,6 +15,8 @@ csv.field_size_limit(1 << 30)  # a longer caption than the default is read, and 
 
 _Row = tuple[str, list[Caption], Json]
 BadRows = Literal["refuse", "quarantine"]
+COPY = re.compile(r"(?:(?<=\.\w{3})|(?<=\.\w{4}))#\d+$")
+"""What Flickr8k.token.txt writes behind the name of an image: `1000268201.jpg#0` is its first caption."""
 
 
 class More(TypedDict, total=False):
@@ -70,9 +73,11 @@ class CsvPairs(ListedImages):
         return super().identity() | {"columns": columns}
 
     def _rows(self, path: str, split: str) -> Iterator[tuple[str, _Row]]:
-        delimiter = self.delimiter or ("\t" if path.endswith(".tsv") else ",")
-        quoted = delimiter != "\t" if self.quoting is None else self.quoting
         lines = [line.removesuffix("\r").replace("\r", " ") for line in read_text(path).split("\n")]
+        if stated := excel_delimiter(lines[0]):
+            lines[0] = ""
+        delimiter = self.delimiter or stated or ("\t" if path.endswith(".tsv") else ",")
+        quoted = delimiter != "\t" if self.quoting is None else self.quoting
         self.quotes_are_text |= not quoted and any('"' in line for line in lines)
         found = [(n, cells) for n, line in enumerate(lines, 1) if (cells := self._cells(path, n, line, delimiter, quoted))] or [(1, [])]
         header, rows = (self.columns, found) if self.columns else (found[0][1], found[1:])
@@ -93,7 +98,7 @@ class CsvPairs(ListedImages):
 
     def _row(self, cells: dict[str, str], where: str, split: str, surplus: int, torn: bool) -> tuple[str, _Row]:
         """Its split and row. surplus: cells beyond the header's; below 0 the last columns have none. torn: a quote does not close."""
-        image = cells.get(self.image, "")
+        image = COPY.sub("", cells.get(self.image, ""))
         if not image and self.bad_rows == "quarantine":
             image = f"line_{where.rpartition(' ')[2]}_names_no_image"  # no such file: it is listed as one that is missing
         if not image:
@@ -108,6 +113,12 @@ class CsvPairs(ListedImages):
             captions.append(Caption("", "" if unread else cells[name], unread=unread))
         chosen = cells[self.split] if self.split and not fault else split  # cells that were shifted name no split
         return chosen, (image, captions, {})
+
+
+def excel_delimiter(line: str) -> str | None:
+    """The delimiter of a first line `sep=;`, which Excel reads and does not show."""
+    found = re.fullmatch(r'"?sep=(.)"?', line.strip(" \r"), re.IGNORECASE)
+    return found[1] if found else None
 
 
 def unended(line: str, delimiter: str) -> bool:

@@ -46,4 +46,4 @@ def _cached(asked: Json, cache_dir: str | None) -> dict[str, list[str]]:
     except Exception as error:  # of the network, of the data set, of a file in it
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"the data set {path} cannot be had: {said[0]} (options: name, revision; a login by HF_TOKEN)") from None
-    return {SPLIT_NAMES.get(split, split): [str(one["filename"]) for one in rows.cache_files] for split, rows in held.items()}
+    return {SPLIT_NAMES.get(str(split), str(split)): [str(one["filename"]) for one in rows.cache_files] for split, rows in held.items()}

@@ -206,12 +206,30 @@ def refuse_pointer(path: str | Path, start: bytes) -> None:
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download the file")
 
 
+def refuse_other_files(path: str | Path, start: bytes) -> None:
+    """Raises ValueError naming what a file is that begins with `start` and should be a text, with the remedy."""
+    refuse_pointer(path, start)
+    found = next((what for head, what in _NO_TEXT.items() if start.startswith(head)), None)
+    if found:
+        raise ValueError(f"{path} is {found}")
+
+
+_NO_TEXT = {
+    b"PK\x03\x04": "an Excel workbook or a zip, whatever its name says: save the sheet as CSV UTF-8",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook, whatever its name says: save the sheet as CSV UTF-8",
+    b"\x1f\x8b": "compressed by gzip: run `gunzip` on it",
+    b"\xff\xfe": "UTF-16, as Excel's Unicode text is: save it as CSV UTF-8, or convert it with `iconv -f utf-16 -t utf-8`",
+    b"\xfe\xff": "UTF-16: save it as CSV UTF-8, or convert it with `iconv -f utf-16 -t utf-8`",
+    b"PAR1": "a Parquet table, whatever its name says: call it .parquet",
+}
+
+
 def read_text(path: str | Path) -> str:
     """A UTF-8 file without its byte order mark. Raises ValueError naming the file when it is missing or of another encoding."""
     if not files.exists(path):
         raise ValueError(f"no annotation file at {path}")
     data = read_file(str(path))
-    refuse_pointer(path, data)
+    refuse_other_files(path, data)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

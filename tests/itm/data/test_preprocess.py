@@ -173,7 +173,7 @@ def test_inputs_come_back_from_their_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crop", ["center", "random", "squash"])
-def test_grey_of_16_bits_is_scaled_and_not_cut_off(crop):
+def test_field_case_06_grey_of_16_bits_is_scaled_and_not_cut_off(crop):
     ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     wide, narrow = io.BytesIO(), io.BytesIO()
     Image.fromarray(ramp.astype(np.uint16)).save(wide, "PNG")

@@ -105,20 +105,20 @@ def test_an_empty_caption_is_dropped_and_named_and_a_sample_of_only_those_is_rej
 @pytest.mark.parametrize(
     "said", ["one", "Trail shoes\nsize 42", "a cat\u2028on a mat", "one\r\ntwo", "\u0085 next", ["a cup", "a mug\nof tea"]]
 )
-def test_a_json_caption_is_one_caption_whatever_it_holds_and_a_list_is_several(tmp_path, said):
+def test_field_case_05_a_json_caption_is_one_caption_whatever_it_holds_and_a_list_is_several(tmp_path, said):
     about = json.dumps({"caption": said}).encode()
     uri = tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", str(said).encode()), ("a.json", about)])
     (sample,) = read_samples(uri)
     assert [c.text for c in sample.captions] == (said if isinstance(said, list) else [said])
 
 
-def test_lines_of_a_txt_end_at_newlines_only(tmp_path):
+def test_field_case_05_lines_of_a_txt_end_at_newlines_only(tmp_path):
     text = "\ufeffa cat\u2028on a mat\r\nsecond\x0b line\nthird\n"
     (sample,) = read_samples(tar_of(tmp_path / "x.tar", [("a.jpg", b"x"), ("a.txt", text.encode())]))
     assert [c.text for c in sample.captions] == ["a cat\u2028on a mat", "second\x0b line", "third"]
 
 
-def test_members_of_other_kinds_are_named_where_a_sample_lacks_what_they_might_have_been(tmp_path):
+def test_field_case_19_members_of_other_kinds_are_named_where_a_sample_lacks_what_they_might_have_been(tmp_path):
     contents = [
         ("1.jpg", b"x"),
         ("1.cap", b"a dog"),
@@ -140,7 +140,7 @@ def test_members_of_other_kinds_are_named_where_a_sample_lacks_what_they_might_h
     assert len(problems) == 5
 
 
-def test_keys_with_dots_are_samples_and_counted(tmp_path):
+def test_field_case_04_keys_with_dots_are_samples_and_counted(tmp_path):
     names = ["trip_v1.5_0001", "trip_v1.5_0002", "22.05", "plain"]
     contents = [member for name in names for member in ((f"{name}.jpg", name.encode()), (f"{name}.txt", f"at {name}".encode()))]
     uri = tar_of(tmp_path / "x.tar", contents)

@@ -148,5 +148,5 @@ def test_missing_sources_are_named():
         HFTokenizer("/nowhere/at/all")
 
 
-def test_a_caption_of_punctuation_gives_a_vocabulary_no_word_and_stops_nothing():
+def test_field_case_07_a_caption_of_punctuation_gives_a_vocabulary_no_word_and_stops_nothing():
     assert WordVocabulary.from_captions(["a man", "...", "!?"]).word2idx == WordVocabulary.from_captions(["a man"]).word2idx

@@ -35,7 +35,7 @@ def same(found: torch.nn.Module, wanted: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(order))
-def test_every_order_of_wrappers_gives_the_bare_name(order: tuple[str, ...]):
+def test_field_case_14_every_order_of_wrappers_gives_the_bare_name(order: tuple[str, ...]):
     for key in ("visual.proj", "uniter.encoder.layer.0.output.dense.weight", "SGR_module.0.graph_query_w.weight", "tau"):
         assert bare_name("".join(order) + key) == key
 
@@ -69,7 +69,7 @@ def test_the_state_is_found_below_any_nesting_of_containers():
 
 
 @pytest.mark.parametrize("order", [("module.", "_orig_mod."), ("_orig_mod.", "module."), ("model.", "_orig_mod.", "module.")])
-def test_wrapped_checkpoints_of_every_family_give_the_weights_of_the_bare_ones(tmp_path: Path, order: tuple[str, ...]):
+def test_field_case_14_wrapped_checkpoints_of_every_family_give_the_weights_of_the_bare_ones(tmp_path: Path, order: tuple[str, ...]):
     prefix = "".join(order)
     clip, uniter = openai_names(tiny_clip()), UNITER(**UNITER_SIZES).state_dict()
     for state, needed in ((clip, {}), ({f"clip_model.{key}": value for key, value in clip.items()}, {}), (uniter, {"heads": 2})):

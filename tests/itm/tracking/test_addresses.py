@@ -56,7 +56,7 @@ def test_a_query_of_an_address_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("name", FOLDERS)
-def test_runs_artifacts_and_models_lie_in_a_folder_of_any_name_and_nothing_beside_it(
+def test_field_case_22_runs_artifacts_and_models_lie_in_a_folder_of_any_name_and_nothing_beside_it(
     name: str, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     here = tmp_path / "beside" / name

@@ -169,3 +169,98 @@ def test_a_karpathy_file_may_keep_images_in_folders(tmp_path: Path) -> None:
     assert finding.source is not None
     assert finding.source.options["image_root"] == str(tmp_path)
     assert len(RECORDS) == COUNT
+
+
+INVENTED: dict[str, Any] = {
+    "jsonl": ("c.jsonl", lambda names: "".join(json.dumps({"image": n, "caption": t}) + "\n" for n, t in names)),
+    "jsonl_called_json": ("c.json", lambda names: "".join(json.dumps({"image": n, "caption": t}) + "\n" for n, t in names)),
+    "dict_of_lists": ("c.json", lambda names: json.dumps({n: [t] for n, t in names})),
+    "dict_of_texts": ("c.json", lambda names: json.dumps(dict(names))),
+    "other_fields": ("c.json", lambda names: json.dumps([{"file_name": n, "title": t} for n, t in names])),
+    "a_list_in_an_object": ("c.json", lambda names: json.dumps({"info": {}, "rows": [{"image": n, "caption": t} for n, t in names]})),
+    "excel": ("c.csv", lambda names: "\ufeff" + "".join(f"{n};{t}\r\n" for n, t in [("photo", "title"), *names])),
+    "excel_sep": ("c.csv", lambda names: "\ufeffsep=;\r\n" + "".join(f"{n};{t}\r\n" for n, t in [("photo", "title"), *names])),
+    "flickr8k": ("Flickr8k.token.txt", lambda names: "".join(f"{n}#0\t{t}\n" for n, t in names)),
+    "blank_rows": ("c.csv", lambda names: "image,caption\n" + "".join(f'{n},"{t}"\n,\n' for n, t in names)),
+}
+
+
+@pytest.mark.parametrize("case", INVENTED)
+def test_captions_in_whatever_form_are_the_captions_that_were_written(case: str, tmp_path: Path) -> None:
+    from itm.data.records import Record
+    from itm.data.sources.source import Source
+    from pipelines.pack import open_source
+
+    names = list(zip(photos(tmp_path), TEXTS, strict=True))
+    file, write = INVENTED[case]
+    (tmp_path / file).write_text(write(names), newline="")
+    finding = found(tmp_path)
+    assert finding.source is not None
+    source: Source = open_source(finding.source)
+    records = [record for record in source.records("train") if isinstance(record, Record)]
+    assert {r.meta["filename"]: [c.text for c in r.captions] for r in records} == {name: [text] for name, text in names}
+
+
+UNREAD: dict[str, Any] = {
+    "workbook": ("captions.xlsx", b"PK\x03\x04", r"captions\.xlsx may hold captions"),
+    "compressed": ("captions.csv.gz", b"\x1f\x8b", r"captions\.csv\.gz may hold captions"),
+    "names_without_suffix": ("captions.csv", b"id,caption\nphoto000,a dog\n", r"captions\.csv may hold captions.*with its suffix"),
+    "texts_elsewhere": ("texts/photo000.txt", b"a dog", r"1 files such as texts/photo000\.txt bear the names"),
+    "other_suffix": ("photos/photo000.caption", b"a dog", r"photo000\.caption bear the names"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_captions_that_are_not_read_are_asked_about_and_never_lost_in_silence(case: str, tmp_path: Path) -> None:
+    photos(tmp_path)
+    name, data, message = UNREAD[case]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(Question, match=message):
+        found(tmp_path)
+    assert not found(tmp_path, annotations="none").captioned
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04", "is an Excel workbook or a zip"),
+        ("image,caption\n".encode("utf-16"), "is UTF-16"),
+        (b"\x1f\x8b", "compressed by gzip"),
+        (b'image,caption\nphoto000.png,"a\nb"\nphoto001.png,"c\nd"\n', "2 quoted cells go on in the next line"),
+    ],
+)
+def test_a_table_that_is_none_is_named_with_the_remedy(data: bytes, message: str, tmp_path: Path) -> None:
+    photos(tmp_path)
+    (tmp_path / "c.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"c\.csv.*{message}"):
+        found(tmp_path)
+
+
+def test_a_name_that_stands_twice_in_an_object_is_refused(tmp_path: Path) -> None:
+    photos(tmp_path)
+    (tmp_path / "c.json").write_text('{"photo000.png": "a", "photo000.png": "b"}')
+    from itm.data.sources.pairs_json import PairsJson
+
+    with pytest.raises(ValueError, match=r"c\.json: 'photo000\.png' stands twice"):
+        PairsJson(str(tmp_path / "c.json"))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    LAYOUTS["csv_with_header"](tmp_path)
+    expected = found(tmp_path).source
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert found(tmp_path).source == expected
+
+
+def test_captions_inside_an_archive_and_tars_beside_the_named_one_are_told(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("a.png", RECORDS[0].image or b"")
+        archive.writestr("captions.csv", "image,caption\na.png,a dog\n")
+    with pytest.raises(Question, match=r"captions\.csv, which is not read inside an archive"):
+        found(tmp_path, tmp_path / "all.zip")
+    folder = LAYOUTS["img2dataset"](tmp_path)
+    first = sorted(folder.glob("*.tar"))[0]
+    assert "1 other tars of laion are read as well" in found(tmp_path, first).notes[0]

@@ -91,7 +91,7 @@ def test_a_text_beside_an_image_holds_a_caption_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_metadata_files_name_images_beside_them_and_split_folders_are_splits(tmp_path, kind):
+def test_field_case_imagefolder_metadata_files_name_images_beside_them_and_split_folders_are_splits(tmp_path, kind):
     rows = [("sub/a.png", "one, two", 3), ("sub/a.png", 'said "so"', 3), ("gone.png", "lost", 4)]
     text = "\n".join(json.dumps({"file_name": n, "text": t, "label": v}) for n, t, v in rows)
     if kind == "csv":

@@ -42,7 +42,7 @@ def repository(folder: Path) -> Path:
 
 
 @needs_datasets
-def test_a_local_repository_is_read_and_captions_of_one_image_are_joined(tmp_path):
+def test_field_case_datasets_name_a_local_repository_is_read_and_captions_of_one_image_are_joined(tmp_path):
     source = Hub(str(repository(tmp_path / "repo")), cache_dir=str(tmp_path / "cache"))
     assert source.splits == ["train", "val"]
     assert [(r.image, [c.text for c in r.captions]) for r in source.records("train")] == [

@@ -33,7 +33,7 @@ def pairs(source: Source, split: str = "train") -> list[tuple[bytes, list[str]]]
     return [(r.image, [c.text for c in r.captions]) for r in source.records(split) if isinstance(r, Record)]
 
 
-def test_a_row_an_image_has_a_list_of_captions_or_several_columns(tmp_path):
+def test_field_case_parquet_a_row_an_image_has_a_list_of_captions_or_several_columns(tmp_path):
     save(tmp_path / "a.parquet", image=[cell(n) for n in range(3)], captions=[["x", "y"], ["z"], ["u", "v", "w"]])
     assert pairs(Parquet(str(tmp_path / "a.parquet"))) == [(picture(0), ["x", "y"]), (picture(1), ["z"]), (picture(2), ["u", "v", "w"])]
     save(tmp_path / "b.parquet", image=[cell(0), cell(0)], first=["x", "y"], second=["z", "u"])
@@ -44,7 +44,7 @@ def test_a_row_an_image_has_a_list_of_captions_or_several_columns(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["bytes", "id", "path"])
-def test_a_row_a_caption_is_joined_by_bytes_id_or_path_over_files_and_row_groups(tmp_path, way):
+def test_field_case_parquet_a_row_a_caption_is_joined_by_bytes_id_or_path_over_files_and_row_groups(tmp_path, way):
     """Images 0 1 2 0 1 2 ...: no two rows of one image lie beside each other."""
     for file in range(2):
         numbers = [n % 3 for n in range(5 * file, 5 * file + 5)]

@@ -32,7 +32,7 @@ def names_in(source: Source) -> dict[str, list[str]]:
     return {s: [r.meta["filename"] for r in source.records(s) if isinstance(r, Record)] for s in source.splits}
 
 
-def test_a_share_is_of_the_images_whose_hash_lies_in_it_whatever_the_source(tmp_path):
+def test_field_case_one_annotation_file_a_share_is_of_the_images_whose_hash_lies_in_it_whatever_the_source(tmp_path):
     folder = photos(tmp_path, 80)
     table = {"image": [{"bytes": picture(n), "path": f"{n:03d}_0.png"} for n in range(80)], "text": [str(n) for n in range(80)]}
     pq.write_table(pa.table(table), tmp_path / "t.parquet", row_group_size=7)

@@ -77,7 +77,9 @@ def content(kind: str, options: dict[str, Any], root: str) -> list[Any]:
         ("imagefolder", {"path": "ROOT/im"}),
     ],
 )
-def test_a_source_reads_a_bucket_as_it_reads_a_folder(stores: tuple[str, str], kind: str, options: dict[str, Any]) -> None:
+def test_field_case_annotations_on_s3_a_source_reads_a_bucket_as_it_reads_a_folder(
+    stores: tuple[str, str], kind: str, options: dict[str, Any]
+) -> None:
     local, remote = stores
     here = content(kind, options, local)
     assert content(kind, options, remote) == here

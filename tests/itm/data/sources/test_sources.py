@@ -143,7 +143,7 @@ def faults(source, split: str = "train") -> list[str]:
     return [fault for r in source.records(split) if isinstance(r, Record) for c in r.captions if (fault := c.fault())]
 
 
-def test_a_quote_between_tabs_is_text_and_swallows_no_row(photos):
+def test_field_case_02_a_quote_between_tabs_is_text_and_swallows_no_row(photos):
     lines = ["image\tcaption", 'a.jpg\t"Stop" sign', 'b.jpeg\t"A man says hello', 'c.png\ta child with a "kite', 'a.jpg\tsaid ""twice""']
     (photos / "t.tsv").write_text("\n".join(lines) + "\n")
     source = CsvPairs(str(photos / "t.tsv"), str(photos))
@@ -155,7 +155,7 @@ def test_a_quote_between_tabs_is_text_and_swallows_no_row(photos):
 
 
 @pytest.mark.parametrize("cell", ['"A man says hello', '"Stop" sign', '"on two\nlines"'])
-def test_a_quoted_cell_that_does_not_end_with_its_line_is_refused_by_line_and_may_be_text(photos, cell):
+def test_field_case_02_a_quoted_cell_that_does_not_end_with_its_line_is_refused_by_line_and_may_be_text(photos, cell):
     (photos / "t.csv").write_text(f"image,caption\na.jpg,first\nb.jpeg,{cell}\nc.png,last\n")
     with pytest.raises(ValueError, match=r"t\.csv line 3: a quoted cell does not end with the line .*quoting=false"):
         CsvPairs(str(photos / "t.csv"), str(photos))
@@ -163,13 +163,13 @@ def test_a_quoted_cell_that_does_not_end_with_its_line_is_refused_by_line_and_ma
         assert said(CsvPairs(str(photos / "t.csv"), str(photos), quoting=False)) == {"a": ["first"], "b": [cell], "c": ["last"]}
 
 
-def test_unquoted_commas_belong_to_a_caption_in_the_last_column(photos):
+def test_field_case_03_unquoted_commas_belong_to_a_caption_in_the_last_column(photos):
     (photos / "t.csv").write_text('image,caption\na.jpg,"a dog, running"\nb.jpeg,a crowd of 1,000, and a dog \nc.png,two cats\n')
     expected = {"a": ["a dog, running"], "b": ["a crowd of 1,000, and a dog "], "c": ["two cats"]}
     assert said(CsvPairs(str(photos / "t.csv"), str(photos))) == expected
 
 
-def test_cells_that_cannot_be_told_are_quarantined_with_their_line(photos):
+def test_field_case_03_cells_that_cannot_be_told_are_quarantined_with_their_line(photos):
     (photos / "t.csv").write_text('image,caption,split\na.jpg,a dog,train\na.jpg,one, two,train\nb.jpeg,a cat\nc.png,"x", y,z,train\n')
     source = CsvPairs(str(photos / "t.csv"), str(photos), split_column="split")
     assert [fault.partition("t.csv ")[2] for fault in faults(source)] == [
@@ -185,7 +185,7 @@ def test_cells_that_cannot_be_told_are_quarantined_with_their_line(photos):
     assert [fault.partition("t.csv ")[2] for fault in faults(both)] == ["line 3 has no second"]
 
 
-def test_a_null_caption_is_quarantined_with_file_and_row_and_its_image_keeps_the_others(photos):
+def test_field_case_09_a_null_caption_is_quarantined_with_file_and_row_and_its_image_keeps_the_others(photos):
     rows = [{"image": "a.jpg", "caption": None}, {"image": "a.jpg", "caption": ["a cat", 7]}]
     source = PairsJson(save(photos / "null.json", rows), str(photos))
     assert said(source) == {"a": ["", "a cat", ""]}
@@ -223,12 +223,12 @@ def test_a_null_caption_is_quarantined_with_file_and_row_and_its_image_keeps_the
         ),
     ],
 )
-def test_a_field_that_is_missing_is_named_with_file_and_row(photos, source, rows, message):
+def test_field_case_09_a_field_that_is_missing_is_named_with_file_and_row(photos, source, rows, message):
     with pytest.raises(ValueError, match=message):
         source(save(photos / "x.json", rows))
 
 
-def test_one_coco_id_for_two_images_is_refused_and_one_image_listed_twice_is_one(photos):
+def test_field_case_10_one_coco_id_for_two_images_is_refused_and_one_image_listed_twice_is_one(photos):
     notes = [{"id": 1, "image_id": 1, "caption": "one"}, {"id": 2, "image_id": 1, "caption": "two"}]
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "c.png"}]
     with pytest.raises(ValueError, match=r"the image id 1 is of a\.jpg and of c\.png"):
