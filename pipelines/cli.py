@@ -40,7 +40,7 @@ STAGES = {
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
     "plan": Stage("look", "what `itm run` will do with a recipe: inputs, outputs, what is done, steps, time, memory, bytes"),
     "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),
-    "inspect": Stage("look", "say what a folder of shards holds: samples, captions, members, problems"),
+    "inspect": Stage("look", "say what a folder of shards, or of soft-label stores, holds"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
     "import": Stage("prepare", "turn an authors' checkpoint into a matcher folder", "import_checkpoint"),

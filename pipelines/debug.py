@@ -49,7 +49,8 @@ def debug_twin(recipe: Recipe) -> Recipe:
     choices = recipe.model_dump(mode="json")
     regions = recipe.data.image == "regions"
     source = {"kind": "scenes", "options": {"world": "tiny", "regions": regions}}
-    root = f"{recipe.output.rstrip('/')}/debug-shards-{recipe.data.image}"
+    stored = "" if recipe.data.regions_dtype == "fp16" else f"-{recipe.data.regions_dtype}"
+    root = f"{recipe.output.rstrip('/')}/debug-shards-{recipe.data.image}{stored}"
     choices["name"] = f"{recipe.name}-debug"
     choices["data"] |= {"source": source, "root": root, "image_size": 64, "crop": "squash", "max_regions": REGIONS, "shard_samples": 100}
     choices["data"] |= {"train_split": "train", "val_split": "val", "test_split": "test"}

@@ -1,13 +1,16 @@
-"""Say what a folder of shards holds: samples, captions, members, image sizes, problems. Reads any WebDataset of image-caption pairs.
+"""Say what a folder of shards, or of soft-label stores, holds. Reads any WebDataset of image-caption pairs.
 
     itm inspect /data/scenes                 every split below the folder
     itm inspect s3://bucket/coco/train       one split
     itm inspect shards/train/00003.tar       one shard
     itm inspect /data/img2dataset --index    also write manifest.json and an index beside each tar: later stages start at once
     itm inspect -c recipe.yaml               the raw data of data.source: what `itm pack` would reject, and nothing is written
+    itm inspect shards/train/teachers        all soft-label stores of a split side by side; also one store: its folder
 
-Every image and region file is decoded, --quick looks at a few of each shard only. Exit code 1 when anything is wrong: samples or captions
-that would be left out, or shards that differ from their manifest.
+Of shards: samples, captions, members, image sizes, problems. Every image and region file is decoded, --quick looks at a few of each shard
+only. Of stores: entropy and mass off the diagonal of the soft labels by temperature, equal vectors, coverage, agreement, a suggested
+temperature, and a page with the nearest neighbours of 20 samples. Exit code 1 when anything is wrong: samples or captions that would be
+left out, shards that differ from their manifest, a store that is not whole, of other shards, or constant.
 """
 
 from __future__ import annotations
@@ -38,10 +41,15 @@ SHOWN = 10  # problems printed by name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uri", nargs="?", help="folder or URI of shards: a root of splits, one split, or one .tar")
+    parser.add_argument("uri", nargs="?", help="folder or URI: a root of splits, a split, a .tar, the stores of a split, or one store")
     recipe_arguments(parser, required=False)
     parser.add_argument("--index", action="store_true", help="write manifest.json and indexes for shards made by other tools")
     parser.add_argument("--quick", action="store_true", help=f"decode {QUICK} images of each shard only")
+    stores = parser.add_argument_group("soft-label stores")
+    stores.add_argument("--shards", metavar="URI", help="the split whose stores these are (default: where they lie, if there are shards)")
+    stores.add_argument("--batch", type=int, default=128, help="samples whose soft labels are made together (default: 128)")
+    stores.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default: 0)")
+    stores.add_argument("--page", metavar="URI", help="where the page is written (default: neighbours.html in the folder that was given)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return _inspect_source(recipe_from(args))
     if not args.uri or getattr(args, "overrides", []):
         raise ValueError("give one folder or URI of shards, or -c and a recipe")
+    if not args.uri.endswith(".tar") and (found := _inspect_stores(args)) is not None:
+        return found
     healthy = True
     for uri in splits_below(args.uri):
         report = inspect(uri, getattr(args, "quick", False))
@@ -58,6 +68,21 @@ def run(args: argparse.Namespace) -> int:
         if args.index and not uri.endswith(".tar"):
             print(_write_index(uri, report))
     return 0 if healthy else 1
+
+
+def _inspect_stores(args: argparse.Namespace) -> int | None:
+    """None when the folder holds no stores."""
+    from pipelines.teaching import inspection
+
+    if not inspection.holds_stores(args.uri):
+        return None
+    if args.batch < 2:
+        raise ValueError(f"--batch {args.batch}: soft labels need two samples")
+    found = inspection.inspect(args.uri, args.shards, args.batch, args.seed)
+    page = args.page or files.join(args.uri, inspection.PAGE)
+    files.write_atomic(page, found.page.encode())
+    print(f"{args.uri}\n{found.text()}\n  nearest neighbours of 20 samples: {page}")
+    return 0 if found.healthy else 1
 
 
 @dataclass

@@ -10,8 +10,6 @@ The page needs no network and no scripts, and is also logged to the MLflow run.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
 import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,14 +20,13 @@ from itm.data.formats import Json, read_json
 from itm.data.manifest import full_key
 from itm.data.shards import index_shard, read_manifest, read_range
 from itm.report.page import Page, render
+from itm.report.thumbnails import data_uri
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
 from pipelines.training import FORMAT as RUN_FORMAT
 
 if TYPE_CHECKING:
     from itm.tracking.history import History
-
-THUMBNAIL = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +167,7 @@ def thumbnails(evaluation: Json) -> dict[str, str]:
         for entry in index_shard(shard):
             shown = keys & {entry.key, full_key(shard, entry.key)}
             if shown and (image := read_range(shard, entry.start, entry.end).image):
-                found |= dict.fromkeys(shown, _data_uri(image))
+                found |= dict.fromkeys(shown, data_uri(image))
     return found
 
 
@@ -181,18 +178,6 @@ def _images(evaluation: Json) -> Iterable[Json]:
             yield from row["hits"]
             yield from [row["answer"]] if "answer" in row else []
     yield from evaluation.get("attention", [])
-
-
-def _data_uri(image: bytes) -> str:
-    from PIL import Image
-
-    from itm.data.pixels import decode
-
-    picture = decode(image)
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _evaluation(folder: str) -> Json:

@@ -309,6 +309,8 @@ def open_store(root: str, teacher: str | None = None) -> Store:
     if not files.exists(receipt):
         raise ValueError(f"no finished soft-label store at {uri} (store.json is missing): {REMEDY}")
     said = _read_json(receipt, {"modality": str, "dtype": str, "width": int, "identity": dict, "shards": dict})
+    if teacher and (holds := teacher_id(said["identity"])) != teacher:
+        raise ValueError(f"{uri} bears the name of another teacher: it was scored by {holds}. Give the folder its name back, or {REMEDY}")
     return Store(uri, said["modality"], said["dtype"], said["width"], said["identity"], said["shards"])
 
 

@@ -95,7 +95,7 @@ class Way(NamedTuple):
 def render(page: Page) -> str:
     """The whole page as HTML text."""
     return (
-        _templates()
+        templates()
         .get_template("page.html.j2")
         .render(
             page=page,
@@ -115,7 +115,8 @@ def render(page: Page) -> str:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The pages of this folder; everything that is filled in is escaped, and a name that is not given is an error."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )

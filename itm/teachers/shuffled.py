@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import ValidationError
 
-from itm.config import Part, Strict
+from itm.config import Part, Recipe, Strict
 from itm.data.formats import Json
 from itm.data.shards import Manifest
 from itm.data.sidecar import Sidecar, Store
@@ -45,6 +45,21 @@ def shuffle_of(part: Part) -> Shuffle:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise ValueError(f"teacher 'shuffled', option {'.'.join(map(str, wrong['loc']))}: {wrong['msg']}; options: of, seed") from None
+
+
+def control_of(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with the shuffled control of each of its teachers in the teacher's place, and nothing else changed.
+
+    Raises ValueError when a teacher is a control already.
+    """
+    controls = {}
+    for modality in ("image", "text"):
+        part: Part | None = getattr(recipe.teachers, modality)
+        if part is not None and part.kind == SHUFFLED:
+            raise ValueError(f"teachers.{modality} is the shuffled control already: leave --shuffled out, or name the teacher itself")
+        if part is not None:
+            controls[modality] = Part(kind=SHUFFLED, options={"of": part.model_dump(exclude_defaults=True), "seed": seed})
+    return recipe.model_copy(update={"teachers": recipe.teachers.model_copy(update=controls)})
 
 
 def shuffled_identity(base: Mapping[str, object], seed: int, manifest: Manifest) -> Json:

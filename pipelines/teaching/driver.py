@@ -140,6 +140,7 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
             f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "
             f"the first: {problems[0].reason}; all are in {quarantine}"
         )
+    _check_not_constant(uri, identity, sidecars)
     headers = {s.header.shard: s.header for s in sidecars}
     if tracker:
         flow = {"rows_in": seen, "rows_out": whole, "rows_rejected": len(problems)}
@@ -150,6 +151,21 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
             with files.local_copy(quarantine) as kept:
                 tracker.artifact(kept)
     return sidecar.write_store(job.root, job.choice, headers, identity)
+
+
+def _check_not_constant(uri: str, identity: Json, sidecars: Sequence[sidecar.Sidecar]) -> None:
+    """Raises ValueError when all rows have one vector. Almost always the first shard shows that they differ."""
+    first, count = None, 0
+    for rows in (s.vectors[s.ok] for s in sidecars):
+        first = rows[0] if first is None and len(rows) else first
+        if first is not None and (rows != first).any():
+            return
+        count += len(rows)
+    if count > 1:
+        raise ValueError(
+            f"{uri}: the teacher {identity['kind']!r} gave one and the same vector for all {count:,} rows, so its soft labels say nothing: "
+            "mend the teacher, or look whether all of its inputs are equal"
+        )
 
 
 def flow_line(uri: str) -> str:

@@ -83,7 +83,7 @@ try:
     mlflow.pyfunc.load_model({uri!r})
 except ValueError as error:
     print(error)
-model = mlflow.pyfunc.load_model({uri!r}, model_config={{"allow": ["acme"]}})
+model = mlflow.pyfunc.load_model({uri!r}, model_config={{"allow": ["acme"], "paths": True}})
 print(json.dumps(model.predict(rows, params={{"output": "scores"}}).tolist()))
 """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -69,7 +69,7 @@ def test_vocabularies_and_annotations_are_found_in_the_home_folder(home: Path):
     vocabulary.save(home / "v")
     assert WordVocabulary.from_json("~/v/vocabulary.json").word2idx == vocabulary.word2idx
     (home / "captions.csv").write_text("image,caption\n")
-    assert paths_by_split("~/captions.csv") == {"train": home / "captions.csv"}
+    assert paths_by_split("~/captions.csv") == {"train": str(home / "captions.csv")}
 
 
 def test_a_matcher_is_saved_and_loaded_below_the_home_folder(home: Path):

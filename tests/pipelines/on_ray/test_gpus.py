@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def cluster() -> Iterator[None]:
         connect()
 
 
+@pytest.fixture
+def grown(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both nodes that can come are there, however busy this machine is."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": 1}] * 2)
+    end = time.monotonic() + 240
+    while gpus.gpus_there() < 2:
+        assert time.monotonic() < end, "the nodes have not come"
+        time.sleep(0.5)
+    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+
+
 def scored(job: teaching.Job, uri: Path) -> list[teaching.Written]:
     teacher = build_teacher(job.part, job.modality)
     identity = stored_identity(teacher, "fp16")
@@ -70,7 +84,7 @@ def test_gpus_that_a_label_promises_are_asked_for_and_missed_after_a_limit(clust
     assert not (tmp_path / "runs" / "run" / "started.json").exists()
 
 
-def test_a_training_on_gpus_without_cuda_is_refused_before_a_run_exists(cluster, tmp_path):
+def test_a_training_on_gpus_without_cuda_is_refused_before_a_run_exists(grown, tmp_path):
     small_training.splits(tmp_path)
     with pytest.raises(ValueError, match=r"^train\.use_gpu=true: on .*, device 'cuda' was asked for, but .*; set train\.use_gpu=false$"):
         train(small_training.recipe(tmp_path, workers=2, use_gpu=True))
@@ -78,8 +92,7 @@ def test_a_training_on_gpus_without_cuda_is_refused_before_a_run_exists(cluster,
 
 
 @pytest.mark.parametrize(("actors", "most"), [(1, 1), (3, 2)])
-def test_teachers_start_in_fractions_that_fit_and_write_what_one_process_writes(cluster, tmp_path, capsys, monkeypatch, actors, most):
-    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+def test_teachers_start_in_fractions_that_fit_and_write_what_one_process_writes(grown, tmp_path, capsys, actors, most):
     pack(tmp_path / "data", scenes(16), per_shard=2)
     wanted = recipe(tmp_path / "data", {"kind": "statistics"})
     wanted = wanted.model_copy(update={"teachers": wanted.teachers.model_copy(update={"actors": actors})})
@@ -97,8 +110,7 @@ def test_teachers_start_in_fractions_that_fit_and_write_what_one_process_writes(
     assert all((tmp_path / "store" / name).read_bytes() == (tmp_path / "here" / name).read_bytes() for name in names)
 
 
-def test_unset_there_is_an_actor_for_each_gpu_and_more_share_them_equally(cluster, monkeypatch, capsys):
-    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+def test_unset_there_is_an_actor_for_each_gpu_and_more_share_them_equally(grown, monkeypatch, capsys):
     monkeypatch.setattr(gpus, "_missed", False)
     gpus.gpu_seats(None, 9, 0.1)
     assert "going on with 2 of 3 GPUs: the others have not come in 0 s" in capsys.readouterr().out
@@ -114,8 +126,7 @@ def jobs(folder: Path, shared: Any, put: Any) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("seats", [1, 2])
-def test_one_process_scores_all_the_tiles_of_a_gpu_in_their_order(cluster, tmp_path, monkeypatch, seats):
-    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+def test_one_process_scores_all_the_tiles_of_a_gpu_in_their_order(grown, tmp_path, monkeypatch, seats):
     if seats == 1:
         monkeypatch.setattr(scoring, "gpu_seats", lambda *_: Seats(1, 1.0, "cpu"))
     spread, put, device = scoring.by_actors(6)
@@ -128,8 +139,7 @@ def test_one_process_scores_all_the_tiles_of_a_gpu_in_their_order(cluster, tmp_p
     assert os.getpid() not in processes
 
 
-def test_an_error_in_an_actor_is_raised_as_it_was_raised_there(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+def test_an_error_in_an_actor_is_raised_as_it_was_raised_there(grown, tmp_path):
     spread, put, _ = scoring.by_actors(6)
     broken = jobs(tmp_path, put([Where()]), put)
     broken[3] = (*broken[3][:4], {"precision": "fp7"})
@@ -137,8 +147,7 @@ def test_an_error_in_an_actor_is_raised_as_it_was_raised_there(cluster, tmp_path
         list(spread(score_tile, broken))
 
 
-def test_a_driver_without_gpu_leaves_encoding_and_scoring_to_the_nodes_that_have_them(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpus, "PATIENCE", 0.1)
+def test_a_driver_without_gpu_leaves_encoding_and_scoring_to_the_nodes_that_have_them(grown, tmp_path, monkeypatch):
     given = small_run(tmp_path)
     inputs = load_matcher_folder(f"{given.folder}/matcher").inputs
     save_matcher(build_matcher(UARDA, inputs), uri := f"{given.folder}/uarda")
@@ -156,7 +165,7 @@ def test_a_driver_without_gpu_leaves_encoding_and_scoring_to_the_nodes_that_have
     assert list(Path(given.folder).glob("scores-*/tile-*.npy"))
 
 
-def test_an_actor_that_no_node_has_room_for_is_refused(cluster):
+def test_an_actor_that_no_node_has_room_for_is_refused(grown):
     with pytest.raises(ValueError, match=r"an actor needs 5 CPUs beside its GPU, and no node with a GPU has them: give such nodes CPUs"):
         gpus.gpu_seats(1, 1, 5)
 

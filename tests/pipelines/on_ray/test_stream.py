@@ -22,7 +22,8 @@ def test_threads_give_the_planned_batches_in_order(tmp_path: Path) -> None:
     pairs, another = world(tmp_path), world(tmp_path / "equal")
     step = 0
     for step, columns in enumerate(stream_here(pairs, work_of(0, 0, 40, 1), threads=2), 1):
-        assert to_table(columns).equals(another(Work(step - 1, 0, 0)))
+        here, there = to_table(columns), another(Work(step - 1, 0, 0))
+        assert here.drop_columns("image_id").equals(there.drop_columns("image_id"))  # an image of another folder has another id
     assert step == 40
     assert len(pairs.buffers.arrays) < 8
 

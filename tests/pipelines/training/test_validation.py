@@ -19,7 +19,7 @@ from itm.evaluation.over_ranks import encode_over_ranks
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.folder import save_matcher
 from itm.precision import computing
-from itm.tracking.registry import Tracker
+from itm.tracking.runs import Tracker
 from itm.training.checkpoint import latest
 from pipelines.training.job import Job, build_method
 from pipelines.training.preparation import prepare
