@@ -94,20 +94,21 @@ def _modalities(recipe: Recipe) -> list[str]:
 
 
 def _stores_root(recipe: Recipe) -> list[str]:
-    from itm.teachers.stores import stores_root
+    from itm.teachers.stores import roots_of, stores_root
 
-    return [stores_root(recipe, recipe.data.train_split)]
+    return [stores_root(one, one.data.train_split) for one in roots_of(recipe)]
 
 
 def _taught(recipe: Recipe) -> str | None:
     from itm.data.shards import read_manifest
-    from itm.teachers.stores import store_for
+    from itm.teachers.stores import roots_of, store_for
 
     try:
-        shards = [(s.name, s.sha256) for s in read_manifest(split_uri(recipe, recipe.data.train_split)).shards]
-        stores = {modality: store_for(recipe, recipe.data.train_split, modality) for modality in _modalities(recipe)}
-        for store in stores.values():
-            store.check(iter(shards))
+        for one in roots_of(recipe):
+            shards = [(s.name, s.sha256) for s in read_manifest(split_uri(one, one.data.train_split)).shards]
+            stores = {modality: store_for(one, one.data.train_split, modality) for modality in _modalities(one)}
+            for store in stores.values():
+                store.check(iter(shards))
     except ValueError:  # no manifest, no store, or a store of other shards: there is work to do
         return None
     return ", ".join(f"{modality} {store.teacher}" for modality, store in stores.items())
@@ -120,7 +121,7 @@ def _teach(recipe: Recipe) -> str:
 
 
 def _train_inputs(recipe: Recipe) -> list[str]:
-    splits = [split_uri(recipe, split) for split in (recipe.data.train_split, recipe.data.val_split) if split]
+    splits = _train_split(recipe) + ([split_uri(recipe, recipe.data.val_split)] if recipe.data.val_split else [])
     return splits + (_stores_root(recipe) if _modalities(recipe) else []) + ([recipe.train.start] if recipe.train.start else [])
 
 
@@ -228,7 +229,9 @@ def _shards(recipe: Recipe) -> list[str]:
 
 
 def _train_split(recipe: Recipe) -> list[str]:
-    return [split_uri(recipe, recipe.data.train_split)]
+    """The folder that is trained on, or those that data.mix names."""
+    roots = [one.root for one in recipe.data.mix] or [recipe.data.root]
+    return [files.join(root, recipe.data.train_split) for root in roots]
 
 
 def _registry(recipe: Recipe) -> list[str]:
@@ -247,7 +250,7 @@ CONTRACTS = (
     Contract(
         "teach",
         lambda r: bool(_modalities(r)),
-        lambda r: [split_uri(r, r.data.train_split)],
+        _train_split,
         _stores_root,
         _store_receipts,
         _taught,

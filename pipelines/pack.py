@@ -5,8 +5,10 @@
 
 Each split becomes <data.root>/<split>/00000.tar, 00001.tar, ... with an index beside every tar, quarantine.jsonl (one row for each
 thing left out: key, shard, stage, reason) and, written last, manifest.json. Running it again does nothing; after a crash it goes on
-with the missing shards and ends with the same bytes. White space in captions is normalised. JPEG, PNG and WebP files are checked and
-stored byte for byte, GIF, BMP and TIFF as PNG of their first frame (`converted_from` in the json); the format is told by the bytes.
+with the missing shards and ends with the same bytes. What was added to the source since goes to new shards behind the old ones, which
+keep their bytes; what was taken away or changed is refused by name. White space in captions is normalised. JPEG, PNG and WebP files are
+checked and stored byte for byte, GIF, BMP and TIFF as PNG of their first frame (`converted_from` in the json); the format is told by the
+bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +34,7 @@ from itm.data.manifest import (
     Receipt,
     manifest_of,
     read_receipt,
+    receipt_uri,
     rejected_captions,
     write_manifest,
     write_receipt,
@@ -41,9 +44,10 @@ from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources.parting import build_source
 from itm.data.sources.source import Source
 from itm.progress import Progress
+from pipelines.adding import Layout, added_since, layout_after, ranges, rekeyed, shard_uri, standing
 from pipelines.cli import recipe_arguments, recipe_from, script
 
-CLAIM, FORMAT = "pack.json", 1  # written first: whose shards these are going to be
+CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,10 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     recipe = recipe_from(args)
     root = recipe.data.root
+    before = {files.name_of(folder): standing(folder) for folder in files.list_folders(root)}
     for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
         print(
             f"{split}: {manifest.samples:,} images, {manifest.captions:,} captions in {len(manifest.shards)} shards, "
             f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, files.join(root, split))}"
+            f"{'' if args.overwrite else added_since(before.get(split), manifest)}"
         )
         if count := others_passed_over(files.join(recipe.data.root, split)):
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
@@ -89,7 +95,7 @@ def kept_and_lost(manifest: Manifest, folder: str) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make: items [start, stop) of a split."""
+    """One shard to make: items [start, stop) of a split, or of those that were added to it; `renamed` then gives some another key."""
 
     source: Part
     split: str
@@ -100,6 +106,7 @@ class Job:
     stop: int
     places: list[Any] | None = None  # of the items, where the source had to look through its data for them
     regions_dtype: str = "fp16"
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = None) -> dict[str, Manifest]:
@@ -108,6 +115,7 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     Raises ValueError when the output is unwritable or belongs to other choices, when a key is used twice, and when more than
     `data.max_reject_rate` of a split had to be rejected.
     """
+    _source.cache_clear()  # the files of a source may be others since this process looked
     data, source = recipe.data, source_of(recipe)
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
@@ -125,9 +133,10 @@ def packed(recipe: Recipe) -> dict[str, Manifest] | None:
         claim = files.join(folder, CLAIM)
         if not files.exists(files.join(folder, NAME)) or not files.exists(claim):
             return None
-        if read_json(claim, FORMAT).get("made_from") != _digest(_choices(recipe, source, split)):
+        held, made_from, manifest = read_json(claim, FORMAT), _digest(_choices(recipe, source, split)), read_manifest(folder)
+        if held.get("made_from") != made_from or not Layout.of(held).finished(manifest, made_from):
             return None
-        manifests[split] = read_manifest(folder)
+        manifests[split] = manifest
     return manifests
 
 
@@ -158,13 +167,10 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     folder, count = files.join(data.root, split), source.count(split)
     if not count:
         raise ValueError(f"split {split!r} of this source is empty; leave it out with --splits")
-    _claim(folder, made_from, choices, overwrite)
-    jobs = []
-    for n, start in enumerate(range(0, count, data.shard_samples)):
-        stop = min(start + data.shard_samples, count)
-        uri, places = files.join(folder, f"{n:05d}.tar"), source.places(split, start, stop)
-        jobs.append(Job(data.source, split, data.image, made_from, uri, start, stop, places, data.regions_dtype))
-    finished = files.exists(files.join(folder, NAME))
+    layout = _claim(folder, made_from, choices, overwrite, source)
+    earlier = layout.receipts(folder)
+    jobs = list(_jobs(recipe, source, folder, made_from, layout))
+    finished = files.exists(files.join(folder, NAME)) and layout.finished(read_manifest(folder), made_from)
     receipts = {job.uri: receipt for job in jobs if (receipt := _usable(job, finished))}
     if finished and len(receipts) == len(jobs):
         return read_manifest(folder)
@@ -172,12 +178,24 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
     with _tracked(recipe, split, folder, made) as told:
         receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
         files.remove_abandoned(folder)
-        manifest = _close(folder, made, [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split))
+        manifest = _close(folder, made, earlier + [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split))
         if manifest.samples + manifest.rejected != count:
             raise ValueError(f"{folder}: {manifest.samples} samples packed and {manifest.rejected} rejected of {count}; pack it again")
         told(manifest)
         write_manifest(folder, manifest)
     return manifest
+
+
+def _jobs(recipe: Recipe, source: Source, folder: str, made_from: str, layout: Layout) -> Iterator[Job]:
+    """Of the shards that the last packing makes."""
+    data, split = recipe.data, files.name_of(folder)
+    assert data.source is not None
+    items = layout.items(source.count(split))
+    for n, start in enumerate(range(0, len(items), data.shard_samples)):
+        chosen = items[start : start + data.shard_samples]
+        places = [place for first, stop in ranges(chosen) for place in source.places(split, first, stop)]
+        rest = (start, start + len(chosen), places, data.regions_dtype, layout.renamed)
+        yield Job(data.source, split, data.image, made_from, shard_uri(folder, layout.first + n), *rest)
 
 
 @contextmanager
@@ -208,19 +226,25 @@ def _usable(job: Job, finished: bool) -> Receipt | None:
     return receipt if receipt and receipt.made_from == job.made_from and (finished or not receipt.problems) else None
 
 
-def _claim(folder: str, made_from: str, choices: Json, overwrite: bool) -> None:
-    """Mark the folder as ours before the first shard; refuse one that holds other shards, unless told to delete them."""
+def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: Source) -> Layout:
+    """Mark the folder as ours before the first shard. One with shards of ours is added to; one with others is refused, unless told to
+    delete them."""
     uri = files.join(folder, CLAIM)
-    if files.exists(uri) and read_json(uri, FORMAT).get("made_from") == made_from:
-        return
-    ours = files.exists(uri)
+    held = read_json(uri, FORMAT) if files.exists(uri) else None
+    if held is not None and held.get("made_from") == made_from:
+        return Layout.of(held)
     others = [f for suffix in (".tar", ".index.json", NAME, QUARANTINE, CLAIM) for f in files.list_files(folder, suffix)]
+    layout = Layout()
     if others and not overwrite:
-        made = "made from other choices (source, options or data files)" if ours else "that this command did not make"
-        raise ValueError(f"{folder} holds shards {made}; use another data.root, or --overwrite to delete and repack them")
+        dtype = str(choices.get("regions_dtype", "fp16"))
+        layout = layout_after(folder, held, choices, source, lambda item: _as_stored(_usual(item, dtype)[0]))
+        keep = {name for n in range(layout.first) for name in (shard_uri(folder, n), receipt_uri(shard_uri(folder, n)))}
+        others = [f for f in others if f.endswith((".tar", ".index.json")) and f not in keep]  # of an adding that was stopped
     for other in sorted(others, key=lambda f: files.name_of(f) != NAME):  # the manifest goes first: no moment of a false one
         files.delete(other)
-    files.write_atomic(uri, json.dumps({"format": FORMAT, "made_from": made_from, **choices}, indent=1, sort_keys=True).encode())
+    said = {"format": FORMAT if layout.kept else 1, "made_from": made_from, **choices, **layout.said()}
+    files.write_atomic(uri, json.dumps(said, indent=1, sort_keys=True).encode())
+    return layout
 
 
 def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
@@ -266,18 +290,15 @@ def pack_shard(job: Job) -> str:
 def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[Record]:
     """The usable records of a slice; the others, and dropped captions, are added to `problems`. read: counts `captions` that came in."""
     keys: set[str] = set()
-    source = _source(job.source.model_dump_json(), os.getcwd())
+    source = _source(job.source.model_dump_json(), os.getcwd(), job.made_from)
     bare = source.uncaptioned(job.split)
     source.regions_dtype = job.regions_dtype
     for item in source.records(job.split, job.start, job.stop) if job.places is None else source.at(job.split, job.places):
         read["captions"] += len(item.captions) if isinstance(item, Record) else item.captions
+        item = rekeyed(item, job.renamed.get(item.key, item.key))
         if isinstance(item, Record):
-            if item.regions is not None:
-                item = replace(item, regions=replace(item.regions, whole=job.regions_dtype == "fp32"))
-            captions = [replace(c, text=" ".join(c.text.split())) for c in item.captions]
-            faults = [c.fault() for c in captions]
-            problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults if fault]
-            item = replace(item, captions=[c for c, fault in zip(captions, faults, strict=True) if not fault])
+            item, faults = _usual(item, job.regions_dtype)
+            problems += [Problem(item.key, "", "pack", fault, "caption") for fault in faults]
             reason = "a second sample of the same key" if item.key in keys else _fault(item, job.image, bare)
             if not reason:
                 item, reason = _stored(item)
@@ -287,6 +308,16 @@ def accepted(job: Job, problems: list[Problem], read: Counter[str]) -> Iterator[
                 continue
             item = Problem(item.key, "", "pack", reason, captions=len(item.captions))
         problems.append(item)
+
+
+def _usual(record: Record, regions_dtype: str) -> tuple[Record, list[str]]:
+    """The record with the captions and the regions that a shard holds of it; what is wrong with the other captions."""
+    if record.regions is not None:
+        record = replace(record, regions=replace(record.regions, whole=regions_dtype == "fp32"))
+    captions = [replace(c, text=" ".join(c.text.split())) for c in record.captions]
+    faults = [c.fault() for c in captions]
+    kept = [c for c, fault in zip(captions, faults, strict=True) if not fault]
+    return replace(record, captions=kept), [fault for fault in faults if fault]
 
 
 def _fault(record: Record, image: str, bare: bool) -> str | None:
@@ -308,12 +339,19 @@ def _stored(record: Record) -> tuple[Record, str | None]:
         return record, None
     try:
         check_image(record.image)
-        image, kind = storable(record.image)
+        return _as_stored(record), None
     except ValueError as error:
         return record, str(error)
+
+
+def _as_stored(record: Record) -> Record:
+    """Raises ValueError for an image that cannot be stored."""
+    if record.image is None:
+        return record
+    image, kind = storable(record.image)
     if image is not record.image:
         record = replace(record, meta=record.meta | {"converted_from": image_format(record.image)})
-    return replace(record, image=image, image_format=kind), None
+    return replace(record, image=image, image_format=kind)
 
 
 def _close(folder: str, made_from: str, receipts: list[Receipt], max_reject_rate: float, passed_over: list[Problem]) -> Manifest:
@@ -345,8 +383,11 @@ def open_source(part: Part) -> Source:
 
 
 @lru_cache(maxsize=2)
-def _source(part: str, folder: str) -> Source:
-    """Built once a worker process: a source may have a large annotation file to read. folder: that relative paths begin at."""
+def _source(part: str, folder: str, made_from: str = "") -> Source:
+    """Built once a worker process and state of its files: a source may have a large annotation file to read.
+
+    folder: that relative paths begin at.
+    """
     choice = Part.model_validate_json(part)
     return build_source(choice.kind, choice.options)
 

@@ -32,6 +32,7 @@ Reader = Callable[[Recipe], Any]
 TEXT_STORE = "shards/train/teachers/scenes-text-ground-truth-tiny-7771425a2f"
 SHARD = "shards/train/00000.tar"
 STOPPED = "runs/stopped"
+TWO = ("manifest.json", "pack.json")  # what has a second format
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
     before = path.read_bytes()
     with pytest.raises(
         NewerFormat,
-        match=rf"{path.name} has format {found}, this version reads up to {2 if path.name == 'manifest.json' else 1}: upgrade itm-pipeline",
+        match=rf"{path.name} has format {found}, this version reads up to {2 if path.name in TWO else 1}: upgrade itm-pipeline",
     ):
         reader()
     assert path.read_bytes() == before
@@ -85,10 +86,10 @@ def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
 def test_a_newer_json_is_refused_by_name_and_left_alone(name: str, reader: Reader, recipe: Recipe) -> None:
-    newer = "itm-3" if name.endswith("manifest.json") else 2
+    newer: object = {"manifest.json": "itm-3", "pack.json": 3}.get(Path(name).name, 2)
     path = Path(name)
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": newer, "said in another way": [1]}))
-    refused(path, "3" if newer == "itm-3" else "2", lambda: reader(recipe))
+    refused(path, "2" if newer == 2 else "3", lambda: reader(recipe))
 
 
 @pytest.mark.parametrize("newer", [3, "parquet-1", None])

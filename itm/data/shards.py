@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from itm.data import files
 from itm.data.formats import Json
@@ -48,6 +48,7 @@ __all__ = [
     "read_range",
     "read_samples",
     "read_scattered",
+    "sample_bytes",
     "scan_bytes",
     "scan_shard",
     "write_manifest",
@@ -100,18 +101,29 @@ def _format_of(image: bytes | None) -> str:
 
 def _write(uri: str, rows: Iterable[tuple[Json, int]]) -> ShardInfo:
     """Tar of (members of a sample, its number of captions)."""
-    from webdataset.writer import TarWriter
-
     samples = captions = 0
     with files.atomic_stream(uri) as stream:
         sink = _Hashing(stream)
-        # An int mtime keeps the headers plain USTAR; the default float makes tarfile write 1 KiB of PAX header a member.
-        writer = TarWriter(cast(BinaryIO, sink), encoder=False, mtime=0, user="root", group="root")
+        writer = _tar_writer(sink)
         for members_of_one, count in rows:
             writer.write(members_of_one)
             samples, captions = samples + 1, captions + count
         writer.close()
     return ShardInfo(name=files.name_of(uri), samples=samples, captions=captions, bytes=sink.bytes, sha256=sink.digest.hexdigest())
+
+
+def _tar_writer(sink: object) -> Any:
+    from webdataset.writer import TarWriter
+
+    # An int mtime keeps the headers plain USTAR; the default float makes tarfile write 1 KiB of PAX header a member.
+    return TarWriter(cast(BinaryIO, sink), encoder=False, mtime=0, user="root", group="root")
+
+
+def sample_bytes(record: Record) -> bytes:
+    """The bytes that a record takes in a shard: those of its row of the index. Raises ValueError as `write_shard`."""
+    sink = io.BytesIO()
+    _tar_writer(sink).write(_members_of(record))
+    return sink.getvalue()
 
 
 def read_samples(uri: str, sha256: str | None = None) -> Iterator[Sample | Problem]:

@@ -90,3 +90,12 @@ def test_a_dry_run_of_a_stage_tells_its_part_and_does_nothing(tmp_path: Path, ca
         assert stage_main(stage, ["-c", str(file), "--dry-run"]) == 0
         assert told in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["r.yaml"]
+
+
+def test_a_mixture_is_read_from_each_of_its_roots_and_taught_beside_each() -> None:
+    data = {"root": "own", "mix": [{"root": "a"}, {"root": "b", "weight": 2}]}
+    mixed = parse_recipe({"name": "t", "data": data, "model": {"kind": "dual"}, "teachers": {"text": {"kind": "scenes_text"}}})
+    of = {contract.stage: contract for contract in stages_of(mixed)}
+    assert of["teach"].reads(mixed) == ["a/train", "b/train"]
+    assert [uri.removeprefix(os.getcwd()) for uri in of["teach"].writes(mixed)] == ["/a/train/teachers", "/b/train/teachers"]
+    assert of["train"].reads(mixed)[:3] == ["a/train", "b/train", "own/val"]
