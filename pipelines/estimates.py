@@ -10,7 +10,7 @@ import resource
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -75,6 +75,16 @@ def split_of(recipe: Recipe, name: str) -> Split:
     if recipe.data.source is None:
         raise ValueError(f"no shards in {uri}, and the recipe has no data.source to pack them from")
     return _raw(recipe, name)
+
+
+def together(splits: Sequence[Split]) -> Split:
+    """The sum of several splits, whose rows stand behind one another."""
+    whole = Split(*(sum(getattr(split, name) for split in splits) for name in ("images", "captions", "bytes", "shards")))
+    for split in splits:
+        whole.rows += split.rows
+        whole.per_image += split.per_image
+    whole.packed = all(split.packed for split in splits)
+    return whole
 
 
 def _packed(recipe: Recipe, uri: str) -> Split:

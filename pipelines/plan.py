@@ -88,6 +88,16 @@ class Costs:
             self._splits[name] = split_of(self.recipe, name)
         return self._splits[name]
 
+    def _trained(self) -> Split:
+        """The training split: of a mixture, the sum over its roots."""
+        from itm.teachers.stores import roots_of
+        from pipelines.estimates import split_of, together
+
+        roots = roots_of(self.recipe)
+        return (
+            together([split_of(one, one.data.train_split) for one in roots]) if len(roots) > 1 else self._split(roots[0].data.train_split)
+        )
+
     def _add(self, seconds: float, size: float = 0.0, ray: bool = False) -> str:
         from pipelines.estimates import RAY_START
 
@@ -109,16 +119,18 @@ class Costs:
         yield self._add(seconds, size, ray=True)
 
     def _teach(self) -> Iterator[str]:
-        split = self._split(self.recipe.data.train_split)
+        split = self._trained()
         rows = split.images * (self.recipe.teachers.image is not None) + split.captions * (self.recipe.teachers.text is not None)
-        yield f"rows    {rows:,} vectors by {self.recipe.teachers.actors} actors; how long a teacher takes is not known before it runs"
+        actors = self.recipe.teachers.actors
+        by = f"{actors} actors" if actors else "an actor for each GPU, or one"
+        yield f"rows    {rows:,} vectors by {by}; how long a teacher takes is not known before it runs"
         yield self._add(0.0, 0.0, ray=True)
 
     def _train(self) -> Iterator[str]:
         from pipelines.estimates import WORKERS_START, training_of
 
         recipe = self.recipe
-        split = self._split(recipe.data.train_split)
+        split = self._trained()
         val = self._split(recipe.data.val_split) if recipe.data.val_split else None
         found = training_of(recipe, split)
         plan, workers = found.course.plan, recipe.train.workers

@@ -99,3 +99,16 @@ def test_a_mixture_is_read_from_each_of_its_roots_and_taught_beside_each() -> No
     assert of["teach"].reads(mixed) == ["a/train", "b/train"]
     assert [uri.removeprefix(os.getcwd()) for uri in of["teach"].writes(mixed)] == ["/a/train/teachers", "/b/train/teachers"]
     assert of["train"].reads(mixed)[:3] == ["a/train", "b/train", "own/val"]
+
+
+def test_a_mixture_costs_what_its_roots_cost_together(tmp_path: Path) -> None:
+    for root, shards in (("a", 1), ("b", 2)):
+        small_split(tmp_path / root, "train", shards=shards)
+    for name in ("val", "test"):
+        small_split(tmp_path / "own", name, shards=1)
+    given = training(tmp_path, steps=2, workers=0).model_dump(mode="json")
+    given["data"] |= {"root": str(tmp_path / "own"), "mix": [{"root": str(tmp_path / "a")}, {"root": str(tmp_path / "b"), "weight": 2}]}
+    mixed = parse_recipe(given)
+    parts = [split_of(parse_recipe({**given, "data": {**given["data"], "root": str(tmp_path / n), "mix": []}}), "train") for n in "ab"]
+    captions = sum(part.captions for part in parts)
+    assert f"are a pass over {captions} captions" in "\n".join(lines_of(mixed))
