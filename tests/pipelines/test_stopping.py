@@ -27,6 +27,11 @@ from tests.support.chaos import recipe as scenes_recipe
 from tests.support.small_training import final, recipe, same, splits
 
 
+def heed_interrupts() -> None:
+    """A test that runs in the background has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped_when(made: Path, stage: str, choices: Path, by: signal.Signals) -> tuple[int, str]:
     """(exit code, stderr) of a stage in a process group of its own, which gets a signal as soon as the file `made` is there.
 
@@ -34,7 +39,15 @@ def stopped_when(made: Path, stage: str, choices: Path, by: signal.Signals) -> t
     """
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{choices.parent}/mlflow.db"}
     command = [sys.executable, "-m", f"pipelines.{stage}", "-c", str(choices)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 120
     while not made.exists():
         assert child.poll() is None and time.monotonic() < deadline, f"no {made}"
