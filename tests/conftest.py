@@ -16,9 +16,19 @@ import torch
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_nodes.py", "test_train.py", "test_gpus.py", "test_validation.py", "test_switches.py", "test_recipes.py", "test_teach.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests last; those of a file stay in one process (`--dist loadgroup`), which starts their Ray and their servers once."""
-    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
+    """Slow tests last, the longest files of them first, so that no process is left alone with one; those of a file stay in one process
+    (`--dist loadgroup`), which starts their Ray and their servers once."""
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("e2e") is None:
+            return 0
+        return 1 + (LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("e2e") is not None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
