@@ -5,7 +5,6 @@ Nothing is written: a sample shard is made in memory, and the steps that are tim
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 import uuid
@@ -23,7 +22,7 @@ from itm.data.preprocess import ImageInput, Inputs, read_regions
 from itm.data.records import Record
 from itm.data.shards import Sample, read_manifest, read_samples, write_shard
 from itm.data.text import build_tokenizer
-from itm.device import resolve_device
+from itm.device import cores, resolve_device
 from itm.kinds import build_part
 from itm.matchers.folder import build_matcher
 from itm.methods import METHODS
@@ -41,21 +40,16 @@ WORKERS_START = 15.0
 TRACKING = 3.0  # the first words with a tracking store
 
 
-Raw = bytes  # within Split, `bytes` is a number
-
-
 @dataclass
 class Split:
-    """images, captions: of the whole; bytes: of its shards; per_image: captions of an image -> how many of the sample have so many."""
+    """images, captions: of the whole; size: bytes of its shards; rows: (image or regions, caption) of a sample."""
 
     images: int = 0
     captions: int = 0
-    bytes: float = 0.0
+    size: float = 0.0
     shards: int = 0
-    rows: list[tuple[Raw, str]] = field(default_factory=list)
-    per_image: Counter[int] = field(default_factory=Counter)
+    rows: list[tuple[bytes, str]] = field(default_factory=list)
     seconds_to_pack: float = 0.0
-    packed: bool = False
 
     def manifest(self, name: str) -> Manifest:
         """As packing will write it, but for the digests."""
@@ -79,17 +73,13 @@ def split_of(recipe: Recipe, name: str) -> Split:
 
 def together(splits: Sequence[Split]) -> Split:
     """The sum of several splits, whose rows stand behind one another."""
-    whole = Split(*(sum(getattr(split, name) for split in splits) for name in ("images", "captions", "bytes", "shards")))
-    for split in splits:
-        whole.rows += split.rows
-        whole.per_image += split.per_image
-    whole.packed = all(split.packed for split in splits)
-    return whole
+    images, captions, size, shards = (sum(getattr(split, name) for split in splits) for name in ("images", "captions", "size", "shards"))
+    return Split(images, captions, size, shards, [row for split in splits for row in split.rows])
 
 
 def _packed(recipe: Recipe, uri: str) -> Split:
     manifest = read_manifest(uri)
-    found = Split(manifest.samples, manifest.captions, sum(s.bytes for s in manifest.shards), len(manifest.shards), packed=True)
+    found = Split(manifest.samples, manifest.captions, sum(s.bytes for s in manifest.shards), len(manifest.shards))
     samples = (item for shard in manifest.shards for item in read_samples(files.join(uri, shard.name)) if isinstance(item, Sample))
     for sample in islice(samples, SAMPLE):
         _add(found, sample.regions if recipe.data.image == "regions" else sample.image, [c.text for c in sample.captions])
@@ -111,11 +101,11 @@ def _raw(recipe: Recipe, name: str) -> Split:
     size = write_shard(shard, records).bytes
     files.delete(shard)
     seconds = time.perf_counter() - start
-    found = Split(round(len(records) * count / looked), seconds_to_pack=seconds * count / looked)
+    images, captions = (round(n * count / looked) for n in (len(records), sum(len(record.captions) for record in records)))
+    shards = -(-count // recipe.data.shard_samples)
+    found = Split(images, captions, size * count / looked, shards, seconds_to_pack=seconds * count / looked)
     for record in records:
         _add(found, _bytes_of(record, recipe.data.image), [c.text for c in record.captions])
-    found.captions = round(sum(n * times for n, times in found.per_image.items()) * count / looked)
-    found.bytes, found.shards = size * count / looked, -(-count // recipe.data.shard_samples)
     return found
 
 
@@ -124,7 +114,6 @@ def _bytes_of(record: Record, image: str) -> bytes | None:
 
 
 def _add(found: Split, data: bytes | None, texts: list[str]) -> None:
-    found.per_image[len(texts)] += 1
     if data is not None:
         found.rows += [(data, text) for text in texts]
 
@@ -208,7 +197,3 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
         calls += 1
         wait()
     return (time.perf_counter() - start) / calls
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -31,8 +31,10 @@ class Machine:
     def here(cls) -> Machine:
         import torch
 
+        from itm.device import cores
+
         gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
-        return cls(len(os.sched_getaffinity(0)), gpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return cls(cores(), gpu, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def __str__(self) -> str:
         return self.gpu or f"{self.cpus} cores without a GPU"

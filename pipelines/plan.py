@@ -107,15 +107,15 @@ class Costs:
         return f"cost    about {_time(seconds)}" + (f", {_size(size)}" if size else "")
 
     def _pack(self) -> Iterator[str]:
+        from itm.device import cores
         from pipelines.contract import splits_of
-        from pipelines.estimates import cores
 
         seconds, size = 0.0, 0.0
         for name in splits_of(self.recipe):
             split = self._split(name)
-            made = f"{split.images:,} images, {split.captions:,} captions, {split.shards:,} shards, {_size(split.bytes)}"
+            made = f"{split.images:,} images, {split.captions:,} captions, {split.shards:,} shards, {_size(split.size)}"
             yield f"makes   {name}: about {made}"
-            seconds, size = seconds + split.seconds_to_pack / min(cores(), max(1, split.shards)), size + split.bytes
+            seconds, size = seconds + split.seconds_to_pack / min(cores(), max(1, split.shards)), size + split.size
         yield self._add(seconds, size, ray=True)
 
     def _teach(self) -> Iterator[str]:

@@ -30,7 +30,7 @@ from itm.data.manifest import (
     write_manifest,
 )
 from itm.data.member_names import CONTENT, REGIONS, cut_first, cut_last, dotted_keys
-from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions
+from itm.data.records import IMAGE_FORMATS, Caption, Problem, Record, Regions, image_format
 from itm.data.tar import Member, TarProblem, members
 
 __all__ = [
@@ -95,8 +95,8 @@ def copy_samples(
 
 def _format_of(image: bytes | None) -> str:
     """The extension of image bytes by their first ones."""
-    head = (image or b"")[:12]
-    return "png" if head.startswith(b"\x89PNG") else "webp" if head[:4] + head[8:] == b"RIFFWEBP" else "jpg"
+    found = image_format(image or b"")
+    return found if found in IMAGE_FORMATS else "jpg"
 
 
 def _write(uri: str, rows: Iterable[tuple[Json, int]]) -> ShardInfo:

@@ -47,12 +47,12 @@ def test_the_bytes_of_shards_are_known_before_they_are_packed(tmp_path: Path) ->
     recipe = scenes(tmp_path)
     records = list(Scenes("tiny", n_train=60).records("train"))
     made = sum(write_shard(str(tmp_path / f"{n}.tar"), records[20 * n : 20 * n + 20]).bytes for n in range(3))
-    assert abs(split_of(recipe, "train").bytes - made) < 0.1 * made
+    assert abs(split_of(recipe, "train").size - made) < 0.1 * made
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("given", [{"steps": 150}, {"steps": 40, "batch_size": 16}, {"steps": 60, "ema": 0.9, "validate_every": 60}])
-def test_time_and_bytes_of_a_training_are_near_what_it_takes(given: dict[str, object], registry: Path, tmp_path: Path) -> None:
+def test_the_bytes_of_a_run_are_near_those_that_were_planned(given: dict[str, object], registry: Path, tmp_path: Path) -> None:
     for name in ("train", "val", "test"):
         small_split(tmp_path / "shards", name, shards=1, samples=24)
     choices = training(tmp_path, **given).model_dump(mode="json") | {"registry": {"metric": "t2i_r1"}}
