@@ -168,17 +168,14 @@ def sgraf(arrays: Arrays, about: dict[str, Any]) -> Iterator[Check]:
 
 
 def _adam(about: dict[str, Any], options: dict[str, Any]) -> Train:
+    more = {"schedule": "step", "step_epochs": options["lr_update"], "clip_norm": options["grad_clip"] or None}
+    return _train(about, optimizer="adam", lr=options["learning_rate"], **more)
+
+
+def _train(about: dict[str, Any], **more: Any) -> Train:
+    """With the moments and the decay of the recorded optimiser."""
     given = about["optimizer"]
-    return Train(
-        optimizer="adam",
-        lr=options["learning_rate"],
-        betas=tuple(given["betas"]),
-        eps=given["eps"],
-        weight_decay=given["weight_decay"],
-        schedule="step",
-        step_epochs=options["lr_update"],
-        clip_norm=options["grad_clip"] or None,
-    )
+    return Train(betas=tuple(given["betas"]), eps=given["eps"], weight_decay=given["weight_decay"], **more)
 
 
 def cusa(arrays: Arrays, about: dict[str, Any]) -> Iterator[Check]:
@@ -192,17 +189,8 @@ def cusa(arrays: Arrays, about: dict[str, Any]) -> Iterator[Check]:
         for name in about["temperatures"]:
             temperatures[name].copy_(init[name])
     given, plan = about["optimizer"], about["schedule"]
-    train = Train(
-        optimizer="adamw",
-        decayed="cusa",
-        lr=given["lr"],
-        betas=tuple(given["betas"]),
-        eps=given["eps"],
-        weight_decay=given["weight_decay"],
-        schedule="cosine_epoch",
-        min_lr=plan["min_lr"],
-        clip_norm=given["clip"],
-    )
+    more = {"decayed": "cusa", "schedule": "cosine_epoch", "min_lr": plan["min_lr"], "clip_norm": given["clip"]}
+    train = _train(about, optimizer="adamw", lr=given["lr"], **more)
     used: list[list[float]] = []
     left: list[list[float]] = []
     trainer = Trainer(about, arrays, method, train)
