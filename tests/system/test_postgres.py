@@ -192,9 +192,9 @@ def test_a_run_is_trained_registered_promoted_and_searched_with_the_server_of_th
     other = "2" if str(champion.version) == "1" else "1"
     assert promote("itm-matcher", other, "rsum", 600.0)
     assert versions_of("champion", "previous") == [other, str(champion.version)]
-    back = re.search(r'python -c "(.+)"', (ROOT / "docs" / "registry-and-serving.md").read_text())
+    back = re.search(r"itm (models) (rollback) (itm-matcher)\b", (ROOT / "docs" / "registry-and-serving.md").read_text())
     assert back is not None
-    exec(back[1])
+    assert stage_main(back[1], [back[2], back[3]]) == 0
     assert versions_of("champion") == [str(champion.version)]
 
     assert (team.count("runs"), team.count("model_versions")) == (2, 2)
