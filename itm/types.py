@@ -258,6 +258,11 @@ class Matcher(nn.Module):
         """(N,D) the vector of a whole image or caption that the matcher makes of its parts; None = it makes none. side: image or text."""
         return None
 
+    @property
+    def averaged(self) -> Sequence[Matcher]:
+        """The matchers whose mean score this one gives: itself alone, for all but a mean."""
+        return (self,)
+
     def layers(self) -> list[nn.Module]:
         """The modules that hold most weights and activations: encoders, and layers of a joint encoder. They are compiled, run again in
         the backward pass and sharded one by one, so each is called as a module, and its weights are read inside that call only."""
