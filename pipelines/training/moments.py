@@ -16,7 +16,8 @@ from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
 from itm.matchers.folder import save_matcher
-from itm.training.checkpoint import Best, best_uri, read_weights, save_checkpoint, write_weights
+from itm.matchers.uni_heads import give_heads
+from itm.training.checkpoint import Best, best_uri, holds_heads, read_weights, save_checkpoint, write_weights
 from itm.training.compiled import as_written
 from itm.training.optim import scalars
 from pipelines.training.rank import Rank
@@ -52,16 +53,18 @@ def validate(here: Rank, done: int) -> None:
     job, recipe = here.job, here.job.recipe
     if not recipe.data.val_split:
         return
-    with here.clock.stopped(), here.step.whole() as method, as_written(recipe.train.compile):
-        broadcast(method.buffers())  # running statistics, and their moving average, are those of rank 0
-        matcher: Any = method.matcher
+    with here.clock.stopped(), here.step.whole() as module, as_written(recipe.train.compile):
+        broadcast(module.buffers())  # running statistics, and their moving average, are those of rank 0
+        method: Any = module
+        matcher = method.matcher
         metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
         here.tracker.metrics({f"val/{name}": value for name, value in metrics.items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
-            write_weights(best_uri(job.checkpoints, best), matcher)
+            with method.serving() as kept:
+                write_weights(best_uri(job.checkpoints, best), kept)
             here.state = replace(here.state, best=best)
 
 
@@ -105,13 +108,17 @@ def finish(here: Rank) -> Json:
 
     Returns what rank 0 knows: steps, seconds, samples_per_s, best, same_image_share, rejected, rows_in, rows_out, rows_rejected.
     """
-    matcher: Any = here.step.gathered(here.step.kept).matcher
+    method: Any = here.step.gathered(here.step.kept)
     if here.tracker is None:
         return {}
     state = here.state
-    if state.best is not None:
-        read_weights(best_uri(here.job.checkpoints, state.best), matcher)
-    save_matcher(matcher.cpu(), files.join(here.job.folder, "matcher"))
+    best = None if state.best is None else best_uri(here.job.checkpoints, state.best)
+    with method.serving() as kept:
+        if best is not None:
+            if not holds_heads(best, kept):  # an earlier version kept the best matcher without what its method trained beside it
+                give_heads(kept, None)
+            read_weights(best, kept)
+        save_matcher(kept.cpu(), files.join(here.job.folder, "matcher"))
     here.tracker.close()
     return {
         "steps": here.course.steps,
