@@ -96,7 +96,7 @@ class Unicom(nn.Module):
         )
         self.normalise = Normalise(*CLIP_PIXELS)
         self.image_size = round(patches**0.5) * patch
-        self.width = {"trunk": patches * width, "final": embedding}
+        self.width, self.heads = {"trunk": patches * width, "final": embedding}, heads
 
     def forward(self, images: Images, tap: str, half: bool = False) -> Tensor:
         """half: attention and MLP under float16 autocast, as released for CUDA."""
@@ -187,7 +187,7 @@ class UnicomTeacher(Teacher):
             "model": released or file.name,
             "revision": "released" if released else None,
             "weights_sha256": tensors_sha256(model),
-            "heads": model.blocks[0].attn.heads,
+            "heads": model.heads,
             "layer": tap,
             "width": self.width,
             "dtype": precision,
