@@ -92,14 +92,34 @@ class Text(Strict):
 
 
 class Teachers(Strict):
-    """The soft-label stores that training reads, and the teachers that `itm teach` runs."""
+    """The teachers, and the soft-label stores that `itm teach` makes of them and training reads."""
 
     root: str | None = Field(None, description="folder or URI of the stores; unset = <data.root>/<split>/teachers")
     image: Part | None = Field(None, description="teacher of images; unset = none")
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
+    online: list[Literal["image", "text"]] = Field(
+        default_factory=list,
+        description="those that are not stored: they run in every training step, on the worker's device, which costs their time and memory",
+    )
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
+
+    @model_validator(mode="after")
+    def _check_online(self) -> Teachers:
+        for modality in self.online:
+            part: Part | None = getattr(self, modality)
+            if part is None:
+                raise ValueError(f"online names {modality}, which has no teacher: set teachers.{modality}")
+            if part.kind == "shuffled":
+                raise ValueError(f"the control teachers.{modality} hands stored vectors round: take {modality} out of online")
+        return self
+
+    @property
+    def stored(self) -> dict[Literal["image", "text"], Part]:
+        """Those whose vectors `itm teach` stores."""
+        named: dict[Literal["image", "text"], Part | None] = {"image": self.image, "text": self.text}
+        return {modality: part for modality, part in named.items() if part is not None and modality not in self.online}
 
 
 class Train(Strict):

@@ -90,7 +90,8 @@ def _pack(recipe: Recipe) -> str:
 
 
 def _modalities(recipe: Recipe) -> list[str]:
-    return [modality for modality in ("image", "text") if getattr(recipe.teachers, modality) is not None]
+    """Of the teachers that have stores."""
+    return list(recipe.teachers.stored)
 
 
 def _stores_root(recipe: Recipe) -> list[str]:

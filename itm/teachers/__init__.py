@@ -8,6 +8,7 @@ TEACHERS: Kinds[object] = Kinds(
     "itm.teachers.identity:Teacher",
     {
         "hf_vision": "itm.teachers.image:HFVisionTeacher",
+        "unicom": "itm.teachers.unicom:UnicomTeacher",
         "statistics": "itm.teachers.image:StatisticsTeacher",
         "scenes_image": "itm.teachers.image:ScenesImageTruth",
         "hf_text": "itm.teachers.text:HFTextTeacher",

@@ -22,6 +22,7 @@ from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
 from itm.matchers.folder import save_matcher
 from itm.precision import resolve_precision, warn_if_slow
+from itm.teachers.online import Online
 from itm.teachers.stores import roots_of, store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
@@ -74,8 +75,9 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
         try_out(method.matcher, inputs, first)
     if first and train.cache_chunk is not None:
         check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))
-    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}
-    return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="")
+    online = {modality: Online.of(recipe.teachers, modality) for modality in recipe.teachers.online if modality in method.needs_teacher}
+    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher if modality not in online}
+    return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="", online=online)
 
 
 def try_out(matcher: Matcher, inputs: Inputs, first: tuple[bytes, str]) -> None:
