@@ -23,6 +23,7 @@ FLOORS = {
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,
+    "itm.packaged": 0,
     "itm.environment": 0,
     "itm.progress": 0,
     "itm.data": 1,
