@@ -81,6 +81,19 @@ class Data(Strict):
     )
 
 
+class Features(Strict):
+    """Region features that `itm features` makes of photos. With `photos` set, `itm pack` writes there, and `data.root` gets region shards."""
+
+    photos: str | None = Field(None, description="folder or URI of shards of photos, one sub-folder a split; unset = no such stage")
+    encoder: Part | None = Field(None, description="image encoder whose grid cells become regions; unset = model.options.image")
+    boxes: str | None = Field(
+        None, description="JSON lines of a detector: each box gets the mean of the cells under it; unset = every cell is a region"
+    )
+    keep_images: bool = Field(True, description="keep the photos beside their regions, for reports, searches and image teachers")
+    batch_size: int = Field(32, ge=1, description="photos per call of the encoder")
+    actors: int | None = Field(None, ge=1, description="processes that hold the encoder; unset = one for each GPU, or one without GPUs")
+
+
 class Text(Strict):
     """How a caption becomes tokens."""
 
@@ -209,6 +222,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
+    "features": {"actors"},
     "registry": {"loggers", "licence"},
 }
 
@@ -224,6 +238,7 @@ class Recipe(Strict):
         description="packages whose parts may be loaded from matcher folders and the registry, beside those that this recipe names",
     )
     data: Data = Field(default_factory=Data)
+    features: Features = Field(default_factory=Features)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
     model: Part = Field(description="the matcher that is trained")

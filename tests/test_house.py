@@ -44,6 +44,7 @@ FLOORS = {
     "pipelines.on_ray": 7,
     "pipelines.training": 7.5,  # these four stand on the session and the streams of the one before
     "pipelines.teaching": 7.5,
+    "pipelines.featuring": 7.5,
     "pipelines.evaluating": 7.5,
     "pipelines.serving": 7.5,
     "pipelines": 8,
