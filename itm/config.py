@@ -67,7 +67,12 @@ class Data(Strict):
         "48 bytes of every reader. Unset = shuffle_window",
     )
     regions_dtype: Literal["fp16", "fp32"] = Field(
-        "fp16", description="how `itm pack` stores region features; fp32 as published, twice as large"
+        "fp16", description="how `itm pack` and `itm features` store region features; fp32 as published, twice as large"
+    )
+    cache_features: bool = Field(
+        False,
+        description="a frozen image tower is not run in training: what `itm features` stored of it is read; a frozen text tower keeps what "
+        "it gave to each caption. The matcher still takes photos",
     )
     exact_pixels: bool = Field(
         False,
@@ -82,7 +87,7 @@ class Data(Strict):
 
 
 class Features(Strict):
-    """Region features that `itm features` makes of photos. With `photos` set, `itm pack` writes there, and `data.root` gets region shards."""
+    """Region features that `itm features` makes of photos: with `photos` set, `itm pack` writes there, and they go to `data.root`."""
 
     photos: str | None = Field(None, description="folder or URI of shards of photos, one sub-folder a split; unset = no such stage")
     encoder: Part | None = Field(None, description="image encoder whose grid cells become regions; unset = model.options.image")

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from itm.data.manifest import Manifest, Receipt
     from pipelines.featuring.actors import Choices, Job
 
-CLAIM, FORMAT = "features.json", 1
 MEAN = "mean.npy"
 ACTOR_CPUS = 0.25
 
@@ -104,8 +103,9 @@ def choices_of(recipe: Recipe) -> Choices:
     """What the features depend on; builds the encoder to know its weights."""
     from itm.data.preprocess import ImageInput
     from itm.matchers.encoders.build import build_image_encoder
+    from itm.matchers.encoders.features import identity_of
     from pipelines.featuring import encoder_of
-    from pipelines.featuring.actors import Choices, identity_of
+    from pipelines.featuring.actors import Choices
     from pipelines.featuring.boxes import read_boxes
 
     part, data = encoder_of(recipe), recipe.data
@@ -119,7 +119,7 @@ def choices_of(recipe: Recipe) -> Choices:
 def featured(recipe: Recipe) -> dict[str, Manifest] | None:
     """The manifests of all splits, where each was finished from these photos and choices; None while there is work to do."""
     from itm.data import files
-    from itm.data.formats import read_json
+    from itm.data.feature_claim import read_claim
     from itm.data.manifest import NAME
     from itm.data.shards import read_manifest
 
@@ -128,7 +128,7 @@ def featured(recipe: Recipe) -> dict[str, Manifest] | None:
     assert recipe.features.photos is not None
     for split in splits_named(recipe):
         folder = files.join(recipe.data.root, split)
-        if not all(files.exists(files.join(folder, name)) for name in (NAME, CLAIM)) or read_json(files.join(folder, CLAIM), FORMAT) != said:
+        if not files.exists(files.join(folder, NAME)) or read_claim(folder) != said:
             return None
         photos, manifest = files.join(recipe.features.photos, split), read_manifest(folder)
         jobs = list(_jobs(said, photos, folder))
@@ -139,6 +139,8 @@ def featured(recipe: Recipe) -> dict[str, Manifest] | None:
 
 
 def _claimed(choices: Choices) -> Json:
+    from itm.data.feature_claim import FORMAT
+
     return {"format": FORMAT, **json.loads(json.dumps(choices.said()))}
 
 
@@ -211,21 +213,22 @@ def _source(jobs: list[Job]) -> str:
 def _claim(folder: str, said: Json, overwrite: bool) -> None:
     """Mark the folder before the first shard. Raises ValueError where shards of other choices lie in it, unless told to delete them."""
     from itm.data import files
-    from itm.data.formats import read_json
+    from itm.data.feature_claim import CLAIM, read_claim
     from itm.data.manifest import NAME, QUARANTINE
 
-    uri = files.join(folder, CLAIM)
-    held = read_json(uri, FORMAT) if files.exists(uri) else None
+    held = read_claim(folder)
     if held == said:
         return
     endings = (".tar", ".index.json", ".sum.npy", NAME, QUARANTINE, CLAIM, MEAN)
     others = sorted({f for suffix in endings for f in files.list_files(folder, suffix)}, key=lambda f: files.name_of(f) != NAME)
     if others and not overwrite:
-        what = "no features" if held is None else f"features of other choices ({', '.join(k for k in said if held.get(k) != said[k])} differ)"
+        what = (
+            "no features" if held is None else f"features of other choices ({', '.join(k for k in said if held.get(k) != said[k])} differ)"
+        )
         raise ValueError(f"{folder} holds shards with {what}: name another data.root, or --overwrite them")
     for other in others:
         files.delete(other)
-    files.write_atomic(uri, json.dumps(said, indent=1, sort_keys=True).encode())
+    files.write_atomic(files.join(folder, CLAIM), json.dumps(said, indent=1, sort_keys=True).encode())
 
 
 def _check_boxes(uri: str, photos: str, source: Manifest) -> None:

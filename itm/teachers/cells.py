@@ -17,8 +17,9 @@ from itm.data.records import Regions
 from itm.data.shards import Sample
 from itm.device import send
 from itm.matchers.encoders.efficientnet import WIDTH, EfficientNetLite0
+from itm.matchers.weights import tensors_sha256
 from itm.packaged import EFFICIENTNET, version_of
-from itm.teachers.identity import Modality, Teacher, VectorTeacher, tensors_sha256
+from itm.teachers.identity import Modality, Teacher, VectorTeacher
 from itm.teachers.image import image_bytes
 from itm.types import Images
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from itm.data.records import Caption
 from itm.data.text import clean_caption
 from itm.matchers.encoders.towers import padded_length
+from itm.matchers.weights import tensors_sha256
 from itm.packaged import MINILM, folder_of, version_of
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, tensors_sha256
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
 
 _CLEANING = "cusa-1"  # raise the number when clean_caption changes
 

@@ -21,9 +21,9 @@ from itm.data.preprocess import ImageInput, as_images, fit
 from itm.data.records import Problem, Regions, check_rows
 from itm.data.shards import Sample, copy_samples, read_samples, scan_shard
 from itm.device import resolve_device
-from itm.matchers.encoders.build import Encoder, build_image_encoder
+from itm.matchers.encoders.build import build_image_encoder
+from itm.matchers.encoders.features import identity_of
 from itm.precision import computing
-from itm.teachers.identity import tensors_sha256
 from pipelines.featuring.boxes import Boxes, read_boxes
 from pipelines.featuring.regions import box_regions, grid_regions, side_of
 
@@ -71,12 +71,6 @@ class Job:
     target: str
     split: str
     made_from: str
-
-
-def identity_of(encoder: Encoder, kind: str) -> Json:
-    """What tells the outputs of two encoders apart: kind, the options that change them, and all weights."""
-    choices = {name: value for name, value in (encoder.options or {}).items() if name not in ("freeze", "pretrained")}
-    return {"kind": kind, "options": choices, "weights_sha256": tensors_sha256(encoder)}
 
 
 @dataclass(frozen=True)
@@ -181,7 +175,9 @@ class Extract:
             with computing("fp32", self.device):
                 encoded = self.encoder(as_images({"pixels": pixels}, np.arange(len(some))).to(self.device))
             if encoded.parts is None:
-                raise ValueError(f"encoder {self.choices.encoder.kind!r} gives no parts, so no regions: choose one of grid cells or patches")
+                raise ValueError(
+                    f"encoder {self.choices.encoder.kind!r} gives no parts, so no regions: choose one of grid cells or patches"
+                )
             side_of(encoded.parts.shape[1])
             yield from encoded.parts.float().cpu().numpy()
 

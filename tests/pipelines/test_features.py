@@ -106,7 +106,9 @@ def test_a_box_gets_the_mean_of_the_cells_it_covers(tmp_path, here):
     stage.features(plain)
     grid = [Regions.from_npz(s.regions or b"").features.astype(np.float32) for s in samples(tmp_path / "regions" / "train")]
     boxes = tmp_path / "boxes.jsonl"
-    said = [{"image_id": f"k{n}", "boxes": [[0, 0, WIDE / 2, HIGH / 4], [WIDE / 8, 0, WIDE / 2, HIGH / 4]], "conf": [0.9, 0.5]} for n in (0, 1)]
+    said = [
+        {"image_id": f"k{n}", "boxes": [[0, 0, WIDE / 2, HIGH / 4], [WIDE / 8, 0, WIDE / 2, HIGH / 4]], "conf": [0.9, 0.5]} for n in (0, 1)
+    ]
     boxes.write_text("\n".join(map(json.dumps, said)))
     stage.features(recipe(tmp_path, boxes=str(boxes)), overwrite=True)
     for cells, sample in zip(grid, samples(tmp_path / "regions" / "train"), strict=True):
@@ -139,7 +141,10 @@ def test_boxes_outside_the_photo_are_left_out_with_a_count(tmp_path, here):
         ([{"image_id": "k0", "boxes": [[0, 0, 5, 5]]}], "1 of 2 photos rejected, more than data.max_reject_rate=0.01; the first: k1"),
         ([{"image_id": "k0", "boxes": [[0, 0, 5]]}], "line 1"),
         ([{"image_id": "k0", "boxes": [[0, 0, 5, 5]]}] * 2, "line 2: image 'k0' comes a second time"),
-        ([{"image_id": "k0", "boxes": [[90, 60, 500, 500]]}, {"image_id": "k1", "boxes": [[0, 0, 5, 5]]}], "none of its 1 boxes lies inside"),
+        (
+            [{"image_id": "k0", "boxes": [[90, 60, 500, 500]]}, {"image_id": "k1", "boxes": [[0, 0, 5, 5]]}],
+            "none of its 1 boxes lies inside",
+        ),
     ],
 )
 def test_boxes_that_cannot_be_used_are_refused_by_name(tmp_path, here, rows, reason):
@@ -199,7 +204,10 @@ def test_features_of_other_choices_are_not_mixed_with_these(tmp_path, here):
 
 
 def test_a_photo_that_cannot_be_decoded_is_listed_with_its_captions(tmp_path, here):
-    records = [Record("good", "train", [Caption("a", "x")], photo((9, 9, 9)), "png"), Record("bad", "train", [Caption("b", "y")], b"no photo", "png")]
+    records = [
+        Record("good", "train", [Caption("a", "x")], photo((9, 9, 9)), "png"),
+        Record("bad", "train", [Caption("b", "y")], b"no photo", "png"),
+    ]
     pack(tmp_path / "photos", records)
     asked = recipe(tmp_path)
     asked = asked.model_copy(update={"data": asked.data.model_copy(update={"max_reject_rate": 0.5})})

@@ -194,6 +194,7 @@ class HFText(Encoder):
         self.model = load_backbone(path, config, "text_config", "text encoder hf_text")
         check_vocabulary(vocab_size, self.model.config.vocab_size)
         self.frozen, self.pool = freeze, pool
+        self.memory: Any = None  # of captions that were read before (`features.remember_captions`)
         self.options = {"config": as_config(self.model), "freeze": freeze, "pool": pool}
         self.padded = padded_length(self.model.config)
         for name, parameter in self.model.named_parameters():
@@ -210,6 +211,9 @@ class HFText(Encoder):
     def forward(self, captions: Captions) -> Encoded:
         """Raises ValueError as `check_tokens`."""
         check_tokens(captions, self.model.config.vocab_size)
+        if self.memory is not None and self.training:
+            parts = self.memory.read(captions, lambda alone: self._read(alone).last_hidden_state)
+            return Encoded(vector=pool_tokens(parts, captions.mask, self.pool), parts=parts, mask=captions.mask)
         out = self._read(captions)
         parts = out.last_hidden_state[:, : captions.tokens.shape[1]]
         if self.pool != "pooler":
