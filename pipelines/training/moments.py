@@ -12,6 +12,7 @@ import torch
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.mix import Mixture, parts_of
+from itm.data.preprocess import ImageInput, Inputs
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
@@ -118,6 +119,8 @@ def finish(here: Rank) -> Json:
             if not holds_heads(best, kept):  # an earlier version kept the best matcher without what its method trained beside it
                 give_heads(kept, None)
             read_weights(best, kept)
+        if here.job.recipe.data.cache_features:  # it was trained on features, and takes photos
+            kept.inputs = Inputs(ImageInput.of(here.job.recipe.data), here.job.inputs.tokenizer)
         save_matcher(kept.cpu(), files.join(here.job.folder, "matcher"))
     here.tracker.close()
     return {
