@@ -50,6 +50,7 @@ STAGES = {
     "train": Stage("train", "train a matcher on shards (Ray Data -> Ray Train)"),
     "evaluate": Stage("judge", "recall and equivalence metrics of a matcher on a split, or of a score file"),
     "report": Stage("judge", "one self-contained HTML page about a run"),
+    "explain": Stage("judge", "why a matcher scores one pair as it does: words, relations, gates, edges, on one page"),
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
