@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +17,8 @@ from itm.kinds import build_part
 from itm.matchers.folder import build_matcher, take_weights
 from itm.matchers.uni_heads import give_heads
 from itm.methods import METHODS
+from itm.teachers.identity import Modality
+from itm.teachers.online import Online
 from itm.types import Method
 from pipelines.training.course import Course
 
@@ -33,6 +36,13 @@ class Job:
     stores: dict[str, Store | MixedStore]
     run_id: str
     tracking_uri: str
+    online: Mapping[Modality, Online] = field(default_factory=dict)
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Modality -> the id of its teacher."""
+        stored = {modality: store.teacher for modality, store in self.stores.items()}
+        return stored | {str(modality): one.teacher for modality, one in self.online.items()}
 
     @property
     def folder(self) -> str:
