@@ -242,6 +242,10 @@ class Matcher(nn.Module):
         """(I,T) scores, images in rows."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it scores")
 
+    def training_scores(self, images: Encoded, captions: Encoded) -> Sequence[Tensor]:
+        """Matrices (I,T) whose ranking losses a method adds up: the score, but for a matcher that trains several scores at once."""
+        return [self.score(images, captions)]
+
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs."""
         return False
