@@ -176,7 +176,7 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
         return read_manifest(folder)
     made = f"{data.source.kind} {made_from}"
     with _tracked(recipe, split, folder, made) as told:
-        receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
+        receipts |= _run_jobs(recipe, [job for job in jobs if job.uri not in receipts], f"pack {split}")
         files.remove_abandoned(folder)
         manifest = _close(folder, made, earlier + [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split))
         if manifest.samples + manifest.rejected != count:
@@ -247,16 +247,18 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: 
     return layout
 
 
-def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
+def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
 
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.reach import confirmed, shared
+    from pipelines.on_ray.session import core
+    from pipelines.places import places_in
 
-    connect()
-    task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
-    pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
-    with Progress(title, sum(job.stop - job.start for job in jobs), "image") as progress:
+    read = {place.key: place.given for place in places_in(recipe) if place.key.startswith("data.source.")}
+    with shared({"data.root": recipe.data.root}, read) as tokens, Progress(title, sum(j.stop - j.start for j in jobs), "image") as progress:
+        task = ray.remote(num_cpus=core(), max_retries=3)(confirmed)
+        pending = {task.remote(tokens, pack_shard, job): job for job in jobs}
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)

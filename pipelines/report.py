@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="FOLDER", help="folders of other evaluated runs")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="FOLDER", type=read_from, help="folders of other evaluated runs"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

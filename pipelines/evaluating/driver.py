@@ -25,6 +25,7 @@ from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 from pipelines.on_ray.scoring import notes, score_split, seats_for
 
 # Below this many captions one process is done before workers have imported torch.
@@ -137,7 +138,8 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
     else:
         seats, cpus = seats_for(len(shards))
         jobs = (((uri, sha256, size, None, seats.device), ()) for uri, sha256 in shards)
-        pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
+        with shared({}, read={"data.root": split_uri}):
+            pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
 
 

@@ -31,6 +31,7 @@ from itm.types import Encoded, Matcher, Options
 from pipelines.on_ray.gpus import Seats, at_gpu, fetched, gpu_seats, gpus_elsewhere
 from pipelines.on_ray.options import How
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -79,6 +80,8 @@ def score_split(
     identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
     store = TileStore.create(root, identity, grid, captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    with shared({"output": root}):
+        pass  # who joins later writes a tile that the driver then misses, and says so
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
 

@@ -22,6 +22,7 @@ from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import roots_of, stored_identity, stores_root
 from pipelines.on_ray.gpus import Seats, gpu_seats
+from pipelines.on_ray.reach import Tokens
 from pipelines.teaching.actors import Prepare, Score, Written
 
 if TYPE_CHECKING:
@@ -218,11 +219,22 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare
     """
     if not todo:
         return
-    import ray
-
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.reach import shared
+    from pipelines.on_ray.session import connect
 
     connect()
+    with shared({"data.root": job.recipe.data.root, "teachers.root": job.root}) as tokens:
+        yield from _scored(job, uri, todo, (identity, prepare, tokens))
+
+
+def _scored(
+    job: Job, uri: str, todo: list[ShardInfo], given: tuple[Json, Callable[[Sample | Caption], bytes], Tokens]
+) -> Iterator[Written]:
+    import ray
+
+    from pipelines.on_ray.session import core
+
+    identity, prepare, tokens = given
     teachers = job.recipe.teachers
     seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
     cpus = ray.cluster_resources().get("CPU", 0)
@@ -231,10 +243,12 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare
     rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
+        .map_batches(
+            Prepare(job.modality, prepare, tokens), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5)
+        )
         .map_batches(
             Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device),
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device, tokens),
             compute=ray.data.ActorPoolStrategy(size=seats.count),
             batch_size=1,
             batch_format="pyarrow",
