@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from itm.config import load_recipe
+from itm.config import Recipe, load_recipe
 from pipelines.cli import RECIPES
 from pipelines.on_ray.reach import shared
 from pipelines.on_ray.session import connect
@@ -50,10 +50,11 @@ def hidden(registry: Path, tmp_path: Path) -> Iterator[Path]:
 def test_a_folder_of_one_machine_is_refused_before_anything_is_written_to_it(hidden: Path, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
 
-    def recipe(*overrides: str):
+    def recipe(*overrides: str, name: str = "demo-cusa") -> Recipe:
         given = ["data.source.options.world=tiny", "train.steps=2", "train.batch_size=8", "data.shard_samples=100"]
-        given += [f"teachers.{modality}.options.world=tiny" for modality in ("image", "text")]
-        return load_recipe(RECIPES / "demo-cusa.yaml", [f"data.root={seen}/shards", f"output={seen}/runs", *given, *overrides])
+        if name == "demo-cusa":
+            given += [f"teachers.{modality}.options.world=tiny" for modality in ("image", "text")]
+        return load_recipe(RECIPES / f"{name}.yaml", [f"data.root={seen}/shards", f"output={seen}/runs", *given, *overrides])
 
     with shared({"output": f"{seen}/runs"}) as tokens:
         assert [key for key, _ in tokens] == ["output"]
@@ -69,4 +70,4 @@ def test_a_folder_of_one_machine_is_refused_before_anything_is_written_to_it(hid
         train(recipe(f"output={hidden}/runs", "train.workers=1"))
     shutil.copytree(seen / "shards", hidden / "shards", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=rf"data\.root={hidden}/shards is not shared: .* {BLIND}"):
-        train(recipe(f"data.root={hidden}/shards", f"teachers.root={seen}/shards/train/teachers", "train.workers=1"))
+        train(recipe(f"data.root={hidden}/shards", "train.workers=1", name="demo"))
