@@ -35,7 +35,6 @@ from itm.data.manifest import (
     manifest_of,
     read_receipt,
     receipt_uri,
-    rejected_captions,
     write_manifest,
     write_receipt,
 )
@@ -47,6 +46,7 @@ from itm.progress import Progress
 from pipelines.adding import Layout, added_since, layout_after, ranges, rekeyed, shard_uri, standing
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.featuring import of_photos
+from pipelines.flow import kept_and_lost, others_passed_over
 
 CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
 
@@ -71,27 +71,11 @@ def run(args: argparse.Namespace) -> None:
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
 
 
-def others_passed_over(folder: str) -> int:
-    """How many files of the source were no items, by the quarantine of a split."""
-    uri = files.join(folder, QUARANTINE)
-    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
-    return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
-
-
 def kept(args: argparse.Namespace) -> str:
     """What a packing that is stopped leaves behind."""
     data = of_photos(recipe_from(args)).data
     whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
     return f"{whole:,} whole shards are kept in {data.root}"
-
-
-def kept_and_lost(manifest: Manifest, folder: str) -> str:
-    """Both sums of a folder that was written, as the last line of a stage states them."""
-    images, captions, lost = manifest.samples, manifest.captions, rejected_captions(folder)
-    return (
-        f"{images + manifest.rejected:,} images = {images:,} kept + {manifest.rejected:,} rejected, "
-        f"{captions + lost:,} captions = {captions:,} kept + {lost:,} rejected"
-    )
 
 
 @dataclass(frozen=True)

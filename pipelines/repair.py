@@ -25,8 +25,8 @@ from itm.data.same_image import bytes_of
 from itm.data.shards import Sample, copy_samples, read_samples, read_scattered, scan_shard
 from itm.progress import over
 from pipelines.cli import script
+from pipelines.flow import kept_and_lost
 from pipelines.inspect import splits_below
-from pipelines.pack import kept_and_lost
 
 MADE = "repair of "
 CLAIM = "repair.json"  # written first: the shards here are copies
