@@ -162,7 +162,7 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
     facts = {
         "Recipe": f"{recipe.name} {evaluation.get('recipe', {}).get('fingerprint', recipe.fingerprint())}",
-        "Model and method": f"{recipe.model.kind}, {recipe.method.kind}",
+        "Model and method": _made_by(recipe),
         "Trained": _when(trained),
         "Evaluated": _when(evaluation),
         "Machine": evaluation.get("environment", {}).get("machine", ""),
@@ -180,6 +180,11 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
         "Rejected samples": str(evaluation.get("rejected", "")),
     }
     return {label: str(text) for label, text in facts.items() if text}
+
+
+def _made_by(recipe: Recipe) -> str:
+    members = recipe.evaluation.ensemble
+    return f"mean of {', '.join(members)}" if members else f"{recipe.model.kind}, {recipe.method.kind}"
 
 
 def _when(result: Json) -> str:

@@ -17,6 +17,7 @@ from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
+from itm.matchers.mean import beside, one_by_one
 from itm.matchers.weights import weights_hash
 from itm.report.answers import answers
 from pipelines.evaluating import FORMAT
@@ -45,14 +46,15 @@ def evaluate(
 ) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
-    Several are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does not fit.
+    Several, or a mean, are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does
+    not fit, and members that read other data.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
     folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
-    matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
+    matchers = one_by_one([itm.load_matcher(uri, allow=recipe.allowed) for uri in members], members)
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
@@ -162,4 +164,7 @@ def score(
     how, root = replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder)
     scores = score_split(matchers, seen, how, root, identity, screen, folds)
     first = seen[0]
-    return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)
+    images, captions = first.images, first.captions
+    if len(seen) > 1:
+        images, captions = beside([split.images for split in seen]), beside([split.captions for split in seen])
+    return Scored(scores, first.names, exact_relevance(manifest.source, first.names), images, captions)
