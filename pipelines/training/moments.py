@@ -15,6 +15,7 @@ from itm.data.mix import Mixture, parts_of
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
+from itm.evaluation.relations import MOST_PAIRS, isd_of_split
 from itm.matchers.folder import save_matcher
 from itm.training.checkpoint import Best, best_uri, read_weights, save_checkpoint, write_weights
 from itm.training.compiled import as_written
@@ -58,7 +59,7 @@ def validate(here: Rank, done: int) -> None:
         metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
-        here.tracker.metrics({f"val/{name}": value for name, value in metrics.items()}, step=done)
+        here.tracker.metrics({f"val/{name}": value for name, value in (metrics | distances_of(here, matcher)).items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
             write_weights(best_uri(job.checkpoints, best), matcher)
@@ -72,6 +73,16 @@ def metrics_of(here: Rank, matcher: Any) -> dict[str, float]:
     encoded = encode_over_ranks(matcher, split, asked.batch_size, data.val_images, data.max_reject_rate, *where)
     scores = score_over_ranks(matcher, encoded.images, encoded.captions, asked.block, *where)
     return retrieval_metrics(scores, encoded.positives) if rank() == 0 else {}
+
+
+def distances_of(here: Rank, matcher: Any) -> dict[str, float]:
+    """What `evaluation.relations` asks for, of the images that the recalls are of; the other ranks wait for it at their next step."""
+    data, asked = here.job.recipe.data, here.job.recipe.evaluation
+    found: dict[str, float] = {}
+    for name in asked.relations:
+        size, split = min(asked.batch_size, MOST_PAIRS), here.job.split(data.val_split)
+        found |= isd_of_split(matcher, split, name == "isda", size, here.step.device, data.val_images).metrics
+    return found
 
 
 def checkpoint(here: Rank, done: int) -> None:

@@ -20,6 +20,7 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
+from itm.evaluation.relations import check_annotated
 from itm.matchers.folder import save_matcher
 from itm.precision import resolve_precision, warn_if_slow
 from itm.teachers.stores import roots_of, store_for
@@ -51,6 +52,10 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
             read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+        if "isda" in recipe.evaluation.relations:
+            check_annotated(val)
+    elif recipe.evaluation.relations:
+        raise ValueError("evaluation.relations are measured in validations, and data.val_split is empty: name a split, or leave them out")
     course = Course.of(recipe, manifest)
     for part, held in parts_of(split, manifest):
         check_present(part, held)
@@ -63,6 +68,8 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
         agreed_text(recipe.text, tokenizer, train.start)
     inputs = Inputs(image, tokenizer)
     method = build_method(recipe, inputs)
+    if recipe.evaluation.relations:
+        method.matcher.check_relations()
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
