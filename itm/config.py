@@ -216,6 +216,9 @@ class Evaluation(Strict):
     ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
+    relations: list[Literal["isd", "isda"]] = Field(
+        default_factory=list, description="distances between relations of words and of regions that each validation logs beside the recalls"
+    )
 
 
 class Registry(Strict):

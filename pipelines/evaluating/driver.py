@@ -63,7 +63,7 @@ def evaluate(
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
-    if not uris and not how.screen:
+    if not uris and how.of_record:
         check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
@@ -85,7 +85,7 @@ def evaluate(
     if save_scores:
         write_scores(save_scores, scored)
     _write(output, result, encoded, answers(scored))
-    if not uris and not how.screen:
+    if not uris and how.of_record:
         track(recipe, result, output)
     return result
 

@@ -21,6 +21,7 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
+from itm.evaluation.relations import check_annotated
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import identity_of
 from itm.matchers.folder import save_matcher
@@ -55,6 +56,10 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
             read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+        if "isda" in recipe.evaluation.relations:
+            check_annotated(val)
+    elif recipe.evaluation.relations:
+        raise ValueError("evaluation.relations are measured in validations, and data.val_split is empty: name a split, or leave them out")
     course = Course.of(recipe, manifest)
     for part, held in parts_of(split, manifest):
         check_present(part, held)
@@ -70,6 +75,8 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
     method = build_method(recipe, inputs)
     if data.cache_features:
         check_features(recipe, method.matcher, [folder for folder, _ in parts_of(split, manifest)])
+    if recipe.evaluation.relations:
+        method.matcher.check_relations()
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
