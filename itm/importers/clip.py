@@ -74,11 +74,10 @@ def load_clip(state: Mapping[str, object], settings: Options | None = None, **ne
     heads = {name: f"image_heads.{name}.linear.weight" in own for name in ("cross", "uni")}
     published = () if not any(".resblocks." in key for key in tensors) else PUBLISHED_WITH_RESNETS if convolves else PUBLISHED
     towers = _towers(settings or {}, needed)
-    text = {"text_config": _text(own, towers["text"], published), "projection_dim": _backbone(own, "text_projection.weight").shape[0]}
-    if convolves:
-        matcher = CLIP(vocab_size=words, config=text, heads=heads, resnet=_resnet(own, towers["vision"], published))
-    else:
-        matcher = CLIP(vocab_size=words, config=text | {"vision_config": _vision(own, towers["vision"], published)}, heads=heads)
+    tower = (_resnet if convolves else _vision)(own, towers["vision"], published)
+    config = {"text_config": _text(own, towers["text"], published), "projection_dim": _backbone(own, "text_projection.weight").shape[0]}
+    options: Options = {"config": config, "resnet": tower} if convolves else {"config": config | {"vision_config": tower}}
+    matcher = CLIP(vocab_size=words, heads=heads, **options)
     fill(matcher, own)
     return matcher.eval()
 
