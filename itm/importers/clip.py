@@ -64,9 +64,11 @@ def load_clip(state: Mapping[str, object], settings: Options | None = None, **ne
     convolves = any(key.startswith("visual.attnpool.") for key in tensors)
     own: dict[str, Tensor] = {}
     for key, value in tensors.items():
+        if NOT_THE_MATCHER.search(key):
+            continue
         if convolves and key.startswith("visual."):
             own[f"backbone.vision_model.{key.removeprefix('visual.')}"] = value
-        elif not NOT_THE_MATCHER.search(key):
+        else:
             own |= _renamed(key, value)
     words = _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0]
     if needed.get("vocab_size", words) != words:

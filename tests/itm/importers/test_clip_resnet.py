@@ -98,6 +98,13 @@ def test_both_encoders_give_openais_vectors_at_unit_length(imported: tuple[Any, 
     assert matcher.image_size == 64 and matcher.options["resnet"] == {"layers": [1, 2, 1, 2], "width": 4, "heads": 2, "image_size": 64}
 
 
+def test_an_archive_is_read_as_the_state_dict_is(imported: tuple[Any, Any], tmp_path: Path) -> None:
+    model, matcher = imported
+    torch.jit.trace(model, (torch.randn(2, 3, 64, 64), TOKENS)).save(str(tmp_path / "RN50.pt"))
+    again: Any = load_official(tmp_path / "RN50.pt", heads=[2, 1])
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in matcher.state_dict().items())
+
+
 def test_heads_are_openais_at_its_own_widths_and_asked_for_elsewhere(tmp_path: Path) -> None:
     state = openai_resnet().state_dict()
     torch.save(state, tmp_path / "RN.pt")
