@@ -98,6 +98,7 @@ def test_both_encoders_give_openais_vectors_at_unit_length(imported: tuple[Any, 
     assert matcher.image_size == 64 and matcher.options["resnet"] == {"layers": [1, 2, 1, 2], "width": 4, "heads": 2, "image_size": 64}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*TorchScript.*", "ignore::torch.jit.TracerWarning")
 def test_an_archive_is_read_as_the_state_dict_is(imported: tuple[Any, Any], tmp_path: Path) -> None:
     model, matcher = imported
     torch.jit.trace(model, (torch.randn(2, 3, 64, 64), TOKENS)).save(str(tmp_path / "RN50.pt"))
