@@ -67,7 +67,12 @@ class Data(Strict):
         "48 bytes of every reader. Unset = shuffle_window",
     )
     regions_dtype: Literal["fp16", "fp32"] = Field(
-        "fp16", description="how `itm pack` stores region features; fp32 as published, twice as large"
+        "fp16", description="how `itm pack` and `itm features` store region features; fp32 as published, twice as large"
+    )
+    cache_features: bool = Field(
+        False,
+        description="a frozen image tower is not run in training: what `itm features` stored of it is read; a frozen text tower keeps what "
+        "it gave to each caption. The matcher still takes photos",
     )
     exact_pixels: bool = Field(
         False,
@@ -79,6 +84,19 @@ class Data(Strict):
     decode_workers: int | None = Field(
         None, ge=1, description="actors or threads that decode for a trainer; unset = for a GPU its share of the cores, for a CPU one"
     )
+
+
+class Features(Strict):
+    """Region features that `itm features` makes of photos: with `photos` set, `itm pack` writes there, and they go to `data.root`."""
+
+    photos: str | None = Field(None, description="folder or URI of shards of photos, one sub-folder a split; unset = no such stage")
+    encoder: Part | None = Field(None, description="image encoder whose grid cells become regions; unset = model.options.image")
+    boxes: str | None = Field(
+        None, description="JSON lines of a detector: each box gets the mean of the cells under it; unset = every cell is a region"
+    )
+    keep_images: bool = Field(True, description="keep the photos beside their regions, for reports, searches and image teachers")
+    batch_size: int = Field(32, ge=1, description="photos per call of the encoder")
+    actors: int | None = Field(None, ge=1, description="processes that hold the encoder; unset = one for each GPU, or one without GPUs")
 
 
 class Text(Strict):
@@ -229,6 +247,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
+    "features": {"actors"},
     "registry": {"loggers", "licence"},
 }
 
@@ -244,6 +263,7 @@ class Recipe(Strict):
         description="packages whose parts may be loaded from matcher folders and the registry, beside those that this recipe names",
     )
     data: Data = Field(default_factory=Data)
+    features: Features = Field(default_factory=Features)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
     model: Part = Field(description="the matcher that is trained")

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from itm.config import Part
 from itm.data.formats import Json
 from itm.data.records import Caption
 from itm.data.shards import Sample
-from itm.data.text import brief
 from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
 from itm.precision import computing
@@ -25,7 +23,6 @@ from itm.teachers import TEACHERS
 
 Modality = Literal["image", "text"]
 Precision = Literal["fp32", "fp16", "bf16"]
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Teacher:
@@ -99,50 +96,6 @@ def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], b
         if batch.shape != (len(rows), teacher.width):
             raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
         vectors[rows] = batch
-
-
-def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool) -> nn.Module:
-    """A Hugging Face model in eval mode. Raises ValueError when there is none, or when weights it needs are absent.
-
-    Absent weights would be drawn at random: another teacher at each load. An absent pooler that is not used is dropped.
-    """
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a stage has its own
-    try:
-        model, info = AutoModel.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {brief(error)}") from None
-    absent = sorted(info["missing_keys"])
-    unused = [name for name in absent if not pooler and "pooler." in name]
-    if len(unused) < len(absent):
-        raise ValueError(f"teacher path {path!r} lacks the weights {', '.join(absent[:3])}; they would be random. Choose another pooling")
-    for name in {name.split("pooler.")[0] + "pooler" for name in unused}:
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, None)
-    return model.eval().requires_grad_(False)
-
-
-def tensors_sha256(module: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
-    """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
-    config: Any = module.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
-    return {
-        "model": Path(path).resolve().name if Path(path).exists() else path,
-        "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": tensors_sha256(module),
-        "config_sha256": json_sha256(settings),
-    }
 
 
 def json_sha256(value: Mapping[str, object]) -> str:

@@ -15,6 +15,7 @@ from itm.data.preprocess import Inputs
 from itm.data.sidecar import Store
 from itm.kinds import build_part
 from itm.matchers.folder import build_matcher, take_weights
+from itm.matchers.uni_heads import give_heads
 from itm.methods import METHODS
 from itm.teachers.identity import Modality
 from itm.teachers.online import Online
@@ -64,4 +65,6 @@ def build_method(recipe: Recipe, inputs: Inputs) -> Method:
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
         take_weights(matcher, files.join(recipe.folder, START), recipe.allowed)
-    return build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    method = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    give_heads(matcher, None)  # uni heads of before that the method does not train would not fit what it makes of the rest
+    return method
