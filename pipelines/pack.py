@@ -46,6 +46,7 @@ from itm.data.sources.source import Source
 from itm.progress import Progress
 from pipelines.adding import Layout, added_since, layout_after, ranges, rekeyed, shard_uri, standing
 from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.featuring import of_photos
 
 CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = recipe_from(args)
+    recipe = of_photos(recipe_from(args))
     root = recipe.data.root
     before = {files.name_of(folder): standing(folder) for folder in files.list_folders(root)}
     for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
@@ -79,7 +80,7 @@ def others_passed_over(folder: str) -> int:
 
 def kept(args: argparse.Namespace) -> str:
     """What a packing that is stopped leaves behind."""
-    data = recipe_from(args).data
+    data = of_photos(recipe_from(args)).data
     whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
     return f"{whole:,} whole shards are kept in {data.root}"
 
@@ -115,6 +116,7 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     Raises ValueError when the output is unwritable or belongs to other choices, when a key is used twice, and when more than
     `data.max_reject_rate` of a split had to be rejected.
     """
+    recipe = of_photos(recipe)
     _source.cache_clear()  # the files of a source may be others since this process looked
     data, source = recipe.data, source_of(recipe)
     if unknown := set(splits or []) - set(source.splits):
@@ -125,6 +127,7 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
 
 def packed(recipe: Recipe) -> dict[str, Manifest] | None:
     """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    recipe = of_photos(recipe)
     assert recipe.data.source is not None
     source = open_source(recipe.data.source)
     manifests = {}

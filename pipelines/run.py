@@ -1,4 +1,5 @@
-"""All stages of a recipe in order, nothing twice: pack -> teach (if it names teachers) -> train -> evaluate -> register -> report.
+"""All stages of a recipe in order, nothing twice: pack -> features -> teach (where it asks for them) -> train -> evaluate -> register ->
+report.
 
     itm run -c recipe.yaml                    # what is done already is named and left alone
     itm run -c recipe.yaml train.steps=2000   # with overrides, as every stage takes them

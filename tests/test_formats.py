@@ -32,7 +32,7 @@ Reader = Callable[[Recipe], Any]
 TEXT_STORE = "shards/train/teachers/scenes-text-ground-truth-tiny-7771425a2f"
 SHARD = "shards/train/00000.tar"
 STOPPED = "runs/stopped"
-TWO = ("manifest.json", "pack.json")  # what has a second format
+TWO = ("manifest.json", "pack.json", "config.json")  # what has a second format
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
 def test_a_newer_json_is_refused_by_name_and_left_alone(name: str, reader: Reader, recipe: Recipe) -> None:
-    newer: object = {"manifest.json": "itm-3", "pack.json": 3}.get(Path(name).name, 2)
+    newer: object = {"manifest.json": "itm-3", "pack.json": 3, "config.json": 3}.get(Path(name).name, 2)
     path = Path(name)
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": newer, "said in another way": [1]}))
     refused(path, "2" if newer == 2 else "3", lambda: reader(recipe))

@@ -14,7 +14,8 @@ from itm.data.formats import Json
 from itm.data.sources.labelled import unanswerable
 from itm.evaluation.dataset import EncodedSplit, encode_split
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question, same_label_metrics
-from itm.types import Encoded, Matcher
+from itm.evaluation.uni_modal import uni_vectors
+from itm.types import Matcher
 
 
 class Published(NamedTuple):
@@ -48,7 +49,7 @@ class ImageRetrieval(MatcherProtocol):
 
 def outcome_of(seen: EncodedSplit, where: str) -> Outcome:
     """`i2i_<set>_r1` and so on, mAP@R and R-precision of every set, and the means of those that all sets have, where there are several."""
-    vectors = _vectors(seen.images)
+    vectors = uni_vectors(seen.images, "image")
     metrics: dict[str, float] = {}
     chance: dict[str, float] = {}
     sets: Json = {}
@@ -108,10 +109,3 @@ def _checked(seen: EncodedSplit, rows: list[int], where: str) -> tuple[Tensor, T
         )
     index = {label: number for number, label in enumerate(dict.fromkeys(labels))}
     return torch.tensor([index[label] for label in labels]), torch.tensor([role == "gallery" for role in roles])
-
-
-def _vectors(images: Encoded) -> Tensor:
-    vectors = images.uni if images.uni is not None else images.vector
-    if vectors is None:
-        raise ValueError("protocol image-retrieval compares image vectors; this matcher has none")
-    return vectors.float()

@@ -29,6 +29,7 @@ from itm.evaluation.metrics import (
     rank_queries,
     retrieval_metrics,
 )
+from itm.evaluation.uni_modal import uni_vectors
 from itm.kinds import build_part
 from itm.types import Encoded, Matcher, Options
 
@@ -215,14 +216,14 @@ class ImageToImage(ScoreProtocol):
 
     def measure(self, scored: Scored, tie: str) -> Outcome:
         labels = _labels(scored.names)
-        return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
+        return _one_modality("i2i", uni_vectors(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
 
 
 class TextToText(ScoreProtocol):
     """Caption -> caption: R@1 and mAP@R; relevant = another caption of the same image."""
 
     def measure(self, scored: Scored, tie: str) -> Outcome:
-        vectors, title = _uni(scored.captions, "caption"), "caption -> caption of the same image"
+        vectors, title = uni_vectors(scored.captions, "caption"), "caption -> caption of the same image"
         return _one_modality("t2t", vectors, scored.names.caption_image, tie, title)
 
 
@@ -295,14 +296,6 @@ def _labels(names: Names) -> Tensor:
             index = {value: row for row, value in enumerate(dict.fromkeys(map(str, values)))}
             return torch.tensor([index[str(value)] for value in values])
     raise ValueError("protocol i2i needs a scene, label or class in the metadata of every image; this split has none")
-
-
-def _uni(encoded: Encoded | None, what: str) -> Tensor:
-    """The uni-modal head where the model has one (CUSA), else the shared vector."""
-    vectors = None if encoded is None else encoded.uni if encoded.uni is not None else encoded.vector
-    if vectors is None:
-        raise ValueError(f"uni-modal protocols need {what} vectors; this matcher (or score file) gives none")
-    return vectors.float()
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

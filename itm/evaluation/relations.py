@@ -44,8 +44,12 @@ class ISDa(ISD):
     annotated: ClassVar[bool] = True
 
 
-def isd_of_split(matcher: Matcher, split_uri: str, annotated: bool, batch_size: int = 64, device: str | torch.device = "cpu") -> Outcome:
+def isd_of_split(
+    matcher: Matcher, split_uri: str, annotated: bool, batch_size: int = 64, device: str | torch.device = "cpu", limit: int | None = None
+) -> Outcome:
     """Means over every matched pair of a split: isd_{L,V}_{singular,distributed}, or isda_sum and isda_mean where `annotated`.
+
+    limit: no more batches once so many pairs were measured (unset: all).
 
     Raises ValueError for a matcher without words and regions, and for ISDa where no caption names two entities.
     """
@@ -59,6 +63,8 @@ def isd_of_split(matcher: Matcher, split_uri: str, annotated: bool, batch_size: 
             used = len(next(iter(found.values())))
             counts["pairs"] += used
             counts["left_out"] += len(captions) - used
+            if limit is not None and counts["pairs"] >= limit:
+                break
     counts["rejected"] = len(problems)
     if not counts["pairs"]:
         wanted = "names two entities in its metadata `entities`" if annotated else "has both words and regions"

@@ -19,7 +19,8 @@ import torch
 from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
-from itm.types import Encoded, Matcher
+from itm.evaluation.uni_modal import uni_vectors
+from itm.types import Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
 KNOWN_HEADERS = (("sentence1", "sentence2", "score"), ("sentence_A", "sentence_B", "relatedness_score"))
@@ -106,7 +107,7 @@ def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, de
 def cosines_of(matcher: Matcher, pairs: RatedPairs, batch_size: int = 256, device: str | torch.device = "cpu") -> np.ndarray:
     """(N,) cosines of the two sentences of each pair, as they are written."""
     with _as_written(matcher):
-        left, right = (_vectors(encode_texts(matcher, texts, batch_size, device)) for texts in (pairs.left, pairs.right))
+        left, right = (uni_vectors(encode_texts(matcher, texts, batch_size, device), "caption") for texts in (pairs.left, pairs.right))
     return torch.cosine_similarity(left, right).numpy()
 
 
@@ -142,13 +143,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def _vectors(encoded: Encoded) -> torch.Tensor:
-    vectors = encoded.uni if encoded.uni is not None else encoded.vector
-    if vectors is None:
-        raise ValueError("protocol sts compares caption vectors; this matcher has none (a single-stream matcher scores pairs only)")
-    return vectors.float()
 
 
 def _places(path: str, header: list[str], columns: Sequence[str] | None) -> tuple[list[int], bool]:

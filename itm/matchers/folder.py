@@ -20,9 +20,10 @@ from itm.data.preprocess import Inputs
 from itm.kinds import MissingPackage, build_part, check_allowed, find_part, origins
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS
+from itm.matchers.uni_heads import UniHeads, give_heads, heads_of
 from itm.types import Matcher, Options
 
-FORMAT = 1
+FORMAT = 2  # 1 where nothing is said that a reader of 1 does not know
 
 
 def build_matcher(part: Part, inputs: Inputs) -> Matcher:
@@ -46,16 +47,23 @@ def _with_image_size(part: Part, size: int) -> Options:
 
 
 def take_weights(matcher: Matcher, uri: str, allow: Iterable[str] = ()) -> None:
-    """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
+    """Copy all weights of a matcher folder; uni heads that it has are attached.
+
+    Raises ValueError when it is of another kind or of other sizes than `matcher`.
+    """
     other = load_matcher_folder(uri, allow)
     if other.kind != matcher.kind:
         raise ValueError(
             f"{uri} holds a {other.kind!r}, model.kind is {matcher.kind!r}: take model.kind and model.options from its config.json"
         )
+    heads = heads_of(other)
+    give_heads(other, None)
     try:
         matcher.load_state_dict(other.state_dict())
     except RuntimeError as error:
         raise ValueError(f"{uri} does not fit model.options, take them from its config.json: {error}") from None
+    if heads is not None:
+        give_heads(matcher, heads)
 
 
 def save_matcher(matcher: Matcher, folder: str | Path) -> None:
@@ -69,7 +77,9 @@ def save_matcher(matcher: Matcher, folder: str | Path) -> None:
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
         matcher.inputs.save(written)
-        config: dict[str, object] = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        config: dict[str, object] = {"format": 1, "kind": matcher.kind, "options": matcher.options}
+        if heads := heads_of(matcher):
+            config |= {"format": FORMAT, "uni_heads": heads.options}
         if packages := origins(config):
             config["packages"] = packages
         (written / "config.json").write_text(json.dumps(config, indent=1))
@@ -127,5 +137,7 @@ def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> Matche
         except MissingPackage as error:
             made = "; ".join(f"{name} of {origin}" for name, origin in config.get("packages", {}).items())
             raise MissingPackage(f"{folder}/config.json: {error}" + f" (the folder was made with {made})" * bool(made)) from None
+        if "uni_heads" in config:
+            give_heads(matcher, UniHeads(**config["uni_heads"]))
         load_model(matcher, str(path / "model.safetensors"))
     return matcher.eval()

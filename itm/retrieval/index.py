@@ -18,14 +18,19 @@ from itm.matchers.weights import weights_hash
 from itm.types import Encoded
 
 FORMAT = 1
-FIELDS = ("vector", "parts", "mask")  # what `score` reads; `uni` serves other questions
+FIELDS = ("vector", "parts", "mask", "uni")
 
 
-def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu") -> EncodedSplit:
-    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file."""
+def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu", uni: bool = False) -> EncodedSplit:
+    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file.
+
+    uni: the vectors of uni-modal heads are needed, which files of earlier versions do not hold: those are made again.
+    """
     uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
     if files.exists(uri):
-        return _read_index(uri, shards)
+        kept = _read_index(uri, shards)
+        if not uni or kept.images.uni is not None:
+            return kept
     files.check_writable(index)
     split = encode_split(matcher, shards, device=device, bare=True)
     for problem in split.problems:

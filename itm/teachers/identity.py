@@ -20,6 +20,7 @@ from itm.data.shards import Sample
 from itm.data.text import brief
 from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
+from itm.matchers.weights import tensors_sha256
 from itm.precision import computing
 from itm.teachers import TEACHERS
 
@@ -122,15 +123,6 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, None)
     return model.eval().requires_grad_(False)
-
-
-def tensors_sha256(module: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:

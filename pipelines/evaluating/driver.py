@@ -18,9 +18,10 @@ from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
 from itm.matchers.weights import weights_hash
+from itm.report.answers import answers
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
-from pipelines.evaluating.result import check_track, content, output_of, stored, track
+from pipelines.evaluating.result import check_track, content, output_of, queries_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
@@ -86,16 +87,17 @@ def evaluate(
     result |= flow | shown | {"seconds": round(time.perf_counter() - started, 2)}
     if save_scores:
         write_scores(save_scores, scored)
-    _write(output, result, encoded)
+    _write(output, result, encoded, answers(scored))
     if not uris and not how.screen:
         track(recipe, result, output)
     return result
 
 
-def _write(output: str, result: Json, encoded: EncodedSplit) -> None:
-    """The result, and beside it what was rejected."""
+def _write(output: str, result: Json, encoded: EncodedSplit, found: Json) -> None:
+    """The result, and beside it what each query found and what was rejected."""
     if encoded.problems:
         files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
+    files.write_atomic(queries_of(output), json.dumps(found).encode())
     files.write_atomic(output, json.dumps(result, indent=1).encode())
 
 

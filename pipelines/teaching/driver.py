@@ -37,7 +37,9 @@ def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:
     Raises ValueError when no teacher is named, nothing can be written, a teacher gives unusable vectors, or too many rows are rejected.
     """
     split = split or recipe.data.train_split
-    parts: dict[Modality, Part] = {m: part for m in MODALITIES if (part := getattr(recipe.teachers, m)) is not None}
+    parts = recipe.teachers.stored
+    if not parts and recipe.teachers.online:
+        raise ValueError(f"recipe {recipe.name!r} has no teacher to store: teachers.online has them run while it trains")
     if not parts:
         raise ValueError(f"recipe {recipe.name!r} names no teacher: set teachers.image and/or teachers.text")
     if not recipe.data.mix:

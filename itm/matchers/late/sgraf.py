@@ -105,13 +105,15 @@ class GraphReasoning(nn.Module):
 
     def forward(self, nodes: Tensor, mask: Tensor, last: bool) -> Tensor:
         """nodes (P,K,S), mask (P,K). The last step needs node 0 only."""
-        asking = nodes[:, :1] if last else nodes
-        edges = self._queries(asking) @ nodes.transpose(1, 2) if not torch.is_grad_enabled() else self._edges(asking, nodes)
-        weights = full(edges).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
-        return self.sim_graph_w(weights @ nodes).relu()
+        return self.sim_graph_w(self.edges(nodes[:, :1] if last else nodes, nodes, mask) @ nodes).relu()
 
-    def _edges(self, asking: Tensor, nodes: Tensor) -> Tensor:
-        return self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
+    def edges(self, asking: Tensor, nodes: Tensor, mask: Tensor) -> Tensor:
+        """(P,A,K) what each of the nodes `asking` (P,A,S) takes of each node; a row sums to 1."""
+        if torch.is_grad_enabled():
+            logits = self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
+        else:
+            logits = self._queries(asking) @ nodes.transpose(1, 2)
+        return full(logits).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
 
     def _queries(self, asking: Tensor) -> Tensor:
         """Query and key layer as one: terms constant in a row vanish in the softmax. No gradient for the key bias.
@@ -159,8 +161,12 @@ class AttentionFiltration(nn.Module):
             variance = ((logits - mean[:, None]).square() * mask).sum((0, 2)) / count
             statistics = torch.stack([mean, variance * count / (count - 1).clamp(min=1)], 1).detach()
             mean, variance = mean[:, None], variance[:, None]
-        gates = ((logits - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid()
-        return l2((l1(gates * mask).unsqueeze(-2) @ nodes).squeeze(-2)), statistics
+        return l2((self.opened(logits, mean, variance, mask).unsqueeze(-2) @ nodes).squeeze(-2)), statistics
+
+    def opened(self, logits: Tensor, mean: Tensor, variance: Tensor, mask: Tensor) -> Tensor:
+        """(I,T,K) the gates of nodes with these logits, each the node's share in the sum."""
+        norm = self.bn
+        return l1(((logits - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias).sigmoid() * mask)
 
     def unmasked(self, nodes: Tensor) -> Tensor:
         """nodes (P,K,S), all real, in evaluation without gradient -> (P,S) at least float32."""
@@ -282,17 +288,17 @@ class SimilarityMatcher(LateInteraction):
             )
 
     def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2).
-
-        Equations: docs/methods/sgraf.md#similarity-vectors.
-        """
-        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
-        local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
-        glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
-        nodes = torch.cat([glob.unsqueeze(2), local], 2)
-        vectors, statistics = self.reason(nodes, F.pad(word_mask, (1, 0), value=True))
+        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2)."""
+        vectors, statistics = self.reason(self.nodes(images, captions), F.pad(captions[1], (1, 0), value=True))
         with torch.autocast(vectors.device.type, enabled=False):  # a bfloat16 score has 8 bits: many pairs would tie
             return self.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
+
+    def nodes(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> Tensor:
+        """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors)."""
+        (parts, mask, whole), (words, _, whole_words) = images, captions
+        local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
+        glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
+        return torch.cat([glob.unsqueeze(2), local], 2)
 
     def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
         """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word. Padded words are zero.
