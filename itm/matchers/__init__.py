@@ -20,5 +20,6 @@ MATCHERS: Kinds[Matcher] = Kinds(
         "saf": "itm.matchers.late.sgraf:SAF",
         "uarda": "itm.matchers.late.uarda:UARDA",
         "uniter": "itm.matchers.joint.uniter:UNITER",
+        "visual_bert": "itm.matchers.joint.visual_bert:VisualBERT",
     },
 )
