@@ -5,12 +5,13 @@ Equations: docs/methods/dual.md#clip and docs/methods/cusa.md#student-model. The
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from itm.kinds import refuse_unknown
-from itm.matchers.dual import Heads, cosines, read_heads
+from itm.matchers.dual import Heads, Uni, cosines, read_heads
 from itm.matchers.encoders.clip_resnet import CLIPResNet
 from itm.matchers.encoders.towers import CLIP_PIXELS, Normalise, as_config, check_tokens, check_vocabulary, load_clip, pool_tokens
 from itm.matchers.encoders.two_towers import features
@@ -41,7 +42,7 @@ class CLIP(Matcher):
         vocab_size: int,
         path: str | None = None,
         config: Options | None = None,
-        heads: dict[str, bool] | None = None,
+        heads: Mapping[str, Uni] | None = None,
         gradient_checkpointing: bool = False,
         resnet: Options | None = None,
     ) -> None:
@@ -57,13 +58,13 @@ class CLIP(Matcher):
         check_vocabulary(vocab_size, self.backbone.config.text_config.vocab_size)
         if gradient_checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        heads = read_heads(heads)
+        chosen = read_heads(heads)
         self.normalise = Normalise(*CLIP_PIXELS)
         self.vector_width = int(self.backbone.config.projection_dim)
         self.image_size = int(resnet["image_size"] if resnet else self.backbone.config.vision_config.image_size)
-        self.uni_width = self.vector_width if heads["uni"] else 0
-        self.image_heads, self.text_heads = Heads(self.vector_width, **heads), Heads(self.vector_width, **heads)
-        self.options = {"config": as_config(self.backbone), "heads": heads, "gradient_checkpointing": gradient_checkpointing}
+        self.uni_width = self.vector_width if chosen["uni"] else 0
+        self.image_heads, self.text_heads = Heads(self.vector_width, **chosen), Heads(self.vector_width, **chosen)
+        self.options = {"config": as_config(self.backbone), "heads": chosen, "gradient_checkpointing": gradient_checkpointing}
         if resnet is not None:
             self.options["resnet"] = resnet
 

@@ -50,7 +50,9 @@ def evaluate(
     not fit, and members that read other data.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
+    options = recipe.evaluation.options.get(protocol)
+    judge = find_protocol(protocol, options)
+    folds = 1 if save_scores else getattr(judge, "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
@@ -59,7 +61,11 @@ def evaluate(
     manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {"format": FORMAT, "split": split, "split_hash": manifest.fingerprint(), "protocol_name": protocol, "tie": tie}
-    identity |= {"matcher_hash": "+".join(map(weights_hash, matchers))} | how.identity(weights_hash(screener) if screener else None)
+    identity |= (
+        judge.identity()
+        | {"matcher_hash": "+".join(map(weights_hash, matchers))}
+        | how.identity(weights_hash(screener) if screener else None)
+    )
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
@@ -72,7 +78,7 @@ def evaluate(
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
-    outcome = run_protocol(protocol, scored, tie)
+    outcome = run_protocol(protocol, scored, tie, options)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
     shown = for_the_page(matchers, seen, result)
     result |= {
