@@ -98,6 +98,11 @@ class Teachers(Strict):
     image: Part | None = Field(None, description="teacher of images; unset = none")
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
+    views: Literal["mean", "one"] = Field(
+        "mean",
+        description="how training reads an image store of several views: their mean, or one a visit, the next at each epoch, "
+        "whose crop the model then sees too (data.crop=random)",
+    )
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 

@@ -10,6 +10,7 @@ TEACHERS: Kinds[object] = Kinds(
         "hf_vision": "itm.teachers.image:HFVisionTeacher",
         "statistics": "itm.teachers.image:StatisticsTeacher",
         "scenes_image": "itm.teachers.image:ScenesImageTruth",
+        "views": "itm.teachers.views:ViewsTeacher",
         "hf_text": "itm.teachers.text:HFTextTeacher",
         "minilm": "itm.teachers.text:MiniLMTeacher",
         "scenes_text": "itm.teachers.text:ScenesTextTruth",

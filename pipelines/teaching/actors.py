@@ -119,8 +119,11 @@ class Score:
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
         payloads = shard["payloads"][0].values
         ok = np.array([p is None for p in problems], dtype=bool)
-        vectors = np.zeros((len(keys), self.teacher.width), np.float32)
         chosen = [payloads[int(row)].as_py() for row in np.flatnonzero(ok)]
+        views = self.teacher.views
+        if views > 1:
+            keys, problems, ok = [key for key in keys for _ in range(views)], [p for p in problems for _ in range(views)], ok.repeat(views)
+        vectors = np.zeros((len(keys), self.teacher.width), np.float32)
         if chosen:
             vectors[ok] = self._embed(chosen)
         target = sidecar.sidecar_uri(self.store, header.shard)

@@ -101,7 +101,7 @@ def _make_store(job: Job) -> str:
 
 def _is_done(store: str, shard: ShardInfo, identity: Json) -> bool:
     header = sidecar.read_header(sidecar.sidecar_uri(store, shard.name))
-    if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.FORMAT:
+    if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.format_of(identity):
         return False
     return sidecar.teacher_id(header.identity) == sidecar.teacher_id(identity)
 
@@ -121,7 +121,8 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
     files.remove_abandoned(uri)
     sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
     problems = [problem for s in sidecars for problem in _problems(s)]
-    rows = sum(s.header.rows for s in sidecars)
+    views = sidecar.views_of(identity)
+    rows = sum(s.header.rows for s in sidecars) // views
     expected = job.manifest.samples if job.modality == "image" else job.manifest.captions
     if rows != expected:
         raise ValueError(
@@ -131,10 +132,10 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
     if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     seen = rows + sum(len(s.header.unreadable) for s in sidecars)
-    whole = sum(int(s.ok.sum()) for s in sidecars)
+    whole = sum(int(s.ok.sum()) for s in sidecars) // views
     for shard, s in zip(job.manifest.shards, sidecars, strict=True):
         sent = len(s.header.unreadable) + (shard.samples if job.modality == "image" else shard.captions)
-        check_rows(s.uri, sent, int(s.ok.sum()), len(list(_problems(s))))
+        check_rows(s.uri, sent, int(s.ok.sum()) // views, len(list(_problems(s))))
     if len(problems) > job.recipe.data.max_reject_rate * seen:
         raise ValueError(
             f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "
@@ -171,18 +172,20 @@ def _check_not_constant(uri: str, identity: Json, sidecars: Sequence[sidecar.Sid
 def flow_line(uri: str) -> str:
     """Rows of a finished store: samples of an image store, captions of a text store; rejected ones too."""
     store = sidecar.open_store(uri)
-    rows, rejected = (sum(shard[name] for shard in store.shards.values()) for name in ("rows", "rejected"))
+    rows, rejected = (sum(shard[name] for shard in store.shards.values()) // store.views for name in ("rows", "rejected"))
     quarantine = files.join(uri, "quarantine.jsonl")
     listed = files.read_bytes(quarantine).count(b"\n") if files.exists(quarantine) else 0
     unread = listed - rejected  # by the reader of the shards, which leaves no row
     what = "images" if store.modality == "image" else "captions"
     unknown = f", {unread:,} of them samples that could not be read" if unread and store.modality == "text" else ""
-    return f"{rows + unread:,} {what} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
+    views = f", {store.views} views each" if store.views > 1 else ""
+    return f"{rows + unread:,} {what}{views} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
 
 
 def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
     captions = rows.captions or [""] * len(rows.keys)
-    for key, caption, reason in zip(rows.keys, captions, rows.problems, strict=True):
+    each = slice(None, None, rows.header.views)  # the views of a sample have one problem
+    for key, caption, reason in zip(rows.keys[each], captions[each], rows.problems[each], strict=True):
         if reason is not None:
             yield Problem(key, rows.header.shard, "teach", f"caption {caption}: {reason}" if caption else reason)
     for key, reason in rows.header.unreadable:
