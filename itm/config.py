@@ -98,6 +98,9 @@ class Teachers(Strict):
     image: Part | None = Field(None, description="teacher of images; unset = none")
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
+    equal_captions: Literal["shard", "split"] = Field(
+        "shard", description="where equal captions are embedded once: in a shard that has mostly repeats, or in the whole split"
+    )
     views: Literal["mean", "one"] = Field(
         "mean",
         description="how training reads an image store of several views: their mean, or one a visit, the next at each epoch, "

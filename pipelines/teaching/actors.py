@@ -22,6 +22,7 @@ from itm.teachers.stores import stored_identity
 
 MOST_DIFFERENT = 0.5  # share of different captions in a shard up to which equal ones are embedded once
 _STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
+LENT = "scored with an equal caption"  # of a row that another shard lends
 _PREPARED = pa.schema(
     {"error": pa.string(), "header": pa.string(), "keys": _STRINGS, "captions": _STRINGS, "problems": _STRINGS, "payloads": _BINARIES}
 )
@@ -51,20 +52,21 @@ class Prepare:
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
 
-    def _shard(self, shard: str, header: str) -> Json:
+    def _shard(self, shard: str, header: str, skip: list[int] | None = None) -> Json:
+        """skip: rows that are not to be scored, because an equal one is."""
         try:
-            return self._rows(shard, header)
+            return self._rows(shard, header, set(skip or ()))
         except (OSError, ValueError) as error:
             return {"error": f"{shard}: {error}", "header": header}
 
-    def _rows(self, shard: str, header: str) -> Json:
+    def _rows(self, shard: str, header: str, skip: set[int]) -> Json:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
                 unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []
                 continue
             for row in [sample] if self.modality == "image" else sample.captions:
-                payload, problem = self._row(row)
+                payload, problem = (b"", LENT) if len(keys) in skip else self._row(row)
                 keys.append(sample.key)
                 captions.append("" if isinstance(row, Sample) else row.id)
                 payloads.append(payload)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +22,7 @@ from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import roots_of, stored_identity, stores_root
 from pipelines.on_ray.gpus import Seats, gpu_seats
+from pipelines.teaching import equal_captions
 from pipelines.teaching.actors import Prepare, Score, Written
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def _make_store(job: Job) -> str:
         teacher = build_teacher(job.part, job.modality)
         identity = stored_identity(teacher, job.recipe.teachers.dtype)
         work = partial(_score, prepare=teacher.prepare)
+        if job.modality == "text" and job.recipe.teachers.equal_captions == "split":
+            work = partial(equal_captions.score_once, prepare=teacher.prepare, score=_score)
         del teacher  # its weights would lie beside those of the actors
     uri = files.join(job.root, sidecar.teacher_id(identity))
     with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
@@ -177,9 +180,10 @@ def flow_line(uri: str) -> str:
     listed = files.read_bytes(quarantine).count(b"\n") if files.exists(quarantine) else 0
     unread = listed - rejected  # by the reader of the shards, which leaves no row
     what = "images" if store.modality == "image" else "captions"
+    shared = equal_captions.counts_of(uri)
     unknown = f", {unread:,} of them samples that could not be read" if unread and store.modality == "text" else ""
     views = f", {store.views} views each" if store.views > 1 else ""
-    return f"{rows + unread:,} {what}{views} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
+    return f"{rows + unread:,} {what}{views} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}{shared}"
 
 
 def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
@@ -213,8 +217,16 @@ def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, base:
         yield Written(done.rows)
 
 
-def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Callable[[Sample | Caption], bytes]) -> Iterator[Written]:
-    """Score the shards in any order; yields each as its sidecar is written.
+def _score(
+    job: Job,
+    uri: str,
+    todo: list[ShardInfo],
+    identity: Json,
+    *,
+    prepare: Callable[[Sample | Caption], bytes],
+    skip: Mapping[str, list[int]] | None = None,
+) -> Iterator[Written]:
+    """Score the shards in any order; yields each as its sidecar is written. skip: rows of a shard that are left without a vector.
 
     A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,
     a quarter each: if they held all of them they would wait for ever for the tasks that feed them.
@@ -231,7 +243,9 @@ def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare
     cpus = ray.cluster_resources().get("CPU", 0)
     if seats is None:
         seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
-    rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
+    rows: list[Json] = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
+    if skip is not None:
+        rows = [row | {"skip": skip[shard.name]} for row, shard in zip(rows, todo, strict=True)]
     dataset = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
         .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
