@@ -120,6 +120,14 @@ class Teachers(Strict):
         default_factory=list,
         description="those that are not stored: they run in every training step, on the worker's device, which costs their time and memory",
     )
+    equal_captions: Literal["shard", "split"] = Field(
+        "shard", description="where equal captions are embedded once: in a shard that has mostly repeats, or in the whole split"
+    )
+    views: Literal["mean", "one"] = Field(
+        "mean",
+        description="how training reads an image store of several views: their mean, or one a visit, the next at each epoch, "
+        "whose crop the model then sees too (data.crop=random)",
+    )
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from itm.matchers.encoders.features import identity_of
 from itm.matchers.folder import save_matcher
 from itm.precision import resolve_precision, warn_if_slow
 from itm.teachers.online import Online
-from itm.teachers.stores import roots_of, store_for
+from itm.teachers.stores import crops_of, roots_of, store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
@@ -187,5 +188,5 @@ def store_of(recipe: Recipe, manifest: Manifest | Mixture, modality: str) -> Sto
     for one, part in zip(roots_of(recipe), parts_of("", manifest), strict=True):
         store = store_for(one, recipe.data.train_split, modality)
         store.check((shard.name, shard.sha256) for shard in part[1].shards)
-        stores.append(store)
+        stores.append(replace(store, crops=crops_of(recipe, store)) if modality == "image" else store)
     return MixedStore(tuple(stores)) if recipe.data.mix else stores[0]
