@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 import itm
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
@@ -55,7 +56,7 @@ class Registered:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--run", help="folder or URI of the run (default: <output>/<name> of the recipe)")
+    parser.add_argument("--run", type=read_from, help="folder or URI of the run (default: <output>/<name> of the recipe)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="FOLDER", help="folders of other evaluated runs")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="FOLDER", type=read_from, help="folders of other evaluated runs"
+    )
     parser.add_argument(
         "--no-pictures", action="store_true", help="without what is computed from the matcher: words, relations, gates, soft labels"
     )

@@ -31,7 +31,7 @@ from itm.evaluation.metrics import (
 )
 from itm.evaluation.uni_modal import uni_vectors
 from itm.kinds import build_part
-from itm.types import Encoded, Matcher
+from itm.types import Encoded, Matcher, Options
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,12 @@ class Outcome:
 
 
 class Protocol:
-    """How a matcher is judged. A protocol of one's own subclasses `ScoreProtocol` or `MatcherProtocol`."""
+    """How a matcher is judged. A protocol of one's own subclasses `ScoreProtocol` or `MatcherProtocol`; its options are the keyword
+    arguments of its class (`evaluation.options`)."""
+
+    def identity(self) -> Json:
+        """What the result depends on besides split and matcher, JSON-able; empty = nothing."""
+        return {}
 
 
 class ScoreProtocol(Protocol, ABC):
@@ -91,21 +96,25 @@ class MatcherProtocol(Protocol, ABC):
     score_type: ClassVar[str] = "asked of the matcher"
     """Which numbers are compared, in words."""
 
+    def files_of(self, pairs: Sequence[str]) -> list[str]:
+        """The files that `--pairs` leads to: their bytes are part of what the result depends on."""
+        return list(pairs)
+
     @abstractmethod
     def measure(self, matcher: Matcher, asked: Question) -> Outcome:
         """matcher: as `itm.load_matcher` gives it. Raises ValueError when it cannot answer, or nothing can be measured."""
 
 
-def find_protocol(name: str) -> Protocol:
-    """Raises ValueError for an unknown protocol."""
-    protocol = build_part(PROTOCOLS, name, {}, "protocol")
+def find_protocol(name: str, options: Options | None = None) -> Protocol:
+    """Raises ValueError for an unknown protocol, or an option that it has not or lacks."""
+    protocol = build_part(PROTOCOLS, name, options or {}, "protocol")
     assert isinstance(protocol, Protocol)  # the base of the table, which a table cannot import
     return protocol
 
 
-def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
+def run_protocol(name: str, scored: Scored, tie: str = "pessimistic", options: Options | None = None) -> Outcome:
     """Raises ValueError as `find_protocol`, and for one that does not fit the split, bad ids, bad shapes or NaN scores."""
-    protocol = find_protocol(name)
+    protocol = find_protocol(name, options)
     if not isinstance(protocol, ScoreProtocol):
         raise ValueError(f"protocol {name} asks the matcher itself, not its scores: name one matcher, and no score file")
     scored.names.check()
@@ -218,11 +227,13 @@ class TextToText(ScoreProtocol):
         return _one_modality("t2t", vectors, scored.names.caption_image, tie, title)
 
 
-def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Json:
+def same_label_metrics(
+    vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic", ks: Sequence[int] = (1,)
+) -> Json:
     """Cosine retrieval by label: one set against itself without the query, or against a gallery (vectors (G,D), labels (G,)).
 
-    vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, `queries`,
-    their number, and `chance` of the three. Raises ValueError when no query has one.
+    vectors (N,D), labels (N,). Returns r1 and the like of `ks` (percent), map_at_r, r_precision (0..1) over the queries that have a
+    relevant row, `queries`, their number, and `chance` of these. Raises ValueError when no query has one.
     """
     others, other_labels = gallery or (vectors, labels)
     query, others = (torch.nn.functional.normalize(v, dim=1) for v in (vectors, others))
@@ -239,14 +250,9 @@ def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, T
     if not ranking.asked.any():
         raise ValueError(f"no row of {len(labels)} shares its label with another one: nothing to retrieve")
     values = equivalence_metrics(ranking)
-    chance = chance_of(ranking.positives, len(others) - (gallery is None))
-    return {
-        "r1": values["semantic_r1"],
-        "map_at_r": values["map_at_r"],
-        "r_precision": values["r_precision"],
-        "queries": int(ranking.asked.sum()),
-        "chance": {name: chance[name] for name in ("r1", "map_at_r", "r_precision")},
-    }
+    found = {f"r{k}": ranking.recall(k) for k in ks} | {name: values[name] for name in ("map_at_r", "r_precision")}
+    chance = chance_of(ranking.positives, len(others) - (gallery is None), ks=ks)
+    return {**found, "queries": int(ranking.asked.sum()), "chance": {name: chance[name] for name in found}}
 
 
 def _one_modality(way: str, vectors: Tensor, labels: Tensor, tie: str, title: str) -> Outcome:

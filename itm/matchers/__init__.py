@@ -22,5 +22,6 @@ MATCHERS: Kinds[Matcher] = Kinds(
         "uarda": "itm.matchers.late.uarda:UARDA",
         "uniter": "itm.matchers.joint.uniter:UNITER",
         "mean": "itm.matchers.mean:Mean",
+        "visual_bert": "itm.matchers.joint.visual_bert:VisualBERT",
     },
 )

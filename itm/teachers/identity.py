@@ -29,13 +29,14 @@ class Teacher:
     """Rows -> vectors. A row is a `Sample` for an image teacher, a `Caption` for a text teacher.
 
     `prepare(row) -> bytes` decodes or cleans one row without the model; it is picklable, so it runs in other processes than
-    the model, and raises ValueError for a row that cannot be scored. `embed(payloads) -> (N, D) float32` runs the model.
+    the model, and raises ValueError for a row that cannot be scored. `embed(payloads) -> (N * views, D) float32` runs the model.
     `identity` is JSON-able and differs between any two teachers whose vectors may differ.
     """
 
     modality: Modality
     identity: Json
     width: int
+    views: int = 1
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
     device: torch.device = torch.device("cpu")
@@ -44,7 +45,7 @@ class Teacher:
         raise NotImplementedError
 
     def __call__(self, rows: Sequence[Sample | Caption]) -> np.ndarray:
-        """(N, D) float32. Raises ValueError for a row that cannot be scored."""
+        """(N * views, D) float32. Raises ValueError for a row that cannot be scored."""
         return self.embed([self.prepare(row) for row in rows])
 
     def to(self, device: str | torch.device) -> Teacher:
@@ -78,24 +79,24 @@ def choice_of(part: Part, modality: str, dtype: str) -> Json:
 
 
 def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: int) -> np.ndarray:
-    """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
+    """(N * views, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
-    vectors = np.zeros((len(payloads), teacher.width), np.float32)
+    vectors = np.zeros((len(payloads), teacher.views, teacher.width), np.float32)
     with (
         sized_by("teachers.batch_size", batch_size),
         computing("fp32", teacher.device),
     ):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
-        _embed_rows(teacher, payloads, order, batch_size, vectors)
-    return vectors
+        _embed_rows(teacher, payloads, order, max(1, batch_size // teacher.views), vectors)
+    return vectors.reshape(-1, teacher.width)
 
 
 def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], batch_size: int, vectors: np.ndarray) -> None:
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = teacher.embed([payloads[row] for row in rows])
-        if batch.shape != (len(rows), teacher.width):
+        if batch.shape != (len(rows) * teacher.views, teacher.width):
             raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
-        vectors[rows] = batch
+        vectors[rows] = batch.reshape(len(rows), teacher.views, teacher.width)
 
 
 def json_sha256(value: Mapping[str, object]) -> str:

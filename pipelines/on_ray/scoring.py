@@ -25,13 +25,15 @@ from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.matchers.late.uarda import UARDA
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.matchers.mean import beside
 from itm.training.compiled import check_compiler
 from itm.types import Encoded, Matcher, Options
 from pipelines.on_ray.gpus import Seats, at_gpu, fetched, gpu_seats, gpus_elsewhere
-from pipelines.on_ray.options import How
+from pipelines.on_ray.options import How, threshold_of
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -56,6 +58,8 @@ def score_split(
     if how.compile:
         check_compiler(resolve_device())
     _set_pruning(members, how.prune)
+    if how.eval_threshold is not None:
+        _set_threshold(members, str(how.eval_threshold))
     for member in members:
         member.fuse_tiles = how.compile
     sides = [(split.images, split.captions) for split in encoded]
@@ -78,8 +82,11 @@ def score_split(
     grid = Grid.of(members, images, captions, how.block)
     spread, put, options["device"] = by_actors(len(grid.tiles))
     identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
+    identity |= {} if how.eval_threshold is None else {"eval_threshold": threshold_of(str(how.eval_threshold))}
     store = TileStore.create(root, identity, grid, captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    with shared({"output": root}):
+        pass  # who joins later writes a tile that the driver then misses, and says so
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
 
@@ -148,6 +155,16 @@ def _set_pruning(members: Sequence[Matcher], prune: Prune) -> None:
         raise ValueError(f"--prune {prune} needs a UARDA matcher, which has a threshold to prune by; this is {kinds}: leave --prune out")
     for member in able:
         member.pruning = None if prune == "off" else Pruning(prune)
+
+
+def _set_threshold(members: Sequence[Matcher], said: str) -> None:
+    able = [member for member in members if isinstance(member, UARDA)]
+    value = threshold_of(said)
+    if not able or value is None:
+        kinds = ", ".join(type(member).__name__ for member in members)
+        raise ValueError(f"--eval-threshold {said} needs a UARDA matcher, which scores above a threshold; this is {kinds}: leave it out")
+    for member in able:
+        member.eval_threshold = value  # type: ignore[assignment]
 
 
 def seats_for(jobs: int) -> tuple[Seats, int]:
