@@ -73,4 +73,4 @@ class OnlineTeachers:
             str(modality): torch.from_numpy(embed_in_batches(teacher, columns[f"online_{modality}"], self.batch_size))
             for modality, teacher in self.teachers.items()
         }
-        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), **vectors))
+        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), each=(), **vectors))
