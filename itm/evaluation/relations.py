@@ -86,7 +86,9 @@ def check_annotated(split_uri: str) -> None:
     uri, sha256 = shards_of(split_uri)[0]
     samples = (sample for sample in read_samples(uri, sha256) if not isinstance(sample, Problem))
     if not any(len(caption.meta.get("entities") or []) > 1 for sample in samples for caption in sample.captions):
-        raise ValueError(f"{split_uri}: no caption of its first shard names two entities, which ISDa compares: pack it with flickr30k_entities")
+        raise ValueError(
+            f"{split_uri}: no caption of its first shard names two entities, which ISDa compares: pack it with flickr30k_entities"
+        )
 
 
 def _matched_pairs(

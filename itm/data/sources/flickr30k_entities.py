@@ -49,7 +49,9 @@ class Flickr30kEntities(Source):
         self.path, self.iou = files.absolute(path), iou
         missing = [name for name in ("Sentences", "Annotations") if not files.is_folder(files.join(self.path, name))]
         if missing:
-            raise ValueError(f"{self.path} has no folder {missing[0]}: give the folder of Flickr30k Entities, with Sentences and Annotations")
+            raise ValueError(
+                f"{self.path} has no folder {missing[0]}: give the folder of Flickr30k Entities, with Sentences and Annotations"
+            )
         if not 0 < iou <= 1:
             raise ValueError(f"data.source.options.iou is above 0 and at most 1, not {iou}")
         self.of = build_part(SOURCES, regions.get("kind", ""), regions.get("options", {}), "data.source.options.regions")

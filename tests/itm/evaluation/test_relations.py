@@ -94,7 +94,11 @@ def test_spans_of_characters_are_the_words_of_the_tokenizer_and_what_is_without_
         text = TEXTS[(n + k) % len(TEXTS)]
         first, last = text.split()[0], text.split()[-1]
         edges = [[0, len(first)], [len(text) - len(last), len(text)]]
-        return [{"spans": [edges[0]], "regions": [0]}, {"spans": [edges[1]], "regions": [1, 99]}, {"spans": [[0, len(text)]], "regions": []}]
+        return [
+            {"spans": [edges[0]], "regions": [0]},
+            {"spans": [edges[1]], "regions": [1, 99]},
+            {"spans": [[0, len(text)]], "regions": []},
+        ]
 
     matcher, split = world(tmp_path, "uniter")
     write_split(Path(split), [said(row, spans) for row in records()])
