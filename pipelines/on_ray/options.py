@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
+from itm.arguments import read_from
 from itm.evaluation import PRECISIONS
 from itm.matchers.late import Prune
 
@@ -94,5 +95,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--screen-queries", type=int, default=500, metavar="N", help="random queries on which the loss is measured")
     parser.add_argument(
-        "--screen-matcher", metavar="URI", help="a matcher whose vectors screen (default: the matcher's own pooled vectors)"
+        "--screen-matcher", metavar="URI", type=read_from, help="a matcher whose vectors screen (default: the matcher's own pooled vectors)"
     )

@@ -27,11 +27,13 @@ from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
 from itm.matchers.late.uarda import UARDA
 from itm.matchers.late.uarda_pruned import Prune, Pruning
+from itm.matchers.mean import beside
 from itm.training.compiled import check_compiler
 from itm.types import Encoded, Matcher, Options
 from pipelines.on_ray.gpus import Seats, at_gpu, fetched, gpu_seats, gpus_elsewhere
 from pipelines.on_ray.options import How, threshold_of
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -65,7 +67,7 @@ def score_split(
     costly = any(images.parts is not None for images, _ in sides)
     options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
-        given = (sides, how, screen or encoded[0])
+        given = (sides, how, screen or _by_mean_cosine(encoded))
         if costly and gpus_elsewhere():
             return at_gpu(_screened, [member.cpu() for member in members], *given)
         return _screened(members, *given)
@@ -83,6 +85,8 @@ def score_split(
     identity |= {} if how.eval_threshold is None else {"eval_threshold": threshold_of(str(how.eval_threshold))}
     store = TileStore.create(root, identity, grid, captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    with shared({"output": root}):
+        pass  # who joins later writes a tile that the driver then misses, and says so
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
 
@@ -118,6 +122,15 @@ def described(result: Json) -> str:
             parts = (f"{at} {row[at]['lost']:.2f} % ({row[at]['low']:.2f}-{row[at]['high']:.2f})" for at in row if at != "queries")
             lines.append(f"  {way} hits lost among {row['queries']} queries (95 % interval): {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def _by_mean_cosine(encoded: Sequence[EncodedSplit]) -> EncodedSplit:
+    """The split with vectors whose cosine is the mean over the members that have vectors; as it is of one matcher."""
+    if len(encoded) == 1:
+        return encoded[0]
+    able = [split for split in encoded if split.images.vector is not None and split.captions.vector is not None] or encoded
+    images, captions = (Encoded(vector=beside(rows).vector) for rows in ([s.images for s in able], [s.captions for s in able]))
+    return EncodedSplit(images, captions, encoded[0].names)
 
 
 def _screened(members: Sequence[Matcher], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
