@@ -1,4 +1,6 @@
-"""`python -m tests.support.uarda_thresholds`: what another threshold of evaluation does to a UARDA that learnt scenes: R@K, pruned share, time.
+"""`python -m tests.support.uarda_thresholds`: what another threshold of evaluation does to a UARDA that learnt scenes.
+
+R@K, pruned share and time.
 
 The matcher is the one of `tests.support.learning` (uarda, base, a seed), trained if it is not there. Each threshold is what
 `itm evaluate --eval-threshold T` sets; times are medians of CPU seconds of scoring all pairs of the test split, one thread, with and
