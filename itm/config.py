@@ -120,6 +120,14 @@ class Teachers(Strict):
         default_factory=list,
         description="those that are not stored: they run in every training step, on the worker's device, which costs their time and memory",
     )
+    equal_captions: Literal["shard", "split"] = Field(
+        "shard", description="where equal captions are embedded once: in a shard that has mostly repeats, or in the whole split"
+    )
+    views: Literal["mean", "one"] = Field(
+        "mean",
+        description="how training reads an image store of several views: their mean, or one a visit, the next at each epoch, "
+        "whose crop the model then sees too (data.crop=random)",
+    )
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 
@@ -219,6 +227,9 @@ class Evaluation(Strict):
     ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
+    relations: list[Literal["isd", "isda"]] = Field(
+        default_factory=list, description="distances between relations of words and of regions that each validation logs beside the recalls"
+    )
 
 
 class Registry(Strict):

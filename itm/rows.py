@@ -18,7 +18,7 @@ class Rows:
     `host`, and the host does not wait for the device.
     """
 
-    each: tuple[Self, ...] = field(default=(), kw_only=True)
+    each: tuple[Self, ...] = field(default=(), kw_only=True, repr=False)
     """Of a mean of matchers: the same rows as each member has them; empty for all others."""
 
     @property

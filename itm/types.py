@@ -242,6 +242,10 @@ class Matcher(nn.Module):
         """(I,T) scores, images in rows."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it scores")
 
+    def training_scores(self, images: Encoded, captions: Encoded) -> Sequence[Tensor]:
+        """Matrices (I,T) whose ranking losses a method adds up: the score, but for a matcher that trains several scores at once."""
+        return [self.score(images, captions)]
+
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs."""
         return False
@@ -257,6 +261,11 @@ class Matcher(nn.Module):
     def whole(self, encoded: Encoded, side: str) -> Tensor | None:
         """(N,D) the vector of a whole image or caption that the matcher makes of its parts; None = it makes none. side: image or text."""
         return None
+
+    @property
+    def averaged(self) -> Sequence[Matcher]:
+        """The matchers whose mean score this one gives: itself alone, for all but a mean."""
+        return (self,)
 
     def layers(self) -> list[nn.Module]:
         """The modules that hold most weights and activations: encoders, and layers of a joint encoder. They are compiled, run again in

@@ -27,6 +27,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from itm.arguments import read_from, written_to
 from itm.evaluation import TIES
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.on_ray.options import IN_MEMORY, How
@@ -43,28 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--matcher",
         "--model",
         action="append",
+        type=read_from,
         metavar="URI",
         help="matcher folder, models:/name@alias, runs:/... or a CLIP or SigLIP of Hugging Face (default: what the recipe trained); "
         "several: with a recipe an ensemble, the mean of scores; with --shards side by side",
     )
-    parser.add_argument(
-        "--shards", metavar="URI", help="folder of a split: evaluate the matchers on it, without a recipe; image-retrieval: also with one"
-    )
+    about = "folder of a split: evaluate the matchers on it, without a recipe; image-retrieval: also with one"
+    parser.add_argument("--shards", metavar="URI", type=read_from, help=about)
     parser.add_argument("--split", help="which split (default: data.test_split)")
     parser.add_argument("--protocol", metavar="NAME", help="one of the above (default: evaluation.protocol of the recipe)")
     parser.add_argument("--tie", choices=TIES, default="pessimistic", help="how equal scores are ordered")
     add_scoring_arguments(parser)
-    parser.add_argument("--save-scores", metavar="NPY", help="also write the (images, captions) scores, and <NPY>.ids.json")
-    parser.add_argument("--scores", metavar="NPY", help="evaluate this score file instead of a matcher")
-    parser.add_argument("--table", metavar="FILE", help="positives: table of the pairs that hold, of image and caption keys")
-    parser.add_argument("--truth", metavar="JSON", help="the ids that belong to --scores")
-    parser.add_argument("--output", metavar="JSON", help="where the result of --scores, or of --pairs alone, goes (default: beside them)")
     parser.add_argument(
-        "--pairs",
-        metavar="FILE",
-        nargs="+",
-        help="sts: files of two sentences and a rating (STS-B, SICK, any CSV or TSV); senteval, sts12 to sts16: SentEval's folder",
+        "--save-scores", metavar="NPY", type=written_to, help="also write the (images, captions) scores, and <NPY>.ids.json"
     )
+    parser.add_argument("--scores", metavar="NPY", type=read_from, help="evaluate this score file instead of a matcher")
+    about = "positives: table of the pairs that hold, of image and caption keys"
+    parser.add_argument("--table", metavar="FILE", type=read_from, help=about)
+    parser.add_argument("--truth", metavar="JSON", type=read_from, help="the ids that belong to --scores")
+    about = "where the result of --scores, or of --pairs alone, goes (default: beside them)"
+    parser.add_argument("--output", metavar="JSON", type=written_to, help=about)
+    about = "sts: files of two sentences and a rating (STS-B, SICK, any CSV or TSV); senteval, sts12 to sts16: SentEval's folder"
+    parser.add_argument("--pairs", metavar="FILE", nargs="+", type=read_from, help=about)
     parser.add_argument("--pair-columns", metavar="A,B,RATING", help="sts: headers, or column numbers from 1 (default: found out)")
 
 

@@ -21,6 +21,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from itm.arguments import read_from, written_to
 from itm.device import HELP
 from pipelines.cli import allow_argument, script
 
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", help="what to look for")
-    parser.add_argument("--image", help="look for the captions of this image file instead")
+    parser.add_argument("--image", type=read_from, help="look for the captions of this image file instead")
     parser.add_argument("--find", choices=("images", "captions"), help="what to find (default: images for a text, captions for an image)")
-    parser.add_argument("--model", required=True, help="models:/name@alias, models:/name/version or a matcher folder")
-    parser.add_argument("--shards", required=True, help="folder or URI of a split")
+    parser.add_argument("--model", required=True, type=read_from, help="models:/name@alias, models:/name/version or a matcher folder")
+    parser.add_argument("--shards", required=True, type=read_from, help="folder or URI of a split")
     allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
-    parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--index", type=written_to, help="where encoded splits are kept (default <shards>/index)")
     parser.add_argument("--device", default="auto", help=HELP)
-    parser.add_argument("--html", help="also write a page with the images")
+    parser.add_argument("--html", type=written_to, help="also write a page with the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

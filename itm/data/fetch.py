@@ -96,11 +96,12 @@ class Fetch:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
         samples: dict[tuple[int, int], _Image | Problem] = {}
         rows: list[Json] = []
+        epoch = self.plan.locate(work.step).epoch
         for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
             begins = self._shard(shard).begins
             number = bisect_right(begins, row) - 1
             if (shard, number) not in samples:
-                samples[shard, number] = self._sample(shard, number)
+                samples[shard, number] = self._sample(shard, number, epoch)
             pair = self._pair(samples[shard, number], shard, row, row - begins[number])
             rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
         return _table(rows, work)
@@ -117,7 +118,7 @@ class Fetch:
             )
         return _Shard(uri, index, begins, files.open_file(uri))
 
-    def _sample(self, shard: int, number: int) -> _Image | Problem:
+    def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:
         """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
         start, end = index[number].start, index[number].end
@@ -129,7 +130,7 @@ class Fetch:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
         columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.folders[shard])}
         if "image" in self.stores:
-            vector = self._vector("image", shard, number, sample, None)
+            vector = self._vector("image", shard, number, sample, None, epoch)
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_image"] = vector
@@ -155,16 +156,25 @@ class Fetch:
         info = self.shards[shard]
         return self.stores[modality].sidecar(info.name, info.sha256)
 
-    def _vector(self, modality: str, shard: int, row: int, sample: Sample, caption: Caption | None) -> np.ndarray | Problem:
-        """Row `row` of a sidecar, after checking that it is this sample's (and caption's)."""
+    def _vector(
+        self, modality: str, shard: int, number: int, sample: Sample, caption: Caption | None, epoch: int = 0
+    ) -> np.ndarray | Problem:
+        """The vector of image or caption `number` of a shard, after checking that it is this sample's (and caption's).
+
+        Of several views the mean, of which only the direction counts, or that of the epoch.
+        """
         sidecar = self._sidecar(modality, shard)
+        views = sidecar.header.views
+        row = number * views
         theirs = (sidecar.keys[row], sidecar.captions[row] if sidecar.captions else None)
         ours = (sample.key, caption.id if caption else None)
         if theirs != ours:
             raise ValueError(f"{sidecar.uri}: row {row} is of {theirs}, the shard has {ours} there: run `itm teach` again")
         if sidecar.problems[row] is not None:
             return Problem(sample.key, self.shards[shard].name, "teach", f"no {modality} teacher vector: {sidecar.problems[row]}")
-        return sidecar.vectors[row].astype(np.float32)
+        if views > 1 and self.stores[modality].crops is None:
+            return sidecar.vectors[row : row + views].astype(np.float32).mean(0)
+        return sidecar.vectors[row + epoch % views].astype(np.float32)
 
 
 def _table(rows: list[Json], work: Work) -> pa.Table:

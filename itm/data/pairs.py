@@ -18,7 +18,7 @@ from itm.data.fetch import Fetch, Work, unusable
 from itm.data.manifest import Manifest
 from itm.data.mix import MixedStore, Mixture
 from itm.data.plan import Plan
-from itm.data.preprocess import Inputs, draw
+from itm.data.preprocess import Draw, Inputs, draw
 from itm.data.records import Caption, Problem
 from itm.data.shards import Sample, parse_range
 from itm.data.sidecar import Store
@@ -92,7 +92,7 @@ class Pairs:
             row_of[sample] = i
             target = {name: array[i] for name, array in columns.items()}
             try:
-                found = self.inputs.image_columns(rows["data"][i], draw(self.fetch.plan.seed, epoch, rows["key"][i]), target)
+                found = self.inputs.image_columns(rows["data"][i], self._draw(epoch, rows["key"][i]), target)
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error)).row()
                 continue
@@ -119,6 +119,13 @@ class Pairs:
             else:
                 rows["problem"][i] = Problem(key, shard, "teach", f"no {modality} teacher vector: {payload}").row()
         return payloads
+
+    def _draw(self, epoch: int, key: str) -> Draw:
+        """The numbers of an image's crop: its own, or those of the view that its teacher vector is of."""
+        store = self.fetch.stores.get("image")
+        if store is None or store.crops is None:
+            return draw(self.fetch.plan.seed, epoch, key)
+        return draw(store.crops, epoch % store.views, key)
 
     def _words(self, rows: Columns) -> Columns:
         """tokens (N, max_length) int64 and token_mask (N, max_length) bool; zero and False in the rows of problems."""

@@ -12,7 +12,9 @@ from itm.types import Matcher
 
 
 def weights_hash(matcher: Matcher) -> str:
-    """12 hex digits over the names, shapes and values of all parameters and buffers, and the options."""
+    """12 hex digits over the names, shapes and values of all parameters and buffers, and the options; of a mean those of its members."""
+    if len(matcher.averaged) > 1:
+        return "+".join(map(weights_hash, matcher.averaged))
     digest = hashlib.sha256(repr((matcher.kind, matcher.options)).encode())
     if heads := heads_of(matcher):
         digest.update(repr(heads.options).encode())

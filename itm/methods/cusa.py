@@ -26,7 +26,7 @@ from itm.matchers.uni_heads import UniHeads, give_heads, heads_of, with_heads
 from itm.methods.contrastive import ContrastiveTerm
 from itm.methods.cusa_temperatures import CSAOptions, TemperatureSet, USAOptions
 from itm.methods.encode import Gather, batch_positives, encode
-from itm.methods.terms import TERMS, Term, build_term, matcher_terms, read_options
+from itm.methods.terms import TERMS, Term, build_term, matcher_terms, mean_score, ranked, read_options
 from itm.types import Batch, Encoded, Matcher, Method, Options, SoftLabels
 
 Choice = Options | bool | None
@@ -93,8 +93,9 @@ class CUSA(Method):
         found: dict[str, Tensor] = {}
         if self.ranking or self.csa:
             positives = batch_positives(batch, self.gather)
-            scores = self.matcher.score(*encoded)
-            found |= {name: term(scores, positives, step) for name, term in self.terms.items()}
+            each = self.matcher.training_scores(*encoded)
+            found |= {name: ranked(term, each, positives, step) for name, term in self.terms.items()}
+            scores = mean_score(each)
             found |= matcher_terms(self.matcher, scores, positives, batch)
             if self.csa is not None and teacher is not None:
                 found["csa"] = self._align(self.csa, (scores, scores.T), mixed_similarity(*teacher, self.csa.mode), "csa")

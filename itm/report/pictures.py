@@ -46,13 +46,16 @@ class Strip(NamedTuple):
 
 
 def relation_rows(models: Mapping[str, Told]) -> list[tuple[str, list[Drawn]]]:
-    """For each block its drawings, one a model that has relations, all on one scale."""
+    """For each block its drawings, one a model that has relations, all on one scale; of a single model two rows, by what is compared."""
     shown = {name: told["relations"] for name, told in models.items() if "relations" in told}
     rows = []
     for block, title in BLOCKS.items() if shown else ():
         most = max(max(map(max, found[block])) for found in shown.values())
         rows.append((title, [Drawn(name, Markup(matrix(found[block], _sides(block, found), most))) for name, found in shown.items()]))
-    return rows
+    if len(shown) != 1:
+        return rows
+    alone = [Drawn(title, drawn[0].drawing) for title, drawn in rows]
+    return [("Words, and regions in the words' places", alone[:2]), ("Regions, and across", alone[2:])]
 
 
 def _sides(block: str, found: Told) -> tuple[Sequence[str], Sequence[str]]:
@@ -86,7 +89,8 @@ def cut_strips(found: Told) -> list[Strip]:
     strips = []
     for direction, said in found["directions"].items():
         pairs = zip(found["words"], found["best"], said["cut"], strict=True)
-        words = [Word(word, f"{best:.2f}", max(best, 0.0), cut) for word, best, cut in pairs]
+        most = max(*found["best"], said["t"]) or 1.0
+        words = [Word(word, f"{best:.3f}", max(best / most, 0.0), cut) for word, best, cut in pairs]
         lost = sum(said["cut"])
         strips.append(Strip(f"{direction}: threshold {said['t']:.3f} cuts {lost} of {len(words)} words", words))
     return strips
@@ -162,6 +166,11 @@ class Inside(NamedTuple):
     gates: list[Strip]
     edges: list[tuple[str, list[Drawn], list[Strip]]]
     cuts: list[tuple[str, list[Strip]]]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything beside the words' looks."""
+        return any((self.relations, self.gates, self.edges, self.cuts))
 
 
 def inside_of(models: Mapping[str, Told]) -> Inside:

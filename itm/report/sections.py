@@ -61,7 +61,7 @@ def sections_of(page: Page, runs: Mapping[str, Mapping[str, Any]]) -> Sections:
         charts["validation: rSum"] = curves(together, "step", "rSum") if sum(map(bool, together.values())) > 1 else ""
     return Sections(
         protocols=[_protocol(name, found) for name, found in page.protocols.items()],
-        inside=inside_of(models),
+        inside=inside_of(models)._replace(looks=[]) if page.evaluation.get("attention") else inside_of(models),
         pair=pictures.get("pair", {}),
         thresholds=list(_thresholds(pictures)),
         soft_labels=soft,
@@ -82,7 +82,9 @@ def _thresholds(pictures: Mapping[str, Any]) -> Any:
     spread = maxima.get("directions", {})
     for direction in dict.fromkeys((*fits, *spread)):
         drawn = maxima_drawing(spread[direction]) if direction in spread else Markup()
-        about = f"{spread[direction]['fragments']:,} of {maxima['pairs']} pairs of {maxima['split']}" if direction in spread else ""
+        about = (
+            f"{spread[direction]['fragments']:,} fragments of {maxima['pairs']} pairs of {maxima['split']}" if direction in spread else ""
+        )
         yield Thresholds(direction, fit_drawings(fits[direction]) if direction in fits else [], drawn, about)
 
 

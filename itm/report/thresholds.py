@@ -68,8 +68,8 @@ def _spread(matched: Tensor, mismatched: Tensor) -> Json:
 
 
 def fits_of(losses: Rows, steps_per_epoch: float | None) -> dict[str, list[Json]]:
-    """By direction, the two fitted Gaussians and both thresholds at the end of some epochs (at some logged steps where the length of an
-    epoch is not known), evenly spread, the last one among them. Nothing where no Gaussian was fitted yet."""
+    """By direction, the two fitted Gaussians and both thresholds at the end of some epochs (at some logged steps of a training of one
+    epoch, or where its length is not known), evenly spread, the last one among them. Nothing where no Gaussian was fitted yet."""
     found: dict[str, list[Json]] = {}
     for direction in ("t2i", "i2t"):
         ending = f".thresholds.{direction}."
@@ -78,7 +78,7 @@ def fits_of(losses: Rows, steps_per_epoch: float | None) -> dict[str, list[Json]
             continue
         rows = [row for row in losses if row.get(f"{key}sigma_pos", 0.0) > 0]
         chosen = _at_epochs(rows, steps_per_epoch)
-        found[direction] = [{"step": row["step"], **_epoch(row, steps_per_epoch), **{n: row[f"{key}{n}"] for n in STATE}} for row in chosen]
+        found[direction] = [{**_about(row, steps_per_epoch), **{name: row[f"{key}{name}"] for name in STATE}} for row in chosen]
     return {direction: rows for direction, rows in found.items() if rows}
 
 
@@ -90,13 +90,14 @@ def density(x: float, mean: float, deviation: float) -> float:
 def _at_epochs(rows: Rows, steps_per_epoch: float | None) -> Rows:
     if steps_per_epoch and rows:
         ends = {math.ceil(row["step"] / steps_per_epoch): row for row in rows}  # the last of each epoch stays
-        rows = [ends[epoch] for epoch in sorted(ends)]
+        rows = [ends[epoch] for epoch in sorted(ends)] if len(ends) > 1 else rows
     places = torch.linspace(0, len(rows) - 1, min(EPOCHS, len(rows))).round().long().unique().tolist() if rows else []
     return [rows[place] for place in places]
 
 
-def _epoch(row: Mapping[str, float], steps_per_epoch: float | None) -> Json:
-    return {"epoch": math.ceil(row["step"] / steps_per_epoch)} if steps_per_epoch else {}
+def _about(row: Mapping[str, float], steps_per_epoch: float | None) -> Json:
+    """The step, and the epoch that it lies in."""
+    return {"step": row["step"]} | ({"epoch": math.ceil(row["step"] / steps_per_epoch)} if steps_per_epoch else {})
 
 
 def _raw(image: Encoded, caption: Encoded) -> Tensor:

@@ -73,7 +73,7 @@ def search(
     where = resolve_device(device)
     matcher = itm.load_matcher(model) if isinstance(model, str) else model
     asked, within = _asked(matcher, text, image, where), (find == "captions") == (text is not None)
-    split = load_index(matcher, shards, index or files.join(shards, "index"), where, uni=within and asked.uni is not None)
+    split = load_index(matcher, shards, index or files.join(shards, "index"), where, uni=within)
     if find == "captions" and not split.names.caption_ids:
         raise ValueError(f"the images of {shards} have no captions, so none can be found for {text or image}: ask for images")
     scores = _within(asked, split, find) if within else _across(matcher, asked, split, find, where)

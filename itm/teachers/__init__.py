@@ -13,6 +13,7 @@ TEACHERS: Kinds[object] = Kinds(
         "region_mean": "itm.teachers.cells:RegionMeanTeacher",
         "statistics": "itm.teachers.image:StatisticsTeacher",
         "scenes_image": "itm.teachers.image:ScenesImageTruth",
+        "views": "itm.teachers.views:ViewsTeacher",
         "hf_text": "itm.teachers.text:HFTextTeacher",
         "minilm": "itm.teachers.text:MiniLMTeacher",
         "scenes_text": "itm.teachers.text:ScenesTextTruth",

@@ -21,7 +21,8 @@ from itm.data.shards import Sample
 from itm.importers.load import read_checkpoint
 from itm.importers.state import bare_tensors, fill, state_of, tensor_of
 from itm.matchers.encoders.towers import CLIP_PIXELS, Normalise
-from itm.teachers.identity import Modality, Teacher, tensors_sha256
+from itm.matchers.weights import tensors_sha256
+from itm.teachers.identity import Modality, Teacher
 from itm.teachers.image import image_bytes
 from itm.types import Images
 

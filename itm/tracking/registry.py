@@ -60,10 +60,11 @@ def register_matcher(
     """Log a matcher folder as a pyfunc model of the run and register it under `name`; returns the version.
 
     The package is `artifacts/matcher` (the folder as it is), `code` (the file of the pyfunc model) as text and explicit requirements: no
-    pickle. The figures of other protocols, which the card has, become a tag each, metrics/<heading>. A package of the user's own that the matcher names becomes a requirement at the version loaded here; one that pip could not
+    pickle. A package of the user's own that the matcher names becomes a requirement at the version loaded here; one that pip could not
     find elsewhere travels as code. Metrics and tags become tags of the version, for searching and for the gate; the card becomes its
-    description and the README of the package, with the recipe beside it. The same weights of the same run are registered once: a second
-    call only refreshes tags and description. Raises ValueError if the folder holds no matcher.
+    description and the README of the package, with the recipe beside it, and its figures of other protocols a tag each, metrics/<heading>.
+    The same weights of the same run are registered once: a second call only refreshes tags and description. Raises ValueError if the
+    folder holds no matcher.
     """
     folder = Path(folder)
     missing = [part for part in ("config.json", "model.safetensors") if not (folder / part).exists()]

@@ -101,7 +101,7 @@ def _soft_labels(recipe: Recipe, matcher: Matcher, trained: Mapping[str, float],
     method = _method(recipe, matcher, trained)
     mode = method.csa.mode if method.csa else "each"
     term = "csa" if method.csa else "usa"
-    taus = [tuple(map(float, method.temperature(f"{term}_{role}"))) for role in ("teacher", "student")]
+    taus = [tuple(float(tau.detach()) for tau in method.temperature(f"{term}_{role}")) for role in ("teacher", "student")]
     images, captions, scores = _scored(matcher, pairs, device)
     compared = Compared(
         keys=[sample.key for sample in pairs.samples],

@@ -55,9 +55,9 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Step, "__call__", dying)
 
 
-def teach_noise(root: Path) -> dict[str, Any]:
+def teach_noise(root: Path, **given: bool) -> dict[str, Any]:
     """Stores of random vectors for the shards of `splits`; returns the recipe's choice of teachers."""
-    pairs = world(root / "same")  # the same shards once more, to list their rows
+    pairs = world(root / "same", **given)  # the same shards once more, to list their rows
     stores = f"{root}/shards/train/teachers"
     for modality in ("image", "text"):
         identity = {"kind": "noise", "of": modality}

@@ -8,20 +8,11 @@ of train. The page docs/results/real-photos.md is made from the JSON file of the
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from itm.config import Recipe, parse_recipe
-from itm.data import files
-from itm.data.manifest import NAME, Manifest, receipt_uri
-from itm.data.preprocess import ImageInput, Inputs
-from itm.data.shards import Sample, read_manifest, read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "docs/results/real-photos.json"

@@ -58,7 +58,7 @@ def test_maxima_are_those_of_captions_whose_own_image_scores_best(tmp_path: Path
     width = found["edges"][1] - found["edges"][0]
     for name in ("matched", "mismatched"):
         assert sum(found[name]) * width == pytest.approx(1, abs=1e-4)
-    assert found["state"] == {name: 0.0 for name in ("t", "t_safe", "mu_pos", "sigma_pos", "mu_neg", "sigma_neg")}
+    assert found["state"] == dict.fromkeys(("t", "t_safe", "mu_pos", "sigma_pos", "mu_neg", "sigma_neg"), 0.0)
 
 
 def logged(step: int) -> dict[str, float]:

@@ -33,12 +33,12 @@ METHOD = {"kind": "cusa", "options": {"triplet": {"reduction": "mean"}, "usa": {
 
 @pytest.fixture
 def run(tmp_path: Path, registry: Path) -> Recipe:
-    """SAF with CUSA on noise regions, its last validation not the best one or the best one: whatever comes."""
+    """SAF with CUSA on noise regions, whichever of its validations was the best."""
     splits(tmp_path, regions=True)
     small_split(tmp_path / "shards", "val", shards=1, regions=True)
     small_split(tmp_path / "shards", "test", shards=1, regions=True)
     data = {"image": "regions", "max_regions": 3}
-    chosen = recipe(tmp_path, METHOD, teachers=teach_noise(tmp_path), data=data, lr=0.01)
+    chosen = recipe(tmp_path, METHOD, teachers=teach_noise(tmp_path, regions=True), data=data, lr=0.01)
     chosen = chosen.model_copy(update={"model": SAF})
     train(chosen)
     return chosen
