@@ -221,9 +221,7 @@ class Train(Strict):
 
 class Evaluation(Strict):
     protocol: str = Field("auto", description="which pairs are asked against which truth")
-    options: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="options of protocols by their name, e.g. {positives: {table: pairs.csv}}"
-    )
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="of protocols, by name: {positives: {table: pairs.csv}}")
     ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
