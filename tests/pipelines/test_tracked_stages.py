@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import itm
-from itm.config import Part
+from itm.config import Part, Recipe
 from itm.tracking.addresses import DeadTracking, local_path
 from itm.tracking.registry import find_version
 from itm.tracking.runs import client
