@@ -63,7 +63,7 @@ def working_folder(folder: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        patch.setattr(pack, "_run_jobs", lambda jobs, title: {j.uri: Receipt.model_validate_json(pack.pack_shard(j)) for j in jobs})
+        patch.setattr(pack, "_run_jobs", lambda recipe, jobs, title: {j.uri: Receipt.model_validate_json(pack.pack_shard(j)) for j in jobs})
         patch.setattr(teaching, "_score", score_here)
         for protocol in (Flickr30K, Coco5K, Coco1KFolds):
             patch.setattr(protocol, "images", authors_layouts.TEST)
