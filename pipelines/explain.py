@@ -25,6 +25,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from itm.arguments import read_from, written_to
 from itm.device import HELP
 from pipelines.cli import recipe_arguments, recipe_from, script
 
@@ -40,13 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "--matcher",
+        type=read_from,
         action="append",
         metavar="URI",
         help="matcher folder, models:/name@alias or runs:/...; several stand side by side (default: what the recipe trained)",
     )
-    parser.add_argument("--shards", metavar="URI", help="folder of the split that holds the pair (default: that of the recipe)")
+    parser.add_argument(
+        "--shards", metavar="URI", type=read_from, help="folder of the split that holds the pair (default: that of the recipe)"
+    )
     parser.add_argument("--split", help="which split of the recipe (default: data.test_split)")
-    parser.add_argument("--output", metavar="HTML", help="where the page goes (default: explain-KEY.html in the run's folder, or here)")
+    parser.add_argument(
+        "--output", metavar="HTML", type=written_to, help="where the page goes (default: explain-KEY.html in the run's folder, or here)"
+    )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON, and write no page unless --output names it")
     parser.add_argument("--device", default="auto", help=HELP)
 

@@ -4,9 +4,10 @@
     itm register -c demo.yaml --run runs/demo/demo-cusa         # another run's folder, same gate
     itm register -c demo.yaml registry.metric=t2i_map_at_r registry.min_gain=0.005
 
-Reads matcher/, evaluation.json and run.json of the run, so train and evaluate come first. The version carries its metrics and its
-lineage as tags (weights, training and test manifests, teachers, recipe, git commit), and what else was measured on these weights as a
-tag for each protocol, e.g. metrics/test/eccv. Running it again adds no version; after another evaluation it adds that one's tag.
+Reads matcher/, evaluation.json and run.json of the run, so train and evaluate come first. Of an ensemble recipe the mean of its members
+is registered as one matcher, with their weights inside; evaluate comes first. The version carries its metrics and its lineage as tags
+(weights, training and test manifests, teachers, recipe, git commit), and what else was measured on these weights as a tag for each
+protocol, e.g. metrics/test/eccv. Running it again adds no version; after another evaluation it adds that one's tag.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 import itm
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
@@ -54,7 +56,7 @@ class Registered:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--run", help="folder or URI of the run (default: <output>/<name> of the recipe)")
+    parser.add_argument("--run", type=read_from, help="folder or URI of the run (default: <output>/<name> of the recipe)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,6 +74,10 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     from itm.tracking.runs import check_recorded, run_of
 
     folder = run_folder or recipe.folder
+    if recipe.evaluation.ensemble and run_folder is None:
+        from pipelines.ensemble import assemble
+
+        assemble(recipe, _read(folder, "evaluation.json", "evaluate", FORMAT))
     trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
     if found := run_of(folder):
         check_recorded(*found)
@@ -140,11 +146,15 @@ def _card(recipe: Recipe, folder: str, trained: Json, evaluated: Json) -> Card:
         chosen = recipe.model_dump(mode="json")
     data, model, method = (chosen.get(name, {}) for name in ("data", "model", "method"))
     where = files.join(data["root"], data["train_split"]) if data else ""
+    if members := trained.get("members"):
+        made = f"the mean of the scores of {', '.join(members)}"
+    else:
+        made = f"{model['kind']}, trained by {method['kind']}" if model and method else ""
     return Card(
         title=trained.get("name", recipe.name),
         group=group_of(evaluated),
         about=chosen.get("about", ""),
-        model=f"{model['kind']}, trained by {method['kind']}" if model and method else "",
+        model=made,
         train_data=" ".join(filter(None, (where, trained.get("manifest")))),
         test_data=_test_data(evaluated),
         teachers=", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items()),

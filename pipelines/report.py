@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="FOLDER", help="folders of other evaluated runs")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="FOLDER", type=read_from, help="folders of other evaluated runs"
+    )
     parser.add_argument(
         "--no-pictures", action="store_true", help="without what is computed from the matcher: words, relations, gates, soft labels"
     )
@@ -159,7 +162,7 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
     facts = {
         "Recipe": f"{recipe.name} {evaluation.get('recipe', {}).get('fingerprint', recipe.fingerprint())}",
-        "Model and method": f"{recipe.model.kind}, {recipe.method.kind}",
+        "Model and method": _made_by(recipe),
         "Trained": _when(trained),
         "Evaluated": _when(evaluation),
         "Machine": evaluation.get("environment", {}).get("machine", ""),
@@ -177,6 +180,11 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
         "Rejected samples": str(evaluation.get("rejected", "")),
     }
     return {label: str(text) for label, text in facts.items() if text}
+
+
+def _made_by(recipe: Recipe) -> str:
+    members = recipe.evaluation.ensemble
+    return f"mean of {', '.join(members)}" if members else f"{recipe.model.kind}, {recipe.method.kind}"
 
 
 def _when(result: Json) -> str:

@@ -16,6 +16,8 @@ from tests.support import ROOT
 
 FLOORS = {
     "itm.types": 0,
+    "itm.arguments": 0,
+    "itm.rows": -0.5,  # what the nouns have in common
     "itm.choices": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
@@ -23,6 +25,7 @@ FLOORS = {
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,
+    "itm.packaged": 0,
     "itm.environment": 0,
     "itm.progress": 0,
     "itm.data": 1,
@@ -43,6 +46,7 @@ FLOORS = {
     "pipelines.on_ray": 7,
     "pipelines.training": 7.5,  # these five stand on the session and the streams of the one before
     "pipelines.teaching": 7.5,
+    "pipelines.featuring": 7.5,
     "pipelines.evaluating": 7.5,
     "pipelines.reporting": 7.5,
     "pipelines.serving": 7.5,

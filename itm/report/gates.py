@@ -13,7 +13,7 @@ WHOLE, START, END = "whole pair", "start", "end"
 
 def gates_of(matcher: Matcher, image: Encoded, caption: Encoded, spelled: list[str]) -> Json:
     """`nodes`: their names, the whole pair first; `gates`: the share of each in the score vector. Raises ValueError for other kinds."""
-    if not isinstance(matcher, SAF):
+    if not (isinstance(matcher, SAF) and matcher.whole_method):
         raise ValueError(f"{matcher.kind} has no gates: saf has them")
     found = gates(matcher, image, caption)
     names = nodes_of(caption, spelled)
@@ -26,7 +26,7 @@ def edges_of(matcher: Matcher, image: Encoded, caption: Encoded, spelled: list[s
     `share`: what the whole pair holds of each node at the end, were the steps edges alone: the product of their matrices.
     Raises ValueError for other kinds.
     """
-    if not isinstance(matcher, SGR):
+    if not (isinstance(matcher, SGR) and matcher.whole_method):
         raise ValueError(f"{matcher.kind} reasons over no graph: sgr does")
     found = edges(matcher, image, caption)
     names = nodes_of(caption, spelled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from itm.matchers.late.base import parts_of
 from itm.matchers.late.sgraf import SAF, SGR, GraphReasoning, SimilarityMatcher
@@ -37,4 +36,4 @@ def edges(matcher: SGR, image: Encoded, caption: Encoded) -> list[Tensor]:
 def _nodes(matcher: SimilarityMatcher, image: Encoded, caption: Encoded) -> tuple[Tensor, Tensor]:
     """(1,1,1+L,S) and the mask (1,1+L) of one image and one caption."""
     sides = [(*parts_of(rows), matcher.whole(rows, side)) for rows, side in ((image, "image"), (caption, "text"))]
-    return matcher.nodes(*sides), F.pad(sides[1][1], (1, 0), value=True)
+    return matcher.nodes(*sides), matcher.node_mask(sides[1][1])
