@@ -14,25 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from itm.choices import apply_overrides, digest, flatten, known_to, merge, read_choices
 from itm.kinds import packages_of
+from itm.sections import Encoders, Features, Part, Strict
 
 MOST_HOPS = 2  # of `extends`: who reads a recipe should have to open three files at most
 OVERRIDE = "override"
 _MISSING = object()
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Part(Strict):
-    """A part and the keyword arguments it is built with. `kind`: a name, or `package.module:Name` for a part of one's own."""
-
-    kind: str
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class MixedRoot(Strict):
@@ -86,19 +76,6 @@ class Data(Strict):
     )
 
 
-class Features(Strict):
-    """Region features that `itm features` makes of photos: with `photos` set, `itm pack` writes there, and they go to `data.root`."""
-
-    photos: str | None = Field(None, description="folder or URI of shards of photos, one sub-folder a split; unset = no such stage")
-    encoder: Part | None = Field(None, description="image encoder whose grid cells become regions; unset = model.options.image")
-    boxes: str | None = Field(
-        None, description="JSON lines of a detector: each box gets the mean of the cells under it; unset = every cell is a region"
-    )
-    keep_images: bool = Field(True, description="keep the photos beside their regions, for reports, searches and image teachers")
-    batch_size: int = Field(32, ge=1, description="photos per call of the encoder")
-    actors: int | None = Field(None, ge=1, description="processes that hold the encoder; unset = one for each GPU, or one without GPUs")
-
-
 class Text(Strict):
     """How a caption becomes tokens."""
 
@@ -120,7 +97,7 @@ class Teachers(Strict):
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
 
 
-class Train(Strict):
+class Train(Encoders):
     """Optimisation. One step = one optimiser update on `batch_size` x the workers that are there x `accumulate` pairs."""
 
     start: str | None = Field(None, description="matcher folder or models:/name@alias to fine-tune: its weights and its tokenizer")

@@ -17,6 +17,7 @@ from tests.support import ROOT
 FLOORS = {
     "itm.types": 0,
     "itm.choices": 0,
+    "itm.sections": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
     "itm.device": 0,

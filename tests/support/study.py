@@ -8,11 +8,6 @@ of train. The page docs/results/real-photos.md is made from the JSON file of the
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,3 +72,71 @@ class Study:
         if teacher != SHUFFLED:
             return true
         return {name: {"kind": "shuffled", "options": {"of": part, "seed": seed}} for name, part in true.items()}
+
+
+def dual(options: dict[str, Any] | None = None) -> dict[str, Any]:
+    image = {"kind": "efficientnet_lite0", "cells": 1, "freeze": True}
+    return {"kind": "dual", "options": {"image": image, "text": MINILM, "width": 256, **(options or {})}}
+
+
+def soft(variant: Variant, tau: float, itc: dict[str, Any], head: str = "linear") -> dict[str, Any]:
+    """The method of a variant: its ranking term, and CUSA's two terms with the teacher's temperature."""
+    said: dict[str, Any] = {"csa": False, "usa": False, **itc}
+    if variant.csa:
+        said["csa"] = {"weight": variant.csa, "student": "itc", "teacher": tau}
+    if variant.usa:
+        said["usa"] = {"weight": variant.usa, "student": "itc", "teacher": tau, "head": head}
+    return {"kind": "cusa", "options": said}
+
+
+def trained(recipe: Recipe, split: str = "val") -> dict[str, float]:
+    """Train (or take a finished run) and measure on a split, on the features that training read: photos would cost 25 CPU-seconds a run."""
+    import itm
+    from pipelines.train import train
+
+    done = train(recipe)
+    matcher = itm.load_matcher(done["matcher"])
+    return {**measured(matcher, recipe, split), "seconds": done["seconds"]}
+
+
+def scores_of(matchers: list[Any], recipe: Recipe, split: str) -> tuple[Any, Any]:
+    """Mean (I,T) scores of some matchers, and the split as the last of them sees it."""
+    from itm.evaluation.dataset import checked, encode_shard, shards_of
+    from itm.evaluation.scoring import score_matrix
+
+    folder = files.join(recipe.data.root, split)
+    manifest = read_manifest(folder)
+    first = next(s for s in read_samples(files.join(folder, manifest.shards[0].name)) if isinstance(s, Sample))
+    found = []
+    for matcher in matchers:
+        matcher.inputs = Inputs(ImageInput.trained_on(recipe.data, first.regions), matcher.inputs.tokenizer)
+        encoded = checked([encode_shard(matcher, uri, sha256, 256) for uri, sha256 in shards_of(folder, manifest)], folder, 0.0)
+        found.append(score_matrix(matcher, encoded.images, encoded.captions))
+    return sum(found) / len(found), encoded
+
+
+def measured(matcher: Any, recipe: Recipe, split: str) -> dict[str, float]:
+    from itm.evaluation.metrics import retrieval_metrics
+
+    scores, encoded = scores_of(matcher if isinstance(matcher, list) else [matcher], recipe, split)
+    return {name: float(value) for name, value in retrieval_metrics(scores, encoded.positives).items() if name in METRICS}
+
+
+def fold(study: Study, cells: int, held_out: int) -> str:
+    """A root whose split `train` lacks one shard of train, which is its split `val`; features and teachers are those of the whole."""
+    import shutil
+
+    whole, root = Path(study.root(cells)) / "train", study.runs / f"fold{held_out}-grid{cells}"
+    if not (root / "val" / NAME).exists():
+        manifest = read_manifest(str(whole))
+        parts = {"train": [s for n, s in enumerate(manifest.shards) if n != held_out], "val": [manifest.shards[held_out]]}
+        for split, shards in parts.items():
+            shutil.rmtree(root / split, ignore_errors=True)
+            shutil.copytree(whole / "teachers", root / split / "teachers") if split == "train" else (root / split).mkdir(parents=True)
+            for shard in shards:
+                for uri in (str(whole / shard.name), receipt_uri(str(whole / shard.name))):
+                    shutil.copy(uri, root / split)
+            shutil.copy(whole / "features.json", root / split)
+            about = Manifest(split=split, source=manifest.source, shards=shards, format=manifest.format)
+            (root / split / NAME).write_text(about.model_dump_json())
+    return str(root)
