@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check docs bench golden study chaos clean
+.PHONY: help setup demo test test-system check docs bench bench-teach golden study chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,7 +29,7 @@ test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: t
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
-	$(BIN)/python -m pytest -rs tests/system
+	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .
@@ -55,6 +55,9 @@ bench: $(READY)  ## speed against named peers measured in the same run
 
 study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards with train and val>; resumable, docs/results/real-photos.md
 	$(BIN)/python -m tests.support.study $(DATA)
+
+bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against named peers; twenty minutes
+	$(BIN)/python -m tests.support.bench_teach
 
 chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
 	$(BIN)/python -m tests.support.chaos

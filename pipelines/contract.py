@@ -121,7 +121,8 @@ def _features(recipe: Recipe) -> str:
 
 
 def _modalities(recipe: Recipe) -> list[str]:
-    return [modality for modality in ("image", "text") if getattr(recipe.teachers, modality) is not None]
+    """Of the teachers that have stores."""
+    return list(recipe.teachers.stored)
 
 
 def _stores_root(recipe: Recipe) -> list[str]:
@@ -219,6 +220,13 @@ def _or_none(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4g}"
 
 
+def _register_inputs(recipe: Recipe) -> list[str]:
+    """An ensemble is put together when it is registered."""
+    if recipe.evaluation.ensemble:
+        return [*_members(recipe), *in_run("evaluation.json")(recipe)]
+    return in_run("matcher", "evaluation.json", "run.json")(recipe)
+
+
 def _registered(recipe: Recipe) -> str | None:
     from pipelines.register import receipt
 
@@ -278,7 +286,7 @@ def _store_receipts(recipe: Recipe) -> list[str]:
 
 
 _run_receipt, _evaluation, _registration, _page = map(in_run, ("run.json", "evaluation.json", "registered.json", "report.html"))
-_result, _training = in_run("matcher", "evaluation.json", "run.json"), in_run("matcher", "losses.jsonl", "checkpoints")
+_training = in_run("matcher", "losses.jsonl", "checkpoints")
 
 CONTRACTS = (
     Contract("pack", lambda r: r.data.source is not None, _raw, _packed_shards, _photo_manifests, _packed, _pack),
@@ -294,6 +302,6 @@ CONTRACTS = (
     ),
     Contract("train", _is_trained, _train_inputs, _training, _run_receipt, _trained, _train),
     Contract("evaluate", lambda r: True, _evaluate_inputs, _evaluation, _evaluation, _evaluated, _evaluate),
-    Contract("register", _is_trained, _result, _registry, _registration, _registered, _register),
+    Contract("register", lambda r: True, _register_inputs, _registry, _registration, _registered, _register),
     Contract("report", lambda r: True, in_run("evaluation.json", "run.json", "losses.jsonl"), _page, _page, _reported, _report),
 )

@@ -66,7 +66,7 @@ def next_step(recipe: Recipe) -> str:
     from itm.data import files
 
     shards = files.join(recipe.data.root, recipe.data.test_split)
-    model = files.join(recipe.folder, "matcher") if not recipe.evaluation.ensemble else recipe.evaluation.ensemble[0]
+    model = files.join(recipe.folder, "matcher")
     return f'try: itm search "what you look for" --model {shlex.quote(model)} --shards {shlex.quote(shards)}'
 
 

@@ -137,11 +137,20 @@ def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None
     return scaled[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
+def random_box(width: int, height: int, numbers: Draw) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits."""
+    area = width * height * (0.5 + 0.5 * numbers.area)
+    aspect = (4 / 3) ** (2 * numbers.aspect - 1)
+    across = min(width, max(1, round((area * aspect) ** 0.5)))
+    down = min(height, max(1, round((area / aspect) ** 0.5)))
+    left, top = numbers.left * (width - across), numbers.top * (height - down)
+    return left, top, left + across, top + down
+
+
 def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | None = None) -> np.ndarray:
     """(size,size,3) uint8 of a training image; of a random crop by scaled JPEG decode and bilinear resize, not equal to `fit`.
 
-    Random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits. `out`, where given, is filled and
-    returned. Raises ValueError as `decode`.
+    `out`, where given, is filled and returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
         if image.exact:
@@ -150,12 +159,7 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
             pixels = fit_quickly(data, image.size, image.crop, out, image.exif)
     else:
         picture = _decode_near(data, image.size, image.exif)
-        area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
-        aspect = (4 / 3) ** (2 * numbers.aspect - 1)
-        width = min(picture.width, max(1, round((area * aspect) ** 0.5)))
-        height = min(picture.height, max(1, round((area / aspect) ** 0.5)))
-        left, top = numbers.left * (picture.width - width), numbers.top * (picture.height - height)
-        box = (left, top, left + width, top + height)
+        box = random_box(picture.width, picture.height, numbers)
         pixels = np.asarray(picture.resize((image.size, image.size), Image.Resampling.BILINEAR, box=box))
     if image.flip and numbers.mirror < 0.5:
         pixels = torch.from_numpy(pixels.copy()).flip(1).numpy()  # numpy is slower

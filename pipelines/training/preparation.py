@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.data.sidecar import Store
 from itm.data.text import build_tokenizer
+from itm.evaluation.relations import check_annotated
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import identity_of
 from itm.matchers.folder import save_matcher
 from itm.precision import resolve_precision, warn_if_slow
-from itm.teachers.stores import roots_of, store_for
+from itm.teachers.online import Online
+from itm.teachers.stores import crops_of, roots_of, store_for
 from itm.tracking.loggers import check_loggers
 from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
@@ -54,6 +57,10 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
             read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
             raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+        if "isda" in recipe.evaluation.relations:
+            check_annotated(val)
+    elif recipe.evaluation.relations:
+        raise ValueError("evaluation.relations are measured in validations, and data.val_split is empty: name a split, or leave them out")
     course = Course.of(recipe, manifest)
     for part, held in parts_of(split, manifest):
         check_present(part, held)
@@ -69,6 +76,8 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
     method = build_method(recipe, inputs)
     if data.cache_features:
         check_features(recipe, method.matcher, [folder for folder, _ in parts_of(split, manifest)])
+    if recipe.evaluation.relations:
+        method.matcher.check_relations()
     check_loggers(recipe)
     if not train.use_gpu:
         warn_if_slow(train.precision, torch.device("cpu"))
@@ -80,8 +89,9 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
         try_out(method.matcher, inputs, first)
     if first and train.cache_chunk is not None:
         check_cached(method.matcher, inputs.images([first[0]] * 2), inputs.captions([first[1]] * 2))
-    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher}
-    return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="")
+    online = {modality: Online.of(recipe.teachers, modality) for modality in recipe.teachers.online if modality in method.needs_teacher}
+    stores = {modality: store_of(recipe, manifest, modality) for modality in method.needs_teacher if modality not in online}
+    return Job(recipe, manifest, course, inputs, stores, run_id="", tracking_uri="", online=online)
 
 
 def check_features(recipe: Recipe, matcher: Matcher, splits: list[str]) -> None:
@@ -178,5 +188,5 @@ def store_of(recipe: Recipe, manifest: Manifest | Mixture, modality: str) -> Sto
     for one, part in zip(roots_of(recipe), parts_of("", manifest), strict=True):
         store = store_for(one, recipe.data.train_split, modality)
         store.check((shard.name, shard.sha256) for shard in part[1].shards)
-        stores.append(store)
+        stores.append(replace(store, crops=crops_of(recipe, store)) if modality == "image" else store)
     return MixedStore(tuple(stores)) if recipe.data.mix else stores[0]

@@ -15,6 +15,7 @@ from itm.data.plan import Position
 from itm.distributed import rank, world_size
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import remember_captions
+from itm.teachers.online import OnlineTeachers
 from itm.tracking.loggers import loggers_of
 from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
@@ -41,6 +42,7 @@ class Rank:
     state: State
     clock: Stopwatch
     problems: Problems
+    teachers: OnlineTeachers
     tracker: Tracker | None
     unsaved: Tensor
     waited: float = 0.0
@@ -68,6 +70,7 @@ class Rank:
             state,
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
+            OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
             _tracker(job) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )

@@ -336,27 +336,8 @@ towers of the extra `real`: EfficientNet-Lite0 (ImageNet) for photos, MiniLM for
 the grid cells less the mean of train, and the sentence vector. The shuffled control has the same vectors, each of another photo or caption.
 Figures are of the last step, nothing is chosen on the 201 photos; mean ± standard deviation over seeds. Every run trains on kept features
 (`data.cache_features`). These are small models on few photos: rows are compared with each other, not with published figures."""
-DUAL_ABOUT, "", *table(runs, "dual", known), "", *gains(runs, "dual", dual_pairs)]
-    folds = [r | {"table": "folds"} for r in runs if r["table"].startswith("fold")]
-    if folds:
-        lines += ["", "The temperature, on held-out sixths of train:", "", *table(folds, "folds", known)[:-1]]
-    if late:
-        lines += ["", "## Late interaction", "", LATE_ABOUT]
-    for name in late:
-        pairs = [(f"{name} {a}", f"{name} {b}") for a, b in versus]
-        lines += ["", f"### {name}", "", *table(runs, name, known), "", *gains(runs, name, pairs)]
-    result.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-ABOUT = """# Real photos
-
-`make study DATA=<folder>` makes this page: 600 COCO photos to learn from and 201 with 1,000 captions to be asked about, and real frozen
-towers of the extra `real`: EfficientNet-Lite0 (ImageNet) for photos, MiniLM for sentences. Teachers are the same two models: the mean of the
-grid cells less the mean of train, and the sentence vector. The shuffled control has the same vectors, each of another photo or caption.
-Figures are of the last step, nothing is chosen on the 201 photos; mean ± standard deviation over seeds. Every run trains on kept features
-(`data.cache_features`). They are small models on few photos: what is compared is rows with each other, not with published figures."""
-DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE, {DUAL_STEPS} steps of {DUAL_BATCH}; CSA and USA with weight 1, the student's
-temperature is that of InfoNCE, the teacher's is tau."""
+DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE, {DUAL_STEPS} steps of {DUAL_BATCH}; CSA and USA with weight 1, the
+student's temperature is that of InfoNCE, the teacher's is tau."""
 LATE_ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {LATE_STEPS} steps of {LATE_BATCH}, triplet loss (its mean);
 weights of CSA and USA as published for SGR and SAF, those of SGR for SCAN and UARDA; temperatures begin with {LATE_TAU}."""
 
