@@ -29,7 +29,7 @@ test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: t
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
-	$(BIN)/python -m pytest -rs tests/system
+	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .

@@ -67,7 +67,12 @@ class Data(Strict):
         "48 bytes of every reader. Unset = shuffle_window",
     )
     regions_dtype: Literal["fp16", "fp32"] = Field(
-        "fp16", description="how `itm pack` stores region features; fp32 as published, twice as large"
+        "fp16", description="how `itm pack` and `itm features` store region features; fp32 as published, twice as large"
+    )
+    cache_features: bool = Field(
+        False,
+        description="a frozen image tower is not run in training: what `itm features` stored of it is read; a frozen text tower keeps what "
+        "it gave to each caption. The matcher still takes photos",
     )
     exact_pixels: bool = Field(
         False,
@@ -81,6 +86,19 @@ class Data(Strict):
     )
 
 
+class Features(Strict):
+    """Region features that `itm features` makes of photos: with `photos` set, `itm pack` writes there, and they go to `data.root`."""
+
+    photos: str | None = Field(None, description="folder or URI of shards of photos, one sub-folder a split; unset = no such stage")
+    encoder: Part | None = Field(None, description="image encoder whose grid cells become regions; unset = model.options.image")
+    boxes: str | None = Field(
+        None, description="JSON lines of a detector: each box gets the mean of the cells under it; unset = every cell is a region"
+    )
+    keep_images: bool = Field(True, description="keep the photos beside their regions, for reports, searches and image teachers")
+    batch_size: int = Field(32, ge=1, description="photos per call of the encoder")
+    actors: int | None = Field(None, ge=1, description="processes that hold the encoder; unset = one for each GPU, or one without GPUs")
+
+
 class Text(Strict):
     """How a caption becomes tokens."""
 
@@ -92,12 +110,16 @@ class Text(Strict):
 
 
 class Teachers(Strict):
-    """The soft-label stores that training reads, and the teachers that `itm teach` runs."""
+    """The teachers, and the soft-label stores that `itm teach` makes of them and training reads."""
 
     root: str | None = Field(None, description="folder or URI of the stores; unset = <data.root>/<split>/teachers")
     image: Part | None = Field(None, description="teacher of images; unset = none")
     text: Part | None = Field(None, description="teacher of captions; unset = none")
     dtype: Literal["int8", "fp16", "fp32"] = Field("fp16", description="how vectors are stored")
+    online: list[Literal["image", "text"]] = Field(
+        default_factory=list,
+        description="those that are not stored: they run in every training step, on the worker's device, which costs their time and memory",
+    )
     equal_captions: Literal["shard", "split"] = Field(
         "shard", description="where equal captions are embedded once: in a shard that has mostly repeats, or in the whole split"
     )
@@ -108,6 +130,22 @@ class Teachers(Strict):
     )
     batch_size: int = Field(64, ge=1, description="rows per call of a teacher")
     actors: int | None = Field(None, ge=1, description="processes that hold a teacher; unset = one for each GPU, or one without GPUs")
+
+    @model_validator(mode="after")
+    def _check_online(self) -> Teachers:
+        for modality in self.online:
+            part: Part | None = getattr(self, modality)
+            if part is None:
+                raise ValueError(f"online names {modality}, which has no teacher: set teachers.{modality}")
+            if part.kind == "shuffled":
+                raise ValueError(f"the control teachers.{modality} hands stored vectors round: take {modality} out of online")
+        return self
+
+    @property
+    def stored(self) -> dict[Literal["image", "text"], Part]:
+        """Those whose vectors `itm teach` stores."""
+        named: dict[Literal["image", "text"], Part | None] = {"image": self.image, "text": self.text}
+        return {modality: part for modality, part in named.items() if part is not None and modality not in self.online}
 
 
 class Train(Strict):
@@ -183,9 +221,15 @@ class Train(Strict):
 
 class Evaluation(Strict):
     protocol: str = Field("auto", description="which pairs are asked against which truth")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options of protocols by their name, e.g. {positives: {table: pairs.csv}}"
+    )
     ensemble: list[str] = Field(default_factory=list, description="matchers whose mean score is evaluated; such a recipe is not trained")
     block: int | None = Field(None, ge=1, description="images per score tile; unset = chosen from the memory budget")
     batch_size: int = Field(256, ge=1, description="rows per encoder call")
+    relations: list[Literal["isd", "isda"]] = Field(
+        default_factory=list, description="distances between relations of words and of regions that each validation logs beside the recalls"
+    )
 
 
 class Registry(Strict):
@@ -217,6 +261,7 @@ NO_CHOICES: dict[str, Any] = {
     "train": {"workers", "min_workers", "max_failures", "compile", "checkpoint_activations", "shard_weights", "deterministic"},
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
+    "features": {"actors"},
     "registry": {"loggers", "licence"},
 }
 
@@ -232,6 +277,7 @@ class Recipe(Strict):
         description="packages whose parts may be loaded from matcher folders and the registry, beside those that this recipe names",
     )
     data: Data = Field(default_factory=Data)
+    features: Features = Field(default_factory=Features)
     text: Text = Field(default_factory=Text)
     teachers: Teachers = Field(default_factory=Teachers)
     model: Part = Field(description="the matcher that is trained")

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.preprocess import ImageInput, Inputs, read_regions
+from itm.data.preprocess import ImageInput, Inputs, reads_regions
 from itm.data.records import Record
 from itm.data.shards import Sample, read_manifest, read_samples, write_shard
 from itm.data.text import build_tokenizer
@@ -82,7 +82,7 @@ def _packed(recipe: Recipe, uri: str) -> Split:
     found = Split(manifest.samples, manifest.captions, sum(s.bytes for s in manifest.shards), len(manifest.shards))
     samples = (item for shard in manifest.shards for item in read_samples(files.join(uri, shard.name)) if isinstance(item, Sample))
     for sample in islice(samples, SAMPLE):
-        _add(found, sample.regions if recipe.data.image == "regions" else sample.image, [c.text for c in sample.captions])
+        _add(found, sample.regions if reads_regions(recipe.data) else sample.image, [c.text for c in sample.captions])
     return found
 
 
@@ -152,13 +152,10 @@ class Training:
 def training_of(recipe: Recipe, split: Split) -> Training:
     """Measured with the recipe's own model, method and optimiser on a batch of its own data. Raises ValueError as `itm train`."""
     course = Course.of(recipe, split.manifest(recipe.data.train_split))
-    image = ImageInput.of(recipe.data)
     rows = (split.rows * (recipe.train.batch_size // max(1, len(split.rows)) + 1))[: recipe.train.batch_size]
     if not rows:
         raise ValueError(f"split {recipe.data.train_split!r} has no image with a caption among its first {SAMPLE}")
-    if image.kind == "regions":
-        image = replace(image, region_width=read_regions(rows[0][0], 1)["regions"].shape[1])
-    inputs = Inputs(image, build_tokenizer(recipe.text, [text for _, text in split.rows]))
+    inputs = Inputs(ImageInput.trained_on(recipe.data, rows[0][0]), build_tokenizer(recipe.text, [text for _, text in split.rows]))
     method = _method(recipe, inputs)
     device = resolve_device("cuda" if recipe.train.use_gpu else "cpu")
     step = build_step(method, recipe.train, course.rate, recipe.seed, device)

@@ -120,7 +120,7 @@ class Costs:
 
     def _teach(self) -> Iterator[str]:
         split = self._trained()
-        rows = split.images * (self.recipe.teachers.image is not None) + split.captions * (self.recipe.teachers.text is not None)
+        rows = split.images * ("image" in self.recipe.teachers.stored) + split.captions * ("text" in self.recipe.teachers.stored)
         actors = self.recipe.teachers.actors
         by = f"{actors} actors" if actors else "an actor for each GPU, or one"
         yield f"rows    {rows:,} vectors by {by}; how long a teacher takes is not known before it runs"
@@ -139,6 +139,8 @@ class Costs:
         yield f"batch   {found.same_image:.2%} of its pairs are expected to meet another pair of their image"
         yield f"model   {found.weights:,} weights, {found.trained:,} of them trained"
         yield f"memory  about {_size(found.memory)} a worker ({found.device})"
+        if online := recipe.teachers.online:
+            yield f"online  {' and '.join(online)} teacher run in every step: their time and memory come on top and are not known here"
         yield f"workers {workers or 'none: inside this process'}; a step takes {found.step:.3f} s, decoding for it {found.prepare:.3f} s"
         started = WORKERS_START if workers else 0.0
         yield self._add(found.seconds(recipe, val) + started, found.bytes(recipe, val is not None), ray=bool(workers))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from itm.arguments import written_to
+
 KINDS = ("SCAN t2i", "SCAN i2t", "SGR", "SAF", "UARDA")
 WHATS = ("scoring", "metrics", "all")
 
@@ -17,5 +19,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="matchers that are timed (default: all)")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile; the first round, which is not timed, compiles")
     parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure")
+    parser.add_argument("--json", metavar="FILE", type=written_to, help="also write every figure")
     parser.add_argument("--plot", metavar="SVG", help="also draw the ratios")

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -60,12 +61,22 @@ class Fetch:
 
     Columns: image_id (equal for rows of one image, `itm.data.same_image`), data (encoded image, or region file), teacher_image,
     teacher_text, key, caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
+    For teachers that run in the training: sample (its bytes in the tar), caption_meta (JSON).
     """
 
-    def __init__(self, split: str, manifest: Manifest | Mixture, plan: Plan, kind: str, stores: Mapping[str, Store | MixedStore]) -> None:
-        """kind: `pixels` or `regions`, the file of a sample that is wanted."""
+    def __init__(
+        self,
+        split: str,
+        manifest: Manifest | Mixture,
+        plan: Plan,
+        kind: str,
+        stores: Mapping[str, Store | MixedStore],
+        online: Collection[str] = (),
+    ) -> None:
+        """kind: `pixels` or `regions`, the file of a sample that is wanted. online: modalities whose teachers run in the training."""
         self.shards, self.folders = manifest.shards, folders_of(split, manifest)
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
+        self.online = frozenset(online)
         self._caches()
 
     def _caches(self) -> None:
@@ -111,7 +122,8 @@ class Fetch:
         """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
         start, end = index[number].start, index[number].end
-        sample = parse_range(file.read_at(end - start, start), uri, start)
+        found = file.read_at(end - start, start)
+        sample = parse_range(found, uri, start)
         name = self.shards[shard].name
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
@@ -122,6 +134,8 @@ class Fetch:
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_image"] = vector
+        if "image" in self.online:
+            columns["sample"] = found
         return _Image(sample, columns)
 
     def _pair(self, image: _Image | Problem, shard: int, row: int, ordinal: int) -> Json | Problem:
@@ -134,6 +148,8 @@ class Fetch:
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_text"] = vector
+        if "text" in self.online:
+            columns["caption_meta"] = json.dumps(caption.meta)
         return columns | {"caption": caption.id, "text": caption.text}
 
     def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
@@ -168,7 +184,8 @@ def _table(rows: list[Json], work: Work) -> pa.Table:
         raise unusable(str(rows[0]["problem"]), len(rows), work.step)
     columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
-    columns |= vectors | {"data": pa.array(columns["data"], pa.large_binary()), "image_id": np.array(columns["image_id"], np.int64)}
+    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
+    columns |= vectors | files_of | {"image_id": np.array(columns["image_id"], np.int64)}
     problems = pa.array([row.get("problem") for row in rows], pa.string())
     return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,19 @@ class ImageInput:
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
 
+    @classmethod
+    def trained_on(cls, data: Data, first: bytes | None) -> ImageInput:
+        """What training reads: region files where the recipe says so, or where it keeps features. first: one of them.
+
+        Raises ValueError as `read_regions`.
+        """
+        image = cls.of(data)
+        if not reads_regions(data) or first is None:
+            return image
+        held = Regions.from_npz(first)
+        rows = len(held.features) if data.cache_features else image.max_regions
+        return replace(image, kind="regions", max_regions=rows, region_width=held.features.shape[1])
+
     def said(self) -> dict[str, Any]:
         """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
         return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
@@ -60,6 +73,11 @@ class ImageInput:
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
         return {"pixels": (images, self.size, self.size, 3)} if self.kind == "pixels" else {}
+
+
+def reads_regions(data: Data) -> bool:
+    """Whether training reads region files."""
+    return data.image == "regions" or data.cache_features
 
 
 @dataclass(frozen=True)

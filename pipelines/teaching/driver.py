@@ -22,6 +22,7 @@ from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import roots_of, stored_identity, stores_root
 from pipelines.on_ray.gpus import Seats, gpu_seats
+from pipelines.on_ray.reach import Tokens
 from pipelines.teaching import equal_captions
 from pipelines.teaching.actors import Prepare, Score, Written
 
@@ -38,7 +39,9 @@ def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:
     Raises ValueError when no teacher is named, nothing can be written, a teacher gives unusable vectors, or too many rows are rejected.
     """
     split = split or recipe.data.train_split
-    parts: dict[Modality, Part] = {m: part for m in MODALITIES if (part := getattr(recipe.teachers, m)) is not None}
+    parts = recipe.teachers.stored
+    if not parts and recipe.teachers.online:
+        raise ValueError(f"recipe {recipe.name!r} has no teacher to store: teachers.online has them run while it trains")
     if not parts:
         raise ValueError(f"recipe {recipe.name!r} names no teacher: set teachers.image and/or teachers.text")
     if not recipe.data.mix:
@@ -243,25 +246,36 @@ def _score(
     """
     if not todo:
         return
+    from pipelines.on_ray.reach import shared
+    from pipelines.on_ray.session import connect
+
+    rows: list[Json] = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
+    if skip is not None:
+        rows = [row | {"skip": skip[shard.name]} for row, shard in zip(rows, todo, strict=True)]
+    connect()
+    with shared({"data.root": job.recipe.data.root, "teachers.root": job.root}) as tokens:
+        yield from _scored(job, uri, rows, prepare, tokens)
+
+
+def _scored(job: Job, uri: str, todo: list[Json], prepare: Callable[[Sample | Caption], bytes], tokens: Tokens) -> Iterator[Written]:
+    """todo: a row a shard, as `Prepare` takes them."""
     import ray
 
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.session import core
 
-    connect()
     teachers = job.recipe.teachers
     seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
     cpus = ray.cluster_resources().get("CPU", 0)
     if seats is None:
         seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
-    rows: list[Json] = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
-    if skip is not None:
-        rows = [row | {"skip": skip[shard.name]} for row, shard in zip(rows, todo, strict=True)]
     dataset = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
+        ray.data.from_items(todo, override_num_blocks=len(todo))
+        .map_batches(
+            Prepare(job.modality, prepare, tokens), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5)
+        )
         .map_batches(
             Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device),
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device, tokens),
             compute=ray.data.ActorPoolStrategy(size=seats.count),
             batch_size=1,
             batch_format="pyarrow",

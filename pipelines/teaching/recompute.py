@@ -56,7 +56,7 @@ def verify(recipe: Recipe, split: str | None = None, rows: int = 128, seed: int 
     manifest = read_manifest(split_uri)
     results = []
     for modality in MODALITIES:
-        part = getattr(recipe.teachers, modality)
+        part = recipe.teachers.stored.get(modality)
         if part is None:
             continue
         check = _Check(recipe, split_uri, stores_root(recipe, split), manifest, modality, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar, TypedDict, Unpack
 
 import torch
@@ -64,6 +65,7 @@ class UNITER(Matcher):
     kind: ClassVar[str] = "uniter"
     joint: ClassVar[bool] = True
     regions: int = 100
+    needs_boxes: ClassVar[bool] = True
 
     def __init__(self, *, vocab_size: int, **options: Unpack[UNITEROptions]) -> None:
         """Raises ValueError for an unknown option, a hidden size that the heads do not divide, an image encoder without patch tokens."""
@@ -94,31 +96,42 @@ class UNITER(Matcher):
         )
         config._attn_implementation = "sdpa"
         self.dropped: list[str] = []  # keys of an imported checkpoint that belong to pre-training only
-        self.uniter = _Body(config, self.region_dim)
+        self.uniter = _Body(config, functools.partial(self.region_embeddings, config, self.region_dim))
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)
         for module in (self.uniter, self.itm_output, self.rank_output):
             module.apply(functools.partial(_initialise, std=o["init_std"]))
-        # Neither takes part in retrieval: without this, DDP would wait for gradients that never come.
-        self.itm_output.requires_grad_(False)
-        self.uniter.img_embeddings.mask_embedding.requires_grad_(False)
+        self.itm_output.requires_grad_(False)  # takes no part in retrieval: DDP would wait for gradients that never come
+
+    @staticmethod
+    def region_embeddings(config: BertConfig, region_dim: int) -> nn.Module:
+        """How a region is embedded, for `embed_regions`."""
+        return ImageEmbeddings(config, region_dim)
+
+    def embed_regions(self, regions: Tensor, boxes: Tensor | None) -> Tensor:
+        """regions (N,R,D) and boxes (N,R,7) -> (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1)."""
+        return self.uniter.img_embeddings(regions, boxes, self.uniter.embeddings.token_type_embeddings.weight[1])
 
     def layers(self) -> list[nn.Module]:
         own = [] if self.image_encoder is None else [self.image_encoder]
         return [*own, *self.uniter.encoder.layer]
 
     def encode_images(self, images: Images) -> Encoded:
-        """parts (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1), mask (N,R), cut to the largest region count."""
-        regions, boxes, mask = region_inputs(images) if self.image_encoder is None else patch_inputs(self.image_encoder(images))
+        """parts (N,R,H) of `embed_regions`, mask (N,R), cut to the largest region count."""
+        if self.image_encoder is not None:
+            regions, boxes, mask = patch_inputs(self.image_encoder(images))
+        else:
+            regions, boxes, mask = region_inputs(images, type(self).__name__, self.needs_boxes)
         if regions.shape[-1] != self.region_dim:
-            raise ValueError(f"regions are {regions.shape[-1]} wide, this UNITER takes {self.region_dim}: set model.options.region_dim")
+            raise ValueError(
+                f"regions are {regions.shape[-1]} wide, this {type(self).__name__} takes {self.region_dim}: set model.options.region_dim"
+            )
         known = images.host.mask if mask is images.mask else mask
         assert known is not None
         width = int(known.sum(1).max())
-        regions, boxes, mask = regions[:, :width], boxes[:, :width], mask[:, :width]
         dtype = self.rank_output.weight.dtype
-        kind = self.uniter.embeddings.token_type_embeddings.weight[1]
-        return Encoded(parts=self.uniter.img_embeddings(regions.to(dtype), boxes.to(dtype), kind), mask=mask)
+        boxes = None if boxes is None else boxes[:, :width].to(dtype)
+        return Encoded(parts=self.embed_regions(regions[:, :width].to(dtype), boxes), mask=mask[:, :width])
 
     def encode_captions(self, captions: Captions) -> Encoded:
         """parts (N,L,H) = LN(word + position + type 0), mask (N,L), cut to the longest caption; start and end stay in."""
@@ -174,14 +187,16 @@ class UNITER(Matcher):
         return self.rank_output(self.uniter.pooler(hidden)).squeeze(-1)
 
 
-def region_inputs(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """(regions (N,R,D), boxes (N,R,7), mask (N,R)). Raises ValueError for images without, or with boxes of another form."""
-    if images.regions is None or images.boxes is None:
-        raise ValueError("UNITER takes regions with boxes: set data.image=regions, or model.options.image to an image encoder")
-    if images.boxes.shape[-1] != 7:
+def region_inputs(images: Images, name: str = "UNITER", boxes: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(regions (N,R,D), boxes (N,R,7) or None, mask (N,R)). Raises ValueError, naming the matcher, for images without regions or,
+    where it needs `boxes`, without these, or with boxes of another form."""
+    if images.regions is None or (boxes and images.boxes is None):
+        wanted = "regions with boxes" if boxes else "regions"
+        raise ValueError(f"{name} takes {wanted}: set data.image=regions, or model.options.image to an image encoder")
+    if boxes and images.boxes is not None and images.boxes.shape[-1] != 7:
         raise ValueError(f"a UNITER box has 7 numbers (x1 y1 x2 y2 w h w*h, each relative to the image), not {images.boxes.shape[-1]}")
     mask = images.mask if images.mask is not None else images.regions.new_ones(images.regions.shape[:2], dtype=torch.bool)
-    return images.regions, images.boxes, mask
+    return images.regions, images.boxes if boxes else None, mask
 
 
 def patch_inputs(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,10 +232,10 @@ class _Layers(nn.Module):
 class _Body(nn.Module):
     """The part of the authors' state dict that is called `uniter`."""
 
-    def __init__(self, config: BertConfig, region_dim: int):
+    def __init__(self, config: BertConfig, region_embeddings: Callable[[], nn.Module]):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
-        self.img_embeddings = ImageEmbeddings(config, region_dim)
+        self.img_embeddings = region_embeddings()
         self.encoder = _Layers(config)
         self.pooler = BertPooler(config)
 
@@ -249,6 +264,7 @@ class ImageEmbeddings(nn.Module):
         self.pos_layer_norm = nn.LayerNorm(hidden, eps=eps)
         self.pos_linear = nn.Linear(7, hidden)
         self.mask_embedding = nn.Embedding(2, region_dim, padding_idx=0)  # of masked-region pre-training
+        self.mask_embedding.requires_grad_(False)
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 

@@ -38,7 +38,6 @@ class Scorer(Protocol):
     fuse_tiles: bool
     sim_tranloc_w: nn.Linear
     sim_tranglo_w: nn.Linear
-    sim_eval_w: nn.Linear
 
     @property
     def v_global_w(self) -> nn.Module: ...
@@ -46,8 +45,8 @@ class Scorer(Protocol):
     @property
     def t_global_w(self) -> nn.Module: ...
 
-    def reason_unmasked(self, nodes: Tensor) -> Tensor:
-        """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> score vectors (P,S)."""
+    def read_unmasked(self, nodes: Tensor) -> Tensor:
+        """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> scores (P,) at least float32."""
         ...
 
 
@@ -67,7 +66,7 @@ def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded) -> Tensor:
                 local = block.local(texts.to(kind), attended, rows, max(1, WORDS.get(device, 1024) // len(texts)))
                 glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
                 nodes = _nodes(block.glob(glob), local, length, len(chosen))
-                scores[rows[:, None], chosen] = block.reason(nodes).view(len(rows), len(chosen)).to(scores.dtype)
+                scores[rows[:, None], chosen] = matcher.read_unmasked(nodes).view(len(rows), len(chosen)).to(scores.dtype)
     return scores
 
 
@@ -98,11 +97,6 @@ class _Block:
                 torch.mm(ours[place], self.regions[row], out=difference[place]).sub_(texts).square_()
             found.append(linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
         return torch.cat(found).view(len(rows), len(texts), -1)
-
-    def reason(self, nodes: Tensor) -> Tensor:
-        """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
-        vectors, last = self.matcher.reason_unmasked(nodes), self.matcher.sim_eval_w
-        return F.linear(vectors.to(last.weight.dtype), last.weight, last.bias).squeeze(-1).sigmoid()
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -101,10 +101,10 @@ class UARDA(LateInteraction):
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         t = self._threshold(direction)
-        if self.pruning is not None and self._prunes():
-            return self.pruning.scores(direction, query, context, self.attend, t)
         if self.cuts_tiles(query if direction == "t2i" else context):
             return self._tiled(direction, query, context)
+        if self.pruning is not None and self._prunes():
+            return self.pruning.scores(direction, query, context, self.attend, t)
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
         observing = self.training and torch.is_grad_enabled()
@@ -119,8 +119,8 @@ class UARDA(LateInteraction):
         return scores
 
     def cuts_tiles(self, captions: Encoded) -> bool:
-        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient or pruning."""
-        if self.training or self._prunes() or self.attend.weights != "softmax" or not can_tile(captions):
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
+        if self.training or self.attend.weights != "softmax" or not can_tile(captions):
             return False
         return all(self.attend.lambda_softmax * (1 - float(self._threshold(d))) < MOST_GROWTH for d in self.thresholds)
 
@@ -133,7 +133,10 @@ class UARDA(LateInteraction):
         images, captions = (context, query) if t2i else (query, context)
         scores = parts_of(context)[0].new_empty(len(context), len(query))
         attend = functools.partial(form_of(tile_relevance, self.fuse_tiles), t=float(t), smooth=self.attend.lambda_softmax)
-        for rows, chosen, relevance, mask in tiled_relevance(images, captions, direction, attend):
+        tiles = tiled_relevance(images, captions, direction, attend)
+        if self.pruning is not None:
+            tiles = self.pruning.tiles(images, captions, direction, float(t), self.attend.lambda_softmax)
+        for rows, chosen, relevance, mask in tiles:
             found = (relevance * mask).sum(-1) / mask.sum(-1)
             if t2i:
                 scores[rows, chosen] = found

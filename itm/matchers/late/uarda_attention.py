@@ -18,10 +18,28 @@ def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: f
     """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.matchers.late.tiles`: raw (Nc,C,Q,Nq). smooth (1 - t) is below MOST_GROWTH."""
     if context_mask is not None:
         raw = raw.masked_fill(~context_mask[:, :, None, None], t)
-    # Relative to the weight of exactly t, what passes weighs more than 1: no row maximum is needed, and the weight itself is the mask.
-    e = F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
+    e = weights_above(raw, t, smooth)
     square = attended_squares(e, grams)
     return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
+
+
+def packed_tile_relevance(raw: Tensor, grams: Tensor, alive: Tensor, t: float, smooth: float) -> Tensor:
+    """The same of the query items `alive` (Nc,Q,Nq), 0 for all others. raw (C,Nc,Q,Nq) is context first, so that an item is one column."""
+    chosen = alive.flatten().nonzero().squeeze(1)
+    columns = raw.flatten(1).index_select(1, chosen)
+    e = weights_above(columns, t, smooth)
+    counts = alive.flatten(1).sum(1).tolist()
+    turned = torch.cat([own @ part for own, part in zip(grams.unbind(0), e.split(counts, 1), strict=True)], 1)
+    square = turned.mul_(e).sum(0).clamp_(min=0)
+    relevance = raw.new_zeros(alive.shape)
+    relevance.view(-1)[chosen] = torch.where(square > 0, e.mul_(columns).sum(0) / square.sqrt(), 0.0)
+    return relevance
+
+
+def weights_above(raw: Tensor, t: float, smooth: float) -> Tensor:
+    """exp(smooth (s - t)) where s > t, else 0: relative to the weight of exactly t, what passes weighs more than 1, so that no row maximum
+    is needed and the weight itself is the mask."""
+    return F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
 
 
 @dataclass

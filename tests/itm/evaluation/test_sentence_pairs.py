@@ -122,5 +122,5 @@ def test_a_matcher_without_caption_vectors_is_refused(tmp_path):
 
     matcher = Pairwise()
     matcher.inputs = itm.load_matcher(f"{small_run(tmp_path).folder}/matcher").inputs
-    with pytest.raises(ValueError, match="this matcher has none"):
+    with pytest.raises(ValueError, match="need caption vectors"):
         sts(matcher, [read_pairs(write(tmp_path, GLUE))])
