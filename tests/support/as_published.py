@@ -74,7 +74,7 @@ def run(name: str) -> tuple[Recipe, Json, Any]:
     """(recipe, content of evaluation.json, what was registered); an ensemble's members must have run."""
     recipe = as_published(name)
     if recipe.evaluation.ensemble:
-        return recipe, evaluate.evaluate(recipe), None
+        return recipe, evaluate.evaluate(recipe), register.register(recipe)
     pack.pack(recipe)
     if recipe.teachers.image:
         teach.teach(recipe)

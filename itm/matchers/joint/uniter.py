@@ -28,7 +28,7 @@ class UNITEROptions(TypedDict, total=False):
     """`image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
     tokens of one joint forward in `score`, hence its memory; `recompute` runs those chunks again in the backward pass instead of keeping
     them. `intermediate` defaults to 4 x hidden; `init_std` 0.02 is BERT's, too small to train a narrow model (hidden < 256) from scratch:
-    there take about hidden^-0.5.
+    there take about hidden^-0.5. `relation_layer`: whose attention IAIS and ISD read, 1 to `layers`; None: the last one.
     """
 
     hidden: int
@@ -42,6 +42,7 @@ class UNITEROptions(TypedDict, total=False):
     score_tokens: int
     recompute: bool
     init_std: float
+    relation_layer: int | None
 
 
 DEFAULTS: UNITEROptions = {
@@ -56,6 +57,7 @@ DEFAULTS: UNITEROptions = {
     "score_tokens": 32768,
     "recompute": False,
     "init_std": 0.02,
+    "relation_layer": None,
 }
 
 
@@ -81,7 +83,7 @@ class UNITER(Matcher):
             o["region_dim"] = self.image_encoder.width
             o["image"] = {"kind": image["kind"], **options_of(self.image_encoder, {})}
         self.options = {**o}
-        self.region_dim, self.positions = o["region_dim"], o["positions"]
+        self.region_dim, self.positions, self.relation_layer = o["region_dim"], o["positions"], _relation_layer(o)
         self.score_tokens, self.recompute = o["score_tokens"], o["recompute"]
         self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads
         config = BertConfig(
@@ -154,11 +156,11 @@ class UNITER(Matcher):
         return scores[flat.argsort()].view(len(images), n_captions)
 
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
-        """Row-aligned pairs: scores (N,), and the relation blocks of the last layer for the rows `relations_of` (G,) int64."""
+        """Row-aligned pairs: scores (N,), and the relation blocks of `relation_layer` for the rows `relations_of` (G,) int64."""
         joint, mask = joint_sequence(images, captions)
         if relations_of is None:
             return Pairs(self._rank(*compact(joint, mask)))
-        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of)
+        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of, self.relation_layer)
         masks = parts_of(captions)[1][relations_of], parts_of(images)[1][relations_of]
         return Pairs(self._head(hidden), relation_blocks(products, masks, masks[0].shape[1]))
 
@@ -178,6 +180,13 @@ class UNITER(Matcher):
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.rank_output(self.uniter.pooler(hidden)).squeeze(-1)
+
+
+def _relation_layer(o: UNITEROptions) -> int:
+    number = o["layers"] if o["relation_layer"] is None else o["relation_layer"]
+    if not 1 <= number <= o["layers"]:
+        raise ValueError(f"model.options.relation_layer={number} is none of the layers 1 to {o['layers']}")
+    return number
 
 
 def region_inputs(images: Images, name: str = "UNITER", boxes: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -238,12 +247,14 @@ class _Body(nn.Module):
             joint, _ = layer(joint, mask)
         return joint
 
-    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the `scaled_products` of the last layer for some rows."""
-        *before, last = self.encoder.layer
-        for layer in before:
-            joint, _ = layer(joint, mask)
-        return last(joint, mask, rows)
+    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same, and the `scaled_products` of one layer, counted from 1, for some rows."""
+        products = None
+        for n, layer in enumerate(self.encoder.layer, 1):
+            joint, found = layer(joint, mask, rows if n == number else None)
+            products = found if n == number else products
+        assert products is not None
+        return joint, products
 
 
 class ImageEmbeddings(nn.Module):
