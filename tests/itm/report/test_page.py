@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from itm.data.formats import NewerFormat
 from itm.report.charts import bars, curves, histogram, meter
 from itm.report.looks import looks
 from itm.report.page import TEMPLATES, Page, render
@@ -156,6 +157,20 @@ def test_pictures_of_a_pair_are_made_once_and_again_when_the_weights_are_others(
     kept.write_text(json.dumps(said))
     assert report.page_of(run).pictures["identity"] == page.pictures["identity"]
     assert report.page_of(run, pictures=False).pictures == {}
+
+
+@pytest.mark.parametrize("name", ["pictures.json", "evaluation.queries.json"])
+def test_what_a_later_version_keeps_for_the_page_is_refused_by_name_and_stays(run, tmp_path, name):
+    shutil.copytree(run.folder, tmp_path / "other")
+    evaluation = Path(run.folder, "evaluation.json")
+    said = json.loads(evaluation.read_text())
+    said["examples"]["t2i"][0]["right"] = True
+    evaluation.write_text(json.dumps(said))
+    kept = Path(run.folder, name)
+    kept.write_text(json.dumps({"format": 2}))
+    with pytest.raises(NewerFormat, match=f"{name} has format 2, this version reads up to 1"):
+        report.page_of(run, [str(tmp_path / "other")])
+    assert json.loads(kept.read_text()) == {"format": 2}
 
 
 def test_the_wheel_ships_everything_that_the_page_is_made_of():
