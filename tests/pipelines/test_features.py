@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +230,30 @@ def test_packing_goes_to_the_photos_and_comes_before_features(tmp_path):
     assert pack_contract.writes(source)[0].startswith(str(tmp_path / "photos"))
     assert features_contract.writes(source)[0].startswith(str(tmp_path / "regions"))
     assert pack_contract.reads(source) == []
+
+
+@pytest.mark.e2e
+def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(tmp_path, monkeypatch, ray_local):
+    """Through Ray, by actors; the other half without it."""
+    photos(tmp_path / "photos", 60)
+    asked = recipe(tmp_path, batch_size=1)
+    (tmp_path / "r.json").write_text(asked.model_dump_json(exclude_unset=True))
+    folder = tmp_path / "regions" / "train"
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.features", "-c", str(tmp_path / "r.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.index.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    time.sleep(3)  # orphaned workers finish or die
+    left = {f: os.stat(f).st_ino for f in folder.glob("*.index.json")}
+    assert 0 < len(left) < 30, "killed half-way"
+    assert not (folder / "manifest.json").exists()
+    stage.features(asked)
+    assert {f: os.stat(f).st_ino for f in left} == left, "what was done is not done again"
+    shutil.copytree(tmp_path / "photos", tmp_path / "whole" / "photos")
+    without_ray(monkeypatch)
+    stage.features(recipe(tmp_path / "whole", batch_size=1))
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole" / "regions" / "train")
