@@ -21,7 +21,9 @@ from itm.data.records import Caption, Record, Regions
 from itm.data.shards import read_manifest
 from pipelines import features as stage
 from pipelines.contract import stages_of
+from pipelines.estimates import split_of
 from pipelines.featuring import of_photos
+from pipelines.plan import lines_of
 from tests.support.making_features import HIGH, WIDE, photo, photos, samples, without_ray
 from tests.support.small_teaching import pack
 
@@ -230,6 +232,20 @@ def test_packing_goes_to_the_photos_and_comes_before_features(tmp_path):
     assert pack_contract.writes(source)[0].startswith(str(tmp_path / "photos"))
     assert features_contract.writes(source)[0].startswith(str(tmp_path / "regions"))
     assert pack_contract.reads(source) == []
+
+
+def test_the_plan_says_what_features_will_cost_before_they_are_made(tmp_path, here):
+    photos(tmp_path / "photos")
+    asked = recipe(tmp_path)
+    said = "\n".join(lines_of(asked, only="features"))
+    assert "makes   train: regions of about 6 images, 3 shards" in said
+    split = split_of(asked, "train")
+    stage.features(asked)
+    assert [Regions.from_npz(data).features.shape for data, _ in split.rows[:2]] == [(16, 3)] * 2
+    made = split_of(asked, "train")
+    assert (split.images, split.captions, split.rows[0]) == (made.images, made.captions, made.rows[0])
+    assert abs(split.size - made.size) / made.size < 0.3  # tars of a few bytes are mostly padding
+    assert "done    train 6 images" in "\n".join(lines_of(asked, only="features"))
 
 
 @pytest.mark.e2e
