@@ -272,6 +272,10 @@ class Matcher(nn.Module):
         the backward pass and sharded one by one, so each is called as a module, and its weights are read inside that call only."""
         return []
 
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoders that can be frozen or learn at rates of their own (train.freeze): `image`, `text`, or none."""
+        return {}
+
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
         """Row-aligned pairs of a joint matcher: scores (N,), and the relation blocks of the rows `relations_of` (G,) int64."""
         raise ValueError(f"{type(self).__name__} has no joint encoder, so pairs have no relations of their own: see `score`")

@@ -140,11 +140,12 @@ def likeness(histograms: Mapping[str, Told]) -> list[Drawn]:
     ]
 
 
-def distances(validations: Sequence[Mapping[str, float]]) -> str:
-    """ISD over the steps of a training; '' where it was not measured."""
+def distances(validations: Sequence[Mapping[str, float]], annotated: bool = False) -> str:
+    """ISD over the steps of a training, or ISDa where `annotated`; '' where it was not measured."""
     names = {f"isd_{anchor}_{kind}": f"{anchor}, {kind}" for kind in ("singular", "distributed") for anchor in ("L", "V")}
+    names = {"isda_mean": "mean over the entities of a pair", "isda_sum": "sum"} if annotated else names
     series = {title: [(row["step"], row[name]) for row in validations if name in row] for name, title in names.items()}
-    return curves(series, "step", "ISD in nats")
+    return curves(series, "step", "nats")
 
 
 class Distances(NamedTuple):

@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
 
 from itm.config import Recipe, parse_recipe
 from itm.data.preprocess import read_regions
 from itm.data.records import Caption, Record, Regions
-from itm.data.shards import Sample, read_manifest, read_samples
+from itm.data.shards import read_manifest
 from pipelines import features as stage
 from pipelines.contract import stages_of
 from pipelines.featuring import of_photos
-from pipelines.featuring.actors import Extract, Prepare
+from tests.support.making_features import HIGH, WIDE, photo, photos, samples, without_ray
 from tests.support.small_teaching import pack
 
-WIDE, HIGH = 96, 64
 ENCODER = "tests.support.mean_colours:MeanColours"
-
-
-def photo(colour: tuple[int, int, int]) -> bytes:
-    """Black, but for a square of one colour in the upper left quarter."""
-    pixels = np.zeros((HIGH, WIDE, 3), np.uint8)
-    pixels[: HIGH // 2, : WIDE // 2] = colour
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def photos(root: Path, count: int = 6, per_shard: int = 2) -> None:
-    records = [
-        Record(f"k{n}", "train", [Caption(f"c{n}{i}", f"photo {n} {i}") for i in range(1 + n % 3)], photo((40 * n + 40, 10, 200)), "png")
-        for n in range(count)
-    ]
-    pack(root, records, per_shard)
 
 
 def recipe(root: Path, **features: object) -> Recipe:
@@ -52,26 +30,7 @@ def recipe(root: Path, **features: object) -> Recipe:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The two operators without Ray between them; the region shards that were made."""
-    worked: list[str] = []
-
-    def extract(recipe, choices, todo):
-        actor = Extract(choices, recipe.features.batch_size, "cpu")
-        for job in todo:
-            (row,) = actor(Prepare(choices.image)(pa.table({"job": [json.dumps(asdict(job))]}))).to_pylist()
-            if row["error"]:
-                raise ValueError(row["error"])
-            worked.append(row["uri"])
-            yield row["uri"]
-
-    monkeypatch.setattr(stage, "_extract", extract)
-    return worked
-
-
-def samples(folder: Path) -> list[Sample]:
-    found = [item for shard in read_manifest(str(folder)).shards for item in read_samples(str(folder / shard.name))]
-    assert all(isinstance(item, Sample) for item in found)
-    return found
+    return without_ray(monkeypatch)
 
 
 def bytes_of(folder: Path) -> dict[str, str]:

@@ -107,33 +107,26 @@ class UNITER(Matcher):
 
     @staticmethod
     def region_embeddings(config: BertConfig, region_dim: int) -> nn.Module:
-        """How a region is embedded, for `embed_regions`."""
+        """Makes (N,R,H) of regions (N,R,D), their boxes (N,R,7) or None, and the embeddings of the text."""
         return ImageEmbeddings(config, region_dim)
-
-    def embed_regions(self, regions: Tensor, boxes: Tensor | None) -> Tensor:
-        """regions (N,R,D) and boxes (N,R,7) -> (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1)."""
-        return self.uniter.img_embeddings(regions, boxes, self.uniter.embeddings.token_type_embeddings.weight[1])
 
     def layers(self) -> list[nn.Module]:
         own = [] if self.image_encoder is None else [self.image_encoder]
         return [*own, *self.uniter.encoder.layer]
 
     def encode_images(self, images: Images) -> Encoded:
-        """parts (N,R,H) of `embed_regions`, mask (N,R), cut to the largest region count."""
-        if self.image_encoder is not None:
-            regions, boxes, mask = patch_inputs(self.image_encoder(images))
-        else:
-            regions, boxes, mask = region_inputs(images, type(self).__name__, self.needs_boxes)
+        """parts (N,R,H) of `region_embeddings`, mask (N,R), cut to the largest region count."""
+        name, patches = type(self).__name__, self.image_encoder
+        regions, boxes, mask = patch_inputs(patches(images)) if patches else region_inputs(images, name, self.needs_boxes)
         if regions.shape[-1] != self.region_dim:
-            raise ValueError(
-                f"regions are {regions.shape[-1]} wide, this {type(self).__name__} takes {self.region_dim}: set model.options.region_dim"
-            )
+            raise ValueError(f"regions are {regions.shape[-1]} wide, this {name} takes {self.region_dim}: set model.options.region_dim")
         known = images.host.mask if mask is images.mask else mask
         assert known is not None
         width = int(known.sum(1).max())
         dtype = self.rank_output.weight.dtype
         boxes = None if boxes is None else boxes[:, :width].to(dtype)
-        return Encoded(parts=self.embed_regions(regions[:, :width].to(dtype), boxes), mask=mask[:, :width])
+        parts = self.uniter.img_embeddings(regions[:, :width].to(dtype), boxes, self.uniter.embeddings)
+        return Encoded(parts=parts, mask=mask[:, :width])
 
     def encode_captions(self, captions: Captions) -> Encoded:
         """parts (N,L,H) = LN(word + position + type 0), mask (N,L), cut to the longest caption; start and end stay in."""
@@ -265,7 +258,7 @@ class _Body(nn.Module):
 
 
 class ImageEmbeddings(nn.Module):
-    """regions (N,R,D), boxes (N,R,7), type vector (H,) -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + type), dropout."""
+    """regions (N,R,D), boxes (N,R,7), embeddings of the text -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + their type 1), dropout."""
 
     def __init__(self, config: BertConfig, region_dim: int):
         super().__init__()
@@ -279,7 +272,8 @@ class ImageEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, regions: Tensor, boxes: Tensor, kind: Tensor) -> Tensor:
+    def forward(self, regions: Tensor, boxes: Tensor, text: BertEmbeddings) -> Tensor:
+        kind = text.token_type_embeddings.weight[1]
         embedded = self.img_layer_norm(self.img_linear(regions)) + self.pos_layer_norm(self.pos_linear(boxes)) + kind
         return self.dropout(self.LayerNorm(embedded))
 
