@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,5 +36,5 @@ def to_batch(columns: pa.Table | Mapping[str, np.ndarray]) -> Batch:
     longest = int(mask.sum(1).max())  # rows come padded to the tokenizer's max_length, so that all tables share a schema
     tokens = torch.from_numpy(columns["tokens"][:, :longest].copy())
     captions = Captions(tokens, torch.from_numpy(mask[:, :longest].copy()), torch.from_numpy(ids))
-    teacher: Any = {name: torch.from_numpy(columns[f"teacher_{name}"]) for name in ("image", "text") if f"teacher_{name}" in columns}
-    return Batch(as_images(image, ids), captions, SoftLabels(**teacher) if teacher else None)
+    teacher = {name: torch.from_numpy(columns[f"teacher_{name}"]) for name in ("image", "text") if f"teacher_{name}" in columns}
+    return Batch(as_images(image, ids), captions, SoftLabels(each=(), **teacher) if teacher else None)

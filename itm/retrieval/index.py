@@ -104,4 +104,4 @@ def _encoded(table: pa.Table) -> Encoded:
             array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
             tensor = torch.tensor(array.to_numpy_ndarray())
             tensors[field] = tensor.bool() if field == "mask" else tensor
-    return Encoded(**tensors)
+    return Encoded(each=(), **tensors)
