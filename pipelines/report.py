@@ -27,7 +27,8 @@ from itm.data.shards import index_shard, read_manifest, read_range
 from itm.report.disagreements import FORMAT as QUERIES
 from itm.report.disagreements import disagreements
 from itm.report.explain_page import PHOTO
-from itm.report.page import Page, render
+from itm.report.page import render
+from itm.report.shown import Page
 from itm.report.thumbnails import data_uri
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT

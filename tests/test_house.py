@@ -19,6 +19,7 @@ FLOORS = {
     "itm.arguments": 0,
     "itm.rows": -0.5,  # what the nouns have in common
     "itm.choices": 0,
+    "itm.sections": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
     "itm.device": 0,

@@ -11,7 +11,8 @@ import torch
 from itm.data.formats import NewerFormat
 from itm.report.charts import bars, curves, histogram, meter
 from itm.report.looks import looks
-from itm.report.page import TEMPLATES, Page, render
+from itm.report.page import TEMPLATES, render
+from itm.report.shown import Page
 from pipelines import evaluate, report
 from pipelines.cli import stage_main
 from tests.support import ROOT
