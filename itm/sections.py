@@ -131,7 +131,32 @@ class Teachers(Strict):
         return {modality: part for modality, part in named.items() if part is not None and modality not in self.online}
 
 
-class Train(Strict):
+class Encoders(Strict):
+    """How the encoders of a matcher learn, beside the rest of it."""
+
+    freeze: list[Literal["image", "text"]] = Field(
+        default_factory=list, description="encoders that do not learn, or not before unfreeze_step or unfreeze_epoch"
+    )
+    unfreeze_step: int | None = Field(None, ge=1, description="the first step (0-based) at which the encoders of freeze learn")
+    unfreeze_epoch: int | None = Field(None, ge=1, description="the same in epochs: the first (0-based) in which they learn")
+    encoder_rate: float = Field(1.0, gt=0, description="learning rate of the encoders as a multiple of lr, which all else has")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="each layer of a Hugging Face encoder learns at this multiple of the rate of the layer above it, the embeddings last",
+    )
+
+    @model_validator(mode="after")
+    def _check_freezing(self) -> Encoders:
+        if self.unfreeze_step is not None and self.unfreeze_epoch is not None:
+            raise ValueError("unfreeze_step and unfreeze_epoch say the same thing in two units: give one of them")
+        if not self.freeze and (self.unfreeze_step or self.unfreeze_epoch):
+            raise ValueError("unfreeze_step and unfreeze_epoch need freeze: [image], [text] or both")
+        return self
+
+
+class Train(Encoders):
     """Optimisation. One step = one optimiser update on `batch_size` x the workers that are there x `accumulate` pairs."""
 
     start: str | None = Field(None, description="matcher folder or models:/name@alias to fine-tune: its weights and its tokenizer")

@@ -63,12 +63,9 @@ def _flat(value: object) -> list[str]:
 
 def splits_of(recipe: Recipe) -> list[str]:
     """The splits that `itm pack` makes, else those that the recipe names."""
-    if recipe.data.source is not None:
-        from pipelines.pack import open_source
+    from pipelines.features import splits_named
 
-        return list(open_source(recipe.data.source).splits)
-    data = recipe.data
-    return list(dict.fromkeys(split for split in (data.train_split, data.val_split, data.test_split) if split))
+    return splits_named(recipe)
 
 
 def _packed(recipe: Recipe) -> str | None:

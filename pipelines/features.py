@@ -93,10 +93,13 @@ def check(recipe: Recipe) -> None:
 
 
 def splits_named(recipe: Recipe) -> list[str]:
-    """The splits of the photos: those of data.source, else those that the recipe names."""
-    from pipelines.contract import splits_of
+    """The splits that `itm pack` makes, else those that the recipe names."""
+    if recipe.data.source is not None:
+        from pipelines.pack import open_source
 
-    return splits_of(recipe)
+        return list(open_source(recipe.data.source).splits)
+    data = recipe.data
+    return list(dict.fromkeys(split for split in (data.train_split, data.val_split, data.test_split) if split))
 
 
 def choices_of(recipe: Recipe) -> Choices:

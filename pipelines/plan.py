@@ -109,13 +109,26 @@ class Costs:
     def _pack(self) -> Iterator[str]:
         from itm.device import cores
         from pipelines.contract import splits_of
+        from pipelines.estimates import split_of
+        from pipelines.featuring import of_photos
+
+        seconds, size = 0.0, 0.0
+        photos = of_photos(self.recipe)
+        for name in splits_of(self.recipe):
+            split = self._split(name) if photos is self.recipe else split_of(photos, name)
+            made = f"{split.images:,} images, {split.captions:,} captions, {split.shards:,} shards, {_size(split.size)}"
+            yield f"makes   {name}: about {made}"
+            seconds, size = seconds + split.seconds_to_pack / min(cores(), max(1, split.shards)), size + split.size
+        yield self._add(seconds, size, ray=True)
+
+    def _features(self) -> Iterator[str]:
+        from pipelines.contract import splits_of
 
         seconds, size = 0.0, 0.0
         for name in splits_of(self.recipe):
             split = self._split(name)
-            made = f"{split.images:,} images, {split.captions:,} captions, {split.shards:,} shards, {_size(split.size)}"
-            yield f"makes   {name}: about {made}"
-            seconds, size = seconds + split.seconds_to_pack / min(cores(), max(1, split.shards)), size + split.size
+            yield f"makes   {name}: regions of about {split.images:,} images, {split.shards:,} shards, {_size(split.size)}"
+            seconds, size = seconds + split.seconds_to_feature, size + split.size
         yield self._add(seconds, size, ray=True)
 
     def _teach(self) -> Iterator[str]:

@@ -80,6 +80,9 @@ class CLIP(Matcher):
     def layers(self) -> list[nn.Module]:
         return [self.backbone.vision_model, self.backbone.text_model]
 
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.backbone.vision_model, "text": self.backbone.text_model}
+
     def encode_images(self, images: Images) -> Encoded:
         """Raises ValueError when the pixels are not the size that the model was trained for."""
         size = self.image_size

@@ -108,6 +108,9 @@ class DualEncoder(Matcher):
     def layers(self) -> list[nn.Module]:
         return [self.image_encoder, self.text_encoder]
 
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.image_encoder, "text": self.text_encoder}
+
     def encode_images(self, images: Images) -> Encoded:
         return self.image_heads(_vector(self.image_encoder(images), self.image_linear, self.image_pooling))
 

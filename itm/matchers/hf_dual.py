@@ -76,6 +76,9 @@ class HFDual(Matcher):
     def layers(self) -> list[nn.Module]:
         return [self.backbone.vision_model, self.backbone.text_model]
 
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.backbone.vision_model, "text": self.backbone.text_model}
+
     def encode_images(self, images: Images) -> Encoded:
         """Raises ValueError when the pixels are not the size that the model was trained for."""
         pixels = self.normalise(images)

@@ -74,7 +74,10 @@ def sections_of(page: Page, runs: Mapping[str, Mapping[str, Any]]) -> Sections:
 
 def training_charts(page: Page) -> dict[str, str]:
     """Title -> figure of what is measured in training for a picture alone."""
-    return {"distance of relations (ISD), validation": distances(page.validations)}
+    return {
+        "distance of relations (ISD), validation": distances(page.validations),
+        "the same by annotated entities (ISDa), validation": distances(page.validations, annotated=True),
+    }
 
 
 def _thresholds(pictures: Mapping[str, Any]) -> Any:

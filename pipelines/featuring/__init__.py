@@ -5,13 +5,15 @@ from __future__ import annotations
 from itm.config import Part, Recipe
 from itm.kinds import find_part, options_of
 from itm.matchers.encoders.build import IMAGE_ENCODERS
+from itm.sections import Features
 
 
 def of_photos(recipe: Recipe) -> Recipe:
     """The recipe of the photos that features are made of; itself where it asks for no features."""
     if recipe.features.photos is None:
         return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": recipe.features.photos, "image": "pixels"})})
+    data = recipe.data.model_copy(update={"root": recipe.features.photos, "image": "pixels", "cache_features": False})
+    return recipe.model_copy(update={"data": data, "features": Features()})
 
 
 def encoder_of(recipe: Recipe) -> Part:

@@ -11,6 +11,7 @@ from itm.data import files
 from itm.data.formats import Json, check_format
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
+from itm.matchers.mean import Mean
 from itm.report.pair import FORMAT, explained, find_pair
 from itm.report.thresholds import fits_of
 from itm.types import Matcher
@@ -55,9 +56,18 @@ def _made(recipe: Recipe, evaluation: Json, shown: Json, losses: Sequence[Mappin
 
 
 def named(matchers: Mapping[str, Matcher]) -> dict[str, Matcher]:
-    """The matchers by the last words of their URIs that tell them apart."""
+    """The matchers by the last words of their URIs that tell them apart; of a mean, its members."""
     short = {uri: uri.rstrip("/").removesuffix("/matcher").rsplit("/", 1)[-1] for uri in matchers}
-    return {short[uri] if list(short.values()).count(short[uri]) == 1 else uri: matcher for uri, matcher in matchers.items()}
+    apart = {short[uri] if list(short.values()).count(short[uri]) == 1 else uri: matcher for uri, matcher in matchers.items()}
+    found: dict[str, Matcher] = {}
+    for name, matcher in apart.items():
+        if isinstance(matcher, Mean):
+            kinds = [member.kind for member in matcher.averaged]
+            for number, member in enumerate(matcher.averaged, 1):
+                found[f"{name}: {member.kind}" + (f" {number}" if kinds.count(member.kind) > 1 else "")] = member
+        else:
+            found[name] = matcher
+    return found
 
 
 def steps_per_epoch(recipe: Recipe, trained: Json) -> float | None:

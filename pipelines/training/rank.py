@@ -19,6 +19,7 @@ from itm.teachers.online import OnlineTeachers
 from itm.tracking.loggers import loggers_of
 from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
+from itm.training.freezing import in_steps
 from itm.training.step import Step
 from itm.training.switches import build_step
 from pipelines.training.course import Course
@@ -59,7 +60,7 @@ class Rank:
         if job.recipe.data.cache_features and not job.recipe.train.compile:
             for encoder in method.matcher.layers():
                 remember_captions(cast(Encoder, encoder), job.manifest.captions)
-        step = build_step(method, job.recipe.train, course.rate, job.recipe.seed, device)
+        step = build_step(method, in_steps(job.recipe.train, course.plan.steps_per_epoch), course.rate, job.recipe.seed, device)
         if state.position.step:
             load_checkpoint(job.checkpoints, state, step)
         return cls(

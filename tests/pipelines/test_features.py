@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from dataclasses import asdict
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
 
 from itm.config import Recipe, parse_recipe
 from itm.data.preprocess import read_regions
 from itm.data.records import Caption, Record, Regions
-from itm.data.shards import Sample, read_manifest, read_samples
+from itm.data.shards import read_manifest
 from pipelines import features as stage
 from pipelines.contract import stages_of
+from pipelines.estimates import split_of
 from pipelines.featuring import of_photos
-from pipelines.featuring.actors import Extract, Prepare
+from pipelines.plan import lines_of
+from tests.support.making_features import HIGH, WIDE, photo, photos, samples, without_ray
 from tests.support.small_teaching import pack
 
-WIDE, HIGH = 96, 64
 ENCODER = "tests.support.mean_colours:MeanColours"
-
-
-def photo(colour: tuple[int, int, int]) -> bytes:
-    """Black, but for a square of one colour in the upper left quarter."""
-    pixels = np.zeros((HIGH, WIDE, 3), np.uint8)
-    pixels[: HIGH // 2, : WIDE // 2] = colour
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def photos(root: Path, count: int = 6, per_shard: int = 2) -> None:
-    records = [
-        Record(f"k{n}", "train", [Caption(f"c{n}{i}", f"photo {n} {i}") for i in range(1 + n % 3)], photo((40 * n + 40, 10, 200)), "png")
-        for n in range(count)
-    ]
-    pack(root, records, per_shard)
 
 
 def recipe(root: Path, **features: object) -> Recipe:
@@ -52,26 +38,7 @@ def recipe(root: Path, **features: object) -> Recipe:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The two operators without Ray between them; the region shards that were made."""
-    worked: list[str] = []
-
-    def extract(recipe, choices, todo):
-        actor = Extract(choices, recipe.features.batch_size, "cpu")
-        for job in todo:
-            (row,) = actor(Prepare(choices.image)(pa.table({"job": [json.dumps(asdict(job))]}))).to_pylist()
-            if row["error"]:
-                raise ValueError(row["error"])
-            worked.append(row["uri"])
-            yield row["uri"]
-
-    monkeypatch.setattr(stage, "_extract", extract)
-    return worked
-
-
-def samples(folder: Path) -> list[Sample]:
-    found = [item for shard in read_manifest(str(folder)).shards for item in read_samples(str(folder / shard.name))]
-    assert all(isinstance(item, Sample) for item in found)
-    return found
+    return without_ray(monkeypatch)
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
@@ -265,3 +232,44 @@ def test_packing_goes_to_the_photos_and_comes_before_features(tmp_path):
     assert pack_contract.writes(source)[0].startswith(str(tmp_path / "photos"))
     assert features_contract.writes(source)[0].startswith(str(tmp_path / "regions"))
     assert pack_contract.reads(source) == []
+
+
+def test_the_plan_says_what_features_will_cost_before_they_are_made(tmp_path, here):
+    photos(tmp_path / "photos")
+    asked = recipe(tmp_path)
+    said = "\n".join(lines_of(asked, only="features"))
+    assert "makes   train: regions of about 6 images, 3 shards" in said
+    split = split_of(asked, "train")
+    stage.features(asked)
+    assert [Regions.from_npz(data).features.shape for data, _ in split.rows[:2]] == [(16, 3)] * 2
+    made = split_of(asked, "train")
+    assert (split.images, split.captions, split.rows[0]) == (made.images, made.captions, made.rows[0])
+    assert abs(split.size - made.size) / made.size < 0.3  # tars of a few bytes are mostly padding
+    assert "done    train 6 images" in "\n".join(lines_of(asked, only="features"))
+
+
+@pytest.mark.e2e
+def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(tmp_path, monkeypatch, ray_local):
+    """Through Ray, by actors; the other half without it."""
+    photos(tmp_path / "photos", 60)
+    asked = recipe(tmp_path, batch_size=1)
+    (tmp_path / "r.json").write_text(asked.model_dump_json(exclude_unset=True))
+    folder = tmp_path / "regions" / "train"
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.features", "-c", str(tmp_path / "r.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.index.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    time.sleep(3)  # orphaned workers finish or die
+    left = {f: os.stat(f).st_ino for f in folder.glob("*.index.json")}
+    assert 0 < len(left) < 30, "killed half-way"
+    assert not (folder / "manifest.json").exists()
+    stage.features(asked)
+    assert {f: os.stat(f).st_ino for f in left} == left, "what was done is not done again"
+    shutil.copytree(tmp_path / "photos", tmp_path / "whole" / "photos")
+    without_ray(monkeypatch)
+    stage.features(recipe(tmp_path / "whole", batch_size=1))
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole" / "regions" / "train")

@@ -50,7 +50,7 @@ class EfficientNetLite0(Encoder):
         self.options = {"cells": cells, "freeze": freeze, "pretrained": False, "image_size": image_size}
         if cells is not None and not 1 <= cells <= math.ceil(image_size / STRIDE):
             raise ValueError(f"cells={cells}: of {image_size} pixels there are {math.ceil(image_size / STRIDE)} cells a side")
-        self.model = network(image_size, pretrained).requires_grad_(not freeze)
+        self.model = network(image_size, pretrained).requires_grad_(not freeze).train(not freeze)
         self.normalise = Normalise(MEAN, STD)
         self.cells, self.frozen, self.image_size = cells, freeze, image_size
 
@@ -59,9 +59,9 @@ class EfficientNetLite0(Encoder):
         return self.frozen
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode  # the model stays as in evaluation
         return self
 
     def forward(self, images: Images) -> Encoded:

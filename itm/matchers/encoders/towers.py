@@ -127,6 +127,8 @@ class HFVision(Encoder):
         chosen = {name: value for name, value, usual in (("layer", layer, -1), ("cells", cells, None)) if value != usual}
         self.options = {"config": as_config(self.model), "freeze": freeze, "mean": list(mean), "std": list(std)} | chosen
         self.model.requires_grad_(not freeze)
+        if freeze:
+            self.model.eval()
         widths = getattr(self.model.config, "hidden_sizes", None)
         self.width = self.vector_width = int(widths[-1] if widths else self.model.config.hidden_size)
 
@@ -135,9 +137,9 @@ class HFVision(Encoder):
         return self.frozen and self.cells is not None
 
     def train(self, mode: bool = True) -> HFVision:
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode  # the model stays as in evaluation; to tell its hundreds of modules so at every step takes 20 ms
         return self
 
     def forward(self, images: Images) -> Encoded:
@@ -200,12 +202,14 @@ class HFText(Encoder):
         for name, parameter in self.model.named_parameters():
             pooling = "pooler" in name or (self.padded is not None and "head." in name)
             parameter.requires_grad_(not freeze and (pool == "pooler" or not pooling))
+        if freeze:
+            self.model.eval()
         self.width = self.vector_width = int(self.model.config.hidden_size)
 
     def train(self, mode: bool = True) -> HFText:
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode  # the model stays as in evaluation; to tell its hundreds of modules so at every step takes 20 ms
         return self
 
     def forward(self, captions: Captions) -> Encoded:

@@ -22,7 +22,7 @@ from itm.matchers.late.naaf import walked_scores
 from itm.matchers.late.tiles import can_tile, form_of, tiled_relevance
 from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, tile_relevance
 from itm.matchers.late.uarda_pruned import Pruning
-from itm.matchers.late.uarda_separation import Observed, SeparationOptions, samples, separation_loss
+from itm.matchers.late.uarda_separation import Observed, SeparationOptions, followed_threshold, samples, separation_loss
 from itm.matchers.late.uarda_threshold import RelevanceThreshold, ThresholdOptions, relevance_threshold
 from itm.types import Encoded, Options
 
@@ -34,6 +34,7 @@ Model = TypeVar("Model", bound=Strict)
 class Choices(TypedDict, total=False):
     """direction: t2i (words ask), i2t (regions ask), both (sum, one threshold each). eval_threshold: `t`, `t_safe` or a number.
 
+    threshold_grad: constant, or implicit (needs expm1 weights): the ranking loss moves the distributions by way of t as well.
     `threshold` holds ThresholdOptions, `separation` SeparationOptions.
     """
 
@@ -41,6 +42,7 @@ class Choices(TypedDict, total=False):
     lambda_softmax: float
     weights: Literal["softmax", "expm1", "scan"]
     eval_threshold: Literal["t", "t_safe"] | float
+    threshold_grad: Literal["constant", "implicit"]
     threshold: Options | None
     separation: Options | None
 
@@ -54,6 +56,7 @@ DEFAULTS: Choices = {
     "lambda_softmax": 20.0,
     "weights": "softmax",
     "eval_threshold": "t_safe",
+    "threshold_grad": "constant",
     "threshold": None,
     "separation": None,
 }
@@ -72,16 +75,10 @@ class UARDA(LateInteraction):
         refuse_unknown(options, UARDAOptions.__annotations__, "UARDA")
         o: UARDAOptions = {**DEFAULTS, **options}
         super().__init__(vocab_size=vocab_size, image=o.get("image"), text=o.get("text"))
-        direction, weights, eval_threshold = o["direction"], o["weights"], o["eval_threshold"]
-        if direction not in ("t2i", "i2t", "both") or weights not in ("softmax", "expm1", "scan"):
-            raise ValueError(f"UARDA: direction is t2i, i2t or both and weights softmax, expm1 or scan, not {direction!r} and {weights!r}")
-        if isinstance(eval_threshold, str) and eval_threshold not in ("t", "t_safe"):
-            raise ValueError(f"UARDA: eval_threshold is t, t_safe or a number, not {eval_threshold!r}")
         self.rule, self.separation = _read(ThresholdOptions, o["threshold"]), _read(SeparationOptions, o["separation"])
-        if self.rule.mode == "naaf_compat" and direction != "t2i":
-            raise ValueError("UARDA: threshold.mode=naaf_compat knows direction=t2i only")
-        self.attend = Attention(weights, o["lambda_softmax"])
-        self.eval_threshold = eval_threshold
+        _check(o, self.rule)
+        direction, self.eval_threshold, self.implicit = o["direction"], o["eval_threshold"], o["threshold_grad"] == "implicit"
+        self.attend = Attention(o["weights"], o["lambda_softmax"])
         directions = ("t2i", "i2t") if direction == "both" else (direction,)
         self.thresholds = nn.ModuleDict({d: RelevanceThreshold(self.rule) for d in directions})
         self.observed: dict[str, Observed] = {}
@@ -107,16 +104,24 @@ class UARDA(LateInteraction):
             return self.pruning.scores(direction, query, context, self.attend, t)
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
-        observing = self.training and torch.is_grad_enabled()
-        if observing and self.rule.mode == "naaf_compat":
-            scores = walked_scores(self.attend, self._state(direction), self.rule.alpha, raw, grams, (query_mask, context_mask))
-        else:
-            relevance = self.attend.relevance(raw, grams, context_mask, t)
-            scores = (relevance * query_mask).sum(-1) / query_mask.sum(-1)
-        if observing:
-            maxima = raw.masked_fill(~context_mask[:, None, None, :], -torch.inf).amax(-1)
-            self.observed[direction] = Observed(maxima, query_mask, scores.detach())
+        observing, masks = self.training and torch.is_grad_enabled(), (query_mask, context_mask)
+        if not observing:
+            return self._pooled(raw, grams, masks, t)
+        maxima = raw.masked_fill(~context_mask[:, None, None, :], -torch.inf).amax(-1)
+        if self.implicit:
+            with torch.no_grad():
+                first = self._pooled(raw, grams, masks, t)
+            t = followed_threshold(self._state(direction), Observed(maxima, query_mask, first), self.rule.mismatch)
+        walk = (self.attend, self._state(direction), self.rule.alpha, raw, grams, masks)
+        scores = walked_scores(*walk) if self.rule.mode == "naaf_compat" else self._pooled(raw, grams, masks, t)
+        self.observed[direction] = Observed(maxima, query_mask, scores.detach())
         return scores
+
+    def _pooled(self, raw: Tensor, grams: Tensor, masks: tuple[Tensor, Tensor], t: Tensor | float) -> Tensor:
+        """(Nc,Nq): mean of r over the valid query items."""
+        query_mask, context_mask = masks
+        relevance = self.attend.relevance(raw, grams, context_mask, t)
+        return (relevance * query_mask).sum(-1) / query_mask.sum(-1)
 
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
@@ -177,6 +182,20 @@ class UARDA(LateInteraction):
                 state.update(matched.detach(), mismatched.detach(), everywhere=len(scores) != rows)
         self.observed = {}
         return {"separation": torch.stack(losses).sum()} if losses else {}
+
+
+def _check(o: Choices, rule: ThresholdOptions) -> None:
+    direction, weights, at, grad = o["direction"], o["weights"], o["eval_threshold"], o["threshold_grad"]
+    if direction not in ("t2i", "i2t", "both") or weights not in ("softmax", "expm1", "scan"):
+        raise ValueError(f"UARDA: direction is t2i, i2t or both and weights softmax, expm1 or scan, not {direction!r} and {weights!r}")
+    if isinstance(at, str) and at not in ("t", "t_safe"):
+        raise ValueError(f"UARDA: eval_threshold is t, t_safe or a number, not {at!r}")
+    if rule.mode == "naaf_compat" and direction != "t2i":
+        raise ValueError("UARDA: threshold.mode=naaf_compat knows direction=t2i only")
+    if grad not in ("constant", "implicit"):
+        raise ValueError(f"UARDA: threshold_grad is constant or implicit, not {grad!r}")
+    if grad == "implicit" and (weights, rule.mode) != ("expm1", "batch"):
+        raise ValueError("UARDA: threshold_grad=implicit needs weights=expm1, as t cancels in softmax weights, and threshold.mode=batch")
 
 
 def _read(model: type[Model], options: Options | None) -> Model:
