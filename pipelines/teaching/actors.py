@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,11 +63,8 @@ class Prepare:
             return {"error": f"{shard}: {error}", "header": header}
 
     def _rows(self, shard: str, header: str, skip: set[int]) -> Json:
-        keys: list[Any] = []
-        captions: list[Any] = []
-        problems: list[Any] = []
-        payloads: list[Any] = []
-        unreadable: list[Any] = []
+        keys: list[str] = []
+        captions, problems, payloads, unreadable = [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
                 unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []
