@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,13 @@ class Pairs:
     relations: Relations | None = None
 
 
+class SplitScore(NamedTuple):
+    """`Matcher.score` in two passes: scores (I,T) without gradient, and of_pairs(image rows (P,), caption rows (P,)) -> (P,) with it."""
+
+    scores: Tensor
+    of_pairs: Callable[[Tensor, Tensor], Tensor]
+
+
 class ImageForm(Protocol):
     """What a matcher sees of an image; `itm.data.preprocess.ImageInput` is the one there is."""
 
@@ -291,6 +298,10 @@ class Matcher(nn.Module):
         """(I,T) scores, images in rows."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it scores")
 
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        """In the place of `score` where a loss reaches few pairs. None where pairs depend on each other, or it would save nothing."""
+        return None
+
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs."""
         return False
@@ -362,6 +373,8 @@ class Method(nn.Module):
     matcher: Matcher
     needs_teacher: tuple[str, ...] = ()
     """Modalities, of image and text, whose teacher vectors a batch must hold."""
+    hardest_pairs: bool = True
+    """Where a loss reaches few pairs, the others are scored without gradient (`train.hardest_pairs`)."""
 
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by name. step: optimiser steps taken; chunk: rows that are encoded at a time (`train.cache_chunk`)."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from itm.methods.encode import batch_positives, encode
+from itm.methods.hardest_pairs import ranked
 from itm.methods.terms import build_term, matcher_terms
 from itm.types import Batch, Matcher, Method
 
@@ -27,7 +28,7 @@ class Matching(Method):
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """{`loss`: scalar}, and what the matcher adds (see `Matcher.training_terms`)."""
         self.term.clamp_()
-        scores = self.matcher.score(*encode(self.matcher, batch, self.gather, chunk))
+        encoded = encode(self.matcher, batch, self.gather, chunk)
         positives = batch_positives(batch, self.gather)
-        found = {self.loss: self.term(scores, positives, step)}
-        return found | matcher_terms(self.matcher, scores, positives, batch)
+        scores, loss = ranked(self.matcher, encoded, self.term, positives, step, self.hardest_pairs)
+        return {self.loss: loss} | matcher_terms(self.matcher, scores, positives, batch)

@@ -8,6 +8,7 @@ padded. SGRAF is the mean of the scores of one SGR and one SAF:
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -15,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores
+from itm.matchers.late.base import LateInteraction, gram, parts_of, raw_scores
+from itm.matchers.late.pairs import like_length, score_pairs
+from itm.matchers.late.sgraf_blocks import attend, block_scores, chosen_scores
 from itm.matchers.late.sgraf_tiles import linear, tiled_scores
 from itm.matchers.late.tiles import can_tile, product
 from itm.matchers.norms import full, l1, l2, masked_mean, xavier
-from itm.types import Encoded, Images, Options
-
-LAMBDA = 9.0
-"""Temperature of the text-to-image attention, fixed in the authors' code."""
+from itm.types import Encoded, Images, Options, SplitScore
 
 
 class SlotNorm(nn.BatchNorm1d):
@@ -197,6 +197,8 @@ class SimilarityMatcher(LateInteraction):
     backward pass instead of keeping their activations. Neither changes a number.
     """
 
+    couples_pairs: ClassVar[bool] = False
+    """In training, the score of a pair depends on the other pairs."""
     gru_dropout = 0.4
     chunk_elements: int = 1 << 24
 
@@ -220,7 +222,7 @@ class SimilarityMatcher(LateInteraction):
         self.options = {**self.towers, "sim_dim": sim_dim, "regions": regions, "dropout": dropout}
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """nodes (I,T,K,S) with the global node first, mask (T,K) -> score vectors (I,T,S) and batch statistics a caption (T,2)."""
+        """nodes (I,T,K,S), the global node first, mask (T,K) or (I,T,K) -> score vectors (I,T,S), batch statistics a caption (T,2)."""
         raise NotImplementedError
 
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
@@ -238,29 +240,43 @@ class SimilarityMatcher(LateInteraction):
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) in (0,1). In training batch norm sees this block. Raises ValueError for one image in training."""
         (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
-        self._check_slots(images)
-        if self.training and len(images) < 2:
-            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        whole_images, whole_captions = self._whole(images, captions)
         if self.cuts_tiles(captions):
-            return tiled_scores(self, images, captions)
-        whole_images = self.v_global_w(regions, region_mask)
-        whole_captions = self.t_global_w(words, word_mask)
-        if self.training and self.keeps_whole:
-            self.kept = {"image": (images, whole_images), "text": (captions, whole_captions)}
+            return tiled_scores(self, images, captions, whole_images, whole_captions)
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
-        scores, statistics = [], []
-        for chosen in _chunks(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
+        scores, statistics, block = [], [], functools.partial(block_scores, self)
+        for chosen in like_length(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
             longest = int(lengths[chosen[0]])
             chunk = words[chosen, :longest], word_mask[chosen, :longest], whole_captions[chosen]
             inputs = (regions, region_mask, whole_images), chunk
             keep_less = self.recompute and torch.is_grad_enabled()
-            block, block_statistics = checkpoint(self._block, *inputs, use_reentrant=False) if keep_less else self._block(*inputs)
-            scores.append(block)
+            found, block_statistics = checkpoint(block, *inputs, use_reentrant=False) if keep_less else block(*inputs)
+            scores.append(found)
             statistics.append(block_statistics)
         if self.training:
             self.track(torch.cat(statistics))
         return torch.cat(scores, 1)[:, order.argsort()]
+
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        with torch.no_grad():
+            if self.couples_pairs or not can_tile(captions):
+                return None
+        whole = self._whole(images, captions)
+        with torch.no_grad():
+            scores = tiled_scores(self, images, captions, *whole)
+        score = functools.partial(chosen_scores, self, *whole, gram(parts_of(images)[0]))
+        return SplitScore(scores, lambda rows, columns: score_pairs(score, images, captions, rows, columns, self.recompute))
+
+    def _whole(self, images: Encoded, captions: Encoded) -> tuple[Tensor, Tensor]:
+        """(SGRAF 1) and (SGRAF 2): (I,D), (T,D)."""
+        self._check_slots(images)
+        if self.training and len(images) < 2:
+            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        whole = self.v_global_w(*parts_of(images)), self.t_global_w(*parts_of(captions))
+        if self.training and self.keeps_whole:
+            self.kept = {"image": (images, whole[0]), "text": (captions, whole[1])}
+        return whole
 
     def whole(self, encoded: Encoded, side: str) -> Tensor:
         """(SGRAF 1) or (SGRAF 2). In training that of the last `score` where it is of the same rows: the norms see a batch once."""
@@ -281,50 +297,9 @@ class SimilarityMatcher(LateInteraction):
                 f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
             )
 
-    def _block(self, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2).
-
-        Equations: docs/methods/sgraf.md#similarity-vectors.
-        """
-        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
-        local = l2(self.sim_tranloc_w(self._difference(parts, mask, words).square()))
-        glob = l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
-        nodes = torch.cat([glob.unsqueeze(2), local], 2)
-        vectors, statistics = self.reason(nodes, F.pad(word_mask, (1, 0), value=True))
-        with torch.autocast(vectors.device.type, enabled=False):  # a bfloat16 score has 8 bits: many pairs would tie
-            return self.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
-
-    def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word. Padded words are zero.
-
-        Equations: docs/methods/sgraf.md#text-to-image-attention.
-        """
-        images, captions, length, width = len(parts), *words.shape
-        weights = attend(parts, mask, words)
-        weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
-        attended = weights.flatten(1, 2) @ parts
-        return attended.view(images, captions, length, width) - words
-
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
-        return attend(*parts_of(image), parts_of(caption)[0])[0]
-
-
-def _chunks(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
-    """Rows of `order` (longest first) cut where they would hold more than `budget` words, or padding 15 % of a chunk."""
-    starts = [0]
-    for end, length in enumerate(lengths):
-        longest = lengths[starts[-1]]
-        wide = (end + 1 - starts[-1]) * longest > budget
-        padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
-        if end > starts[-1] and (wide or padded):
-            starts.append(end)
-    return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
-
-def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-    """(I,T,L,R) attention of each word to the regions (docs/methods/sgraf.md#text-to-image-attention)."""
-    attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
-    return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        (parts, mask), (words, _) = parts_of(image), parts_of(caption)
+        return attend(raw_scores(words, parts), mask)[0]
 
 
 class SGR(SimilarityMatcher):
@@ -349,7 +324,7 @@ class SGR(SimilarityMatcher):
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         images, captions = nodes.shape[:2]
-        z, real = nodes.flatten(0, 1), mask.repeat(images, 1)
+        z, real = nodes.flatten(0, 1), mask.expand(nodes.shape[:3]).flatten(0, 1)
         for k, step in enumerate(self.SGR_module):
             z = step(z, real, last=k == len(self.SGR_module) - 1)
         return z[:, 0].view(images, captions, -1), nodes.new_zeros(captions, 2)
@@ -362,8 +337,9 @@ class SGR(SimilarityMatcher):
 
 
 class SAF(SimilarityMatcher):
-    """Similarity attention filtration: the nodes weighted by gates."""
+    """Similarity attention filtration: the nodes weighted by gates, which a batch norm over all images of a caption couples."""
 
+    couples_pairs = True
     kind: ClassVar[str] = "saf"
 
     def __init__(

@@ -40,22 +40,15 @@ class Scorer(Protocol):
     sim_tranglo_w: nn.Linear
     sim_eval_w: nn.Linear
 
-    @property
-    def v_global_w(self) -> nn.Module: ...
-
-    @property
-    def t_global_w(self) -> nn.Module: ...
-
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
         """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> score vectors (P,S)."""
         ...
 
 
-def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded) -> Tensor:
-    """(I,T) of a matcher in evaluation mode."""
+def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded, whole_images: Tensor, whole_captions: Tensor) -> Tensor:
+    """(I,T) of a matcher whose pairs do not depend on each other, with the global vectors (I,D), (T,D)."""
     (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
     device, kind = regions.device.type, product_dtype(regions)
-    whole_images, whole_captions = matcher.v_global_w(regions, region_mask), matcher.t_global_w(words, word_mask)
     scores = regions.new_empty(len(images), len(captions))
     with torch.autocast(device, enabled=False):
         block = _Block(matcher, kind, regions, region_mask)

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itm.matchers.late.tiles import attended_squares
+from itm.matchers.late.base import parts_of
+from itm.matchers.late.pairs import PairRows
+from itm.matchers.late.tiles import Relate, attended_squares, tiled_relevance
 from itm.matchers.norms import l2
+from itm.types import Encoded
 
 MOST_GROWTH = 40  # (exp(40) x regions)^2 is still a float32
 
@@ -22,6 +25,26 @@ def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: f
     e = F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
     square = attended_squares(e, grams)
     return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
+
+
+def observed_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
+    """(2,Nc,Q,Nq): `tile_relevance`, and the largest raw score of each query item."""
+    top = (raw if context_mask is None else raw.masked_fill(~context_mask[:, :, None, None], -torch.inf)).amax(1)
+    return torch.stack([tile_relevance(raw, grams, context_mask, t, smooth), top])
+
+
+def tiled_direction(direction: str, query: Encoded, context: Encoded, relate: Relate, observed: bool) -> tuple[Tensor, Tensor | None]:
+    """Scores (Nc,Nq) by tiles, and with `observed`, where `relate` is `observed_relevance`, row maxima (Nc,Nq,Q)."""
+    t2i, query_mask, items = direction == "t2i", parts_of(query)[1], parts_of(context)[0]
+    scores = items.new_empty(len(context), len(query))
+    maxima = items.new_full((len(context), *query_mask.shape), -torch.inf) if observed else None
+    for rows, chosen, related, mask in tiled_relevance(context if t2i else query, query if t2i else context, direction, relate):
+        place: tuple[slice | Tensor, ...] = (rows, chosen) if t2i else (chosen, rows)
+        if maxima is not None:
+            maxima[(*place, slice(mask.shape[1]))] = related[1]
+        relevance = related if maxima is None else related[0]
+        scores[place] = (relevance * mask).sum(-1) / mask.sum(-1)
+    return scores, maxima
 
 
 @dataclass
@@ -55,3 +78,17 @@ class Attention:
         if self.weights == "expm1":
             e = e - torch.exp(self.lambda_softmax * (t - top).clamp(max=0.0))
         return e * keep
+
+
+def chosen_scores(attend: Attention, known: dict[str, tuple[Tensor, Tensor | float]], pairs: PairRows) -> Tensor:
+    """(n,). known {direction: (grams (N,C,C) of all contexts, threshold of this step)}."""
+    found = []
+    for direction, (grams, t) in known.items():
+        if direction == "t2i":
+            raw, mask, context_mask, context = pairs.raw, pairs.word_mask, pairs.region_mask, pairs.image
+        else:
+            raw, mask, context_mask, context = pairs.raw.mT, pairs.region_mask, pairs.word_mask, pairs.caption
+        most = context_mask.shape[1]
+        relevance = attend.relevance(raw, grams[:, :most, :most].index_select(0, context), context_mask, t).squeeze(1)
+        found.append((relevance * mask).sum(-1) / mask.sum(-1))
+    return torch.stack(found).sum(0)
