@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itm.matchers.late.base import LateInteraction, gram, parts_of, raw_scores
 from itm.matchers.late.pairs import like_length, score_pairs
-from itm.matchers.late.sgraf_blocks import attend, block_scores, chosen_scores
+from itm.matchers.late.sgraf_blocks import attend, block_scores, chosen_scores, packs
 from itm.matchers.late.sgraf_tiles import linear, tiled_scores
 from itm.matchers.late.tiles import can_tile, product
 from itm.matchers.norms import full, l1, l2, masked_mean, xavier
@@ -193,7 +193,7 @@ class SimilarityMatcher(LateInteraction):
     """The common part of SGR and SAF: attention, similarity vectors, chunking. `regions` is the number of batch-norm slots.
 
     In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
-    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
+    as if one process had them. `chunk_elements` bounds the largest tensor of a chunk, images x words x width; `recompute` runs the chunks again in the
     backward pass instead of keeping their activations. Neither changes a number.
     """
 
@@ -245,8 +245,9 @@ class SimilarityMatcher(LateInteraction):
             return tiled_scores(self, images, captions, whole_images, whole_captions)
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
+        width = self.sim_tranloc_w.out_features if packs(regions) else self.width  # the widest that a chunk keeps
         scores, statistics, block = [], [], functools.partial(block_scores, self)
-        for chosen in like_length(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
+        for chosen in like_length(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * width))):
             longest = int(lengths[chosen[0]])
             chunk = words[chosen, :longest], word_mask[chosen, :longest], whole_captions[chosen]
             inputs = (regions, region_mask, whole_images), chunk
