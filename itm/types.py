@@ -7,79 +7,20 @@ B, I, T, N = rows (batch, images, captions, either)   R = regions   L = tokens  
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from itm.rows import Rows
+
 Options = dict[str, Any]
 """Keyword arguments of a part: plain values that JSON holds, as a recipe and a config.json have them."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tensors that share their first axis. A missing field is None.
-
-    Rows on a GPU remember those in main memory that they were moved from: what must be known of them, such as lengths, is read from
-    `host`, and the host does not wait for the device.
-    """
-
-    @property
-    def host(self) -> Self:
-        """The same rows in main memory, without large fields; what was not moved from there is copied, which waits."""
-        twin: Self | None = self.__dict__.get("_host")
-        return self.light().to("cpu") if twin is None else twin
-
-    def light(self) -> Self:
-        """Without fields that a device should rather hold alone."""
-        return self
-
-    def moved_from(self, here: Self) -> Self:
-        """The same rows, which lie elsewhere, with `here` as what is known of them in main memory."""
-        if here.host_known and not self.host_known:
-            object.__setattr__(self, "_host", here.host)
-        return self
-
-    @property
-    def host_known(self) -> bool:
-        """Whether `host` costs nothing."""
-        return "_host" in self.__dict__ or all(value.device.type == "cpu" for value in self.present().values())
-
-    def present(self) -> dict[str, Tensor]:
-        """The fields that are set, by name."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
-
-    def __len__(self) -> int:
-        return len(next(iter(self.present().values())))
-
-    def __getitem__(self, rows: slice | Tensor) -> Self:
-        """The chosen rows: a slice, an index tensor or a bool mask."""
-        chosen = replace(self, **{name: value[rows] for name, value in self.present().items()})
-        known = "_host" in self.__dict__ and (isinstance(rows, slice) or rows.device.type == "cpu")
-        return chosen.moved_from(self.host[rows]) if known else chosen
-
-    def to(self, target: torch.device | torch.dtype | str, non_blocking: bool = False) -> Self:
-        """Move (or cast) every tensor, as `Tensor.to`."""
-        moved = replace(self, **{name: value.to(target, non_blocking=non_blocking) for name, value in self.present().items()})
-        return moved.moved_from(self)
-
-    @classmethod
-    def cat(cls, pieces: Sequence[Self]) -> Self:
-        """Stack pieces along the rows. Ragged second axes (parts, tokens and their masks) are zero-padded to the longest."""
-        if not pieces:
-            raise ValueError(f"cannot stack zero pieces of {cls.__name__}")
-        names = pieces[0].present()
-        return replace(pieces[0], **{name: _cat([p.present()[name] for p in pieces]) for name in names})
-
-
-def _cat(values: list[Tensor]) -> Tensor:
-    if values[0].dim() > 1 and len({v.shape[1] for v in values}) > 1:
-        longest = max(v.shape[1] for v in values)
-        values = [torch.cat([v, v.new_zeros(v.shape[0], longest - v.shape[1], *v.shape[2:])], 1) for v in values]
-    return torch.cat(values)
 
 
 @dataclass(frozen=True)
@@ -265,16 +206,22 @@ class Matcher(nn.Module):
     """Setting `pruning` has an effect."""
 
     def __init_subclass__(cls, **given: object) -> None:
-        """A matcher of a user's own that names no kind is known by its import path."""
+        """A matcher of a user's own that names no kind is known by its import path; what it encodes holds what attached heads give."""
         super().__init_subclass__(**given)
         if "kind" not in vars(cls):
             cls.kind = f"{cls.__module__}:{cls.__qualname__}"
+        for name, side in (("encode_images", "image"), ("encode_captions", "text")):
+            if name in vars(cls):
+                setattr(cls, name, _with_uni(vars(cls)[name], side))
 
     options: Options
     vector_width: int = 0
     """Width of `Encoded.vector`; 0 = it is not known."""
     uni_width: int = 0
     """Width of `Encoded.uni`; 0 = there is no uni-modal head."""
+    uni_heads: nn.Module | None
+    """Heads that a method trained for a matcher without its own (`itm.matchers.uni_heads`): outside of training `encode_images` and
+    `encode_captions` add what they give, from (matcher, encoded, side), as `Encoded.uni`."""
     image_size: int | None = None
     """Pixels a side that the images must have; None = the matcher reads regions, or pixels of any size."""
     regions: int = 36
@@ -288,6 +235,10 @@ class Matcher(nn.Module):
     """Without gradient, run what `score` does to a tile as torch.compile makes it."""
     _inputs: MatcherInputs | None = None
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.uni_heads = None  # not of the class, where it would hide the module
+
     def encode_images(self, images: Images) -> Encoded:
         raise NotImplementedError(f"{type(self).__name__} does not say how it encodes images")
 
@@ -297,6 +248,10 @@ class Matcher(nn.Module):
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) scores, images in rows."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it scores")
+
+    def training_scores(self, images: Encoded, captions: Encoded) -> Sequence[Tensor]:
+        """Matrices (I,T) whose ranking losses a method adds up: the score, but for a matcher that trains several scores at once."""
+        return [self.score(images, captions)]
 
     def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
         """In the place of `score` where a loss reaches few pairs. None where pairs depend on each other, or it would save nothing."""
@@ -318,10 +273,19 @@ class Matcher(nn.Module):
         """(N,D) the vector of a whole image or caption that the matcher makes of its parts; None = it makes none. side: image or text."""
         return None
 
+    @property
+    def averaged(self) -> Sequence[Matcher]:
+        """The matchers whose mean score this one gives: itself alone, for all but a mean."""
+        return (self,)
+
     def layers(self) -> list[nn.Module]:
         """The modules that hold most weights and activations: encoders, and layers of a joint encoder. They are compiled, run again in
         the backward pass and sharded one by one, so each is called as a module, and its weights are read inside that call only."""
         return []
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoders that can be frozen or learn at rates of their own (train.freeze): `image`, `text`, or none."""
+        return {}
 
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
         """Row-aligned pairs of a joint matcher: scores (N,), and the relation blocks of the rows `relations_of` (G,) int64."""
@@ -367,6 +331,19 @@ class Matcher(nn.Module):
         return moved
 
 
+def _with_uni(encode: Callable[[Any, Any], Encoded], side: str) -> Callable[[Any, Any], Encoded]:
+    """`encode` of a matcher's class, then its uni heads; once, where a subclass calls the `encode` of its base."""
+
+    @functools.wraps(encode)
+    def whole(matcher: Matcher, rows: Any) -> Encoded:
+        encoded = encode(matcher, rows)
+        if matcher.uni_heads is None or matcher.training or getattr(type(matcher), encode.__name__) is not whole:
+            return encoded
+        return replace(encoded, uni=matcher.uni_heads(matcher, encoded, side)).moved_from(encoded)
+
+    return whole
+
+
 class Method(nn.Module):
     """A way of training: owns a matcher, learnable temperatures (parameters) and running statistics (buffers)."""
 
@@ -379,6 +356,11 @@ class Method(nn.Module):
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by name. step: optimiser steps taken; chunk: rows that are encoded at a time (`train.cache_chunk`)."""
         raise NotImplementedError
+
+    @contextmanager
+    def serving(self) -> Iterator[Matcher]:
+        """The matcher as it is kept, registered and served: with those layers of the method that belong to what it gives."""
+        yield self.matcher
 
 
 def positives_from_ids(image_ids: Tensor, caption_image_ids: Tensor) -> Tensor:

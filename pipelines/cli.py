@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,9 +41,10 @@ STAGES = {
     "demo": Stage("look", "the whole pipeline on embedded defaults: scenes, teachers, three trainings, report"),
     "recipes": Stage("look", "list the shipped recipes, or print one with the origin of each value", "list_recipes"),
     "plan": Stage("look", "what `itm run` will do with a recipe: inputs, outputs, what is done, steps, time, memory, bytes"),
-    "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, teach, train, evaluate, register, report"),
+    "run": Stage("look", "all stages of a recipe in order, nothing twice: pack, features, teach, train, evaluate, register, report"),
     "inspect": Stage("look", "say what a folder of shards, or of soft-label stores, holds"),
     "pack": Stage("prepare", "raw data -> WebDataset tar shards with a manifest"),
+    "features": Stage("prepare", "photos in shards -> region shards, by any image encoder or in a detector's boxes"),
     "repair": Stage("prepare", "clean copy of shards: members grouped by key, unusable ones left out by name"),
     "import": Stage("prepare", "turn an authors' checkpoint into a matcher folder", "import_checkpoint"),
     "teach": Stage("teach", "score shards with the teachers -> Arrow soft-label stores"),
@@ -49,6 +52,7 @@ STAGES = {
     "train": Stage("train", "train a matcher on shards (Ray Data -> Ray Train)"),
     "evaluate": Stage("judge", "recall and equivalence metrics of a matcher on a split, or of a score file"),
     "report": Stage("judge", "one self-contained HTML page about a run"),
+    "explain": Stage("judge", "why a matcher scores one pair as it does: words, relations, gates, edges, on one page"),
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
@@ -56,6 +60,7 @@ STAGES = {
     "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
+TRACKED = ("pack", "teach", "train", "evaluate", "register", "models", "run", "demo")  # stages that record a run, or read records
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -118,7 +123,8 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     with sigterm_as_interrupt():
         try:
             module = import_module(module_of(stage))
-            args = _parsed(stage, module, argv)
+            _, args = parsed(stage, module, argv)
+            check_submitted(stage)
             with needed_by(f"itm {stage}", extra="pipeline"):
                 if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
                     import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
@@ -137,7 +143,25 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             return code
 
 
-def _parsed(stage: str, module: ModuleType, argv: list[str]) -> argparse.Namespace:
+def check_submitted(stage: str) -> None:
+    """In a job of `itm submit`: raises ValueError when the machine that submitted it has files that it reads, and this one has not, and
+    when nobody has told where runs are recorded."""
+    if not (submitter := os.environ.get("ITM_SUBMITTED_FROM")):
+        return
+    if stage in TRACKED:
+        from itm.tracking.addresses import tracking_uri
+
+        tracking_uri()
+    missing = [path for path in json.loads(os.environ.get("ITM_READ_THERE", "[]")) if not os.path.exists(path)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]} lies on {submitter}, which submitted this job, and not on {socket.gethostname()}, where it runs: upload it "
+            f"(aws s3 cp --recursive {missing[0]} s3://BUCKET/...) and give its URI, or submit with --ship where it is small"
+        )
+
+
+def parsed(stage: str, module: ModuleType, argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """The parser of a stage, and what it makes of the arguments. An argument that it does not know ends the process, as argparse does."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a part of the user's own may lie; last, so that nothing is hidden by it
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +170,7 @@ def _parsed(stage: str, module: ModuleType, argv: list[str]) -> argparse.Namespa
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     if args.traceback:
         os.environ["ITM_TRACEBACK"] = "1"  # also for the processes that a stage starts
-    return args
+    return parser, args
 
 
 def script(file: str) -> NoReturn:

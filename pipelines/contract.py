@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
+from pipelines.featuring import of_photos
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,9 @@ def _flat(value: object) -> list[str]:
 
 def splits_of(recipe: Recipe) -> list[str]:
     """The splits that `itm pack` makes, else those that the recipe names."""
-    if recipe.data.source is not None:
-        from pipelines.pack import open_source
+    from pipelines.features import splits_named
 
-        return list(open_source(recipe.data.source).splits)
-    data = recipe.data
-    return list(dict.fromkeys(split for split in (data.train_split, data.val_split, data.test_split) if split))
+    return splits_named(recipe)
 
 
 def _packed(recipe: Recipe) -> str | None:
@@ -86,11 +84,45 @@ def _pack(recipe: Recipe) -> str:
     return _packed(recipe) or ""
 
 
+# --- features -------------------------------------------------------------------------------------------------------------------------
+
+
+def _asks_features(recipe: Recipe) -> bool:
+    return recipe.features.photos is not None
+
+
+def _photo_shards(recipe: Recipe) -> list[str]:
+    boxes = [recipe.features.boxes] if recipe.features.boxes else []
+    return [split_uri(of_photos(recipe), split) for split in splits_of(recipe)] + boxes
+
+
+def _photo_manifests(recipe: Recipe) -> list[str]:
+    return [files.join(uri, "manifest.json") for split in splits_of(recipe) for uri in [split_uri(of_photos(recipe), split)]]
+
+
+def _featured(recipe: Recipe) -> str | None:
+    from pipelines.features import check, featured
+
+    check(recipe)
+    try:
+        manifests = featured(recipe)
+    except ValueError:  # no photos yet
+        return None
+    return None if manifests is None else ", ".join(f"{split} {m.samples:,} images" for split, m in manifests.items())
+
+
+def _features(recipe: Recipe) -> str:
+    from pipelines.features import features
+
+    return ", ".join(f"{split} {m.samples:,} images, {m.rejected:,} rejected" for split, m in features(recipe).items())
+
+
 # --- teach, train -----------------------------------------------------------------------------------------------------------------------
 
 
 def _modalities(recipe: Recipe) -> list[str]:
-    return [modality for modality in ("image", "text") if getattr(recipe.teachers, modality) is not None]
+    """Of the teachers that have stores."""
+    return list(recipe.teachers.stored)
 
 
 def _stores_root(recipe: Recipe) -> list[str]:
@@ -188,6 +220,13 @@ def _or_none(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4g}"
 
 
+def _register_inputs(recipe: Recipe) -> list[str]:
+    """An ensemble is put together when it is registered."""
+    if recipe.evaluation.ensemble:
+        return [*_members(recipe), *in_run("evaluation.json")(recipe)]
+    return in_run("matcher", "evaluation.json", "run.json")(recipe)
+
+
 def _registered(recipe: Recipe) -> str | None:
     from pipelines.register import receipt
 
@@ -228,6 +267,10 @@ def _shards(recipe: Recipe) -> list[str]:
     return [split_uri(recipe, split) for split in splits_of(recipe)]
 
 
+def _packed_shards(recipe: Recipe) -> list[str]:
+    return _shards(of_photos(recipe))
+
+
 def _train_split(recipe: Recipe) -> list[str]:
     """The folder that is trained on, or those that data.mix names."""
     roots = [one.root for one in recipe.data.mix] or [recipe.data.root]
@@ -243,10 +286,11 @@ def _store_receipts(recipe: Recipe) -> list[str]:
 
 
 _run_receipt, _evaluation, _registration, _page = map(in_run, ("run.json", "evaluation.json", "registered.json", "report.html"))
-_result, _training = in_run("matcher", "evaluation.json", "run.json"), in_run("matcher", "losses.jsonl", "checkpoints")
+_training = in_run("matcher", "losses.jsonl", "checkpoints")
 
 CONTRACTS = (
-    Contract("pack", lambda r: r.data.source is not None, _raw, _shards, _manifests, _packed, _pack),
+    Contract("pack", lambda r: r.data.source is not None, _raw, _packed_shards, _photo_manifests, _packed, _pack),
+    Contract("features", _asks_features, _photo_shards, _shards, _manifests, _featured, _features),
     Contract(
         "teach",
         lambda r: bool(_modalities(r)),
@@ -258,6 +302,6 @@ CONTRACTS = (
     ),
     Contract("train", _is_trained, _train_inputs, _training, _run_receipt, _trained, _train),
     Contract("evaluate", lambda r: True, _evaluate_inputs, _evaluation, _evaluation, _evaluated, _evaluate),
-    Contract("register", _is_trained, _result, _registry, _registration, _registered, _register),
+    Contract("register", lambda r: True, _register_inputs, _registry, _registration, _registered, _register),
     Contract("report", lambda r: True, in_run("evaluation.json", "run.json", "losses.jsonl"), _page, _page, _reported, _report),
 )

@@ -83,7 +83,7 @@ def _model(kind: str, options: Json) -> Json:
         kept = {name: value for name, value in options.items() if name in ("heads", "freeze", "lora")}
         return {"config": {"model_type": "clip", **CLIP_CONFIG}, **kept}
     options = _shrink(options)
-    if kind == "uniter":
+    if kind in ("uniter", "visual_bert"):
         options |= {"region_dim": REGION_WIDTH, "positions": SIZES["positions"]}
     return options
 

@@ -13,27 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
+import numpy as np
 import torch
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.manifest import Manifest, ShardInfo
-from itm.data.preprocess import ImageInput, Inputs, read_regions
+from itm.data.pixels import decode
+from itm.data.preprocess import ImageInput, Inputs, as_images, fit, reads_regions
 from itm.data.records import Record
 from itm.data.shards import Sample, read_manifest, read_samples, write_shard
 from itm.data.text import build_tokenizer
 from itm.device import cores, resolve_device
 from itm.kinds import build_part
+from itm.matchers.encoders.build import build_image_encoder
 from itm.matchers.folder import build_matcher
 from itm.methods import METHODS
 from itm.training.checkpoint import KEPT
 from itm.training.switches import build_step
 from itm.types import Batch, Method, SoftLabels
+from pipelines.featuring import of_photos
+from pipelines.featuring.regions import grid_regions
 from pipelines.on_ray.stream import decoders
 from pipelines.training.course import Course
 
 SAMPLE = 200  # images that stand for a split
 MEASURED = 1.0  # seconds
+FEW = 20  # pairs whose photos go through an encoder
 TEACHER_WIDTH = 384  # of vectors whose teacher has not run yet
 RAY_START = 15.0  # seconds, as measured on two cores: the session, and the first worker's imports
 WORKERS_START = 15.0
@@ -50,6 +56,7 @@ class Split:
     shards: int = 0
     rows: list[tuple[bytes, str]] = field(default_factory=list)
     seconds_to_pack: float = 0.0
+    seconds_to_feature: float = 0.0
 
     def manifest(self, name: str) -> Manifest:
         """As packing will write it, but for the digests."""
@@ -66,6 +73,8 @@ def split_of(recipe: Recipe, name: str) -> Split:
     uri = files.join(recipe.data.root, name)
     if files.list_files(uri, ".tar"):
         return _packed(recipe, uri)
+    if recipe.features.photos is not None:
+        return _featured(recipe, split_of(of_photos(recipe), name))
     if recipe.data.source is None:
         raise ValueError(f"no shards in {uri}, and the recipe has no data.source to pack them from")
     return _raw(recipe, name)
@@ -82,8 +91,31 @@ def _packed(recipe: Recipe, uri: str) -> Split:
     found = Split(manifest.samples, manifest.captions, sum(s.bytes for s in manifest.shards), len(manifest.shards))
     samples = (item for shard in manifest.shards for item in read_samples(files.join(uri, shard.name)) if isinstance(item, Sample))
     for sample in islice(samples, SAMPLE):
-        _add(found, sample.regions if recipe.data.image == "regions" else sample.image, [c.text for c in sample.captions])
+        _add(found, sample.regions if reads_regions(recipe.data) else sample.image, [c.text for c in sample.captions])
     return found
+
+
+def _featured(recipe: Recipe, photos: Split) -> Split:
+    """A split of photos as `itm features` will make it, measured on a few of them."""
+    from pipelines.features import choices_of
+
+    choices = choices_of(recipe)
+    encoder = build_image_encoder(choices.encoder.kind, **choices.encoder.options).eval()
+    some = dict.fromkeys(data for data, _ in photos.rows[:FEW])
+    made, start = {}, time.perf_counter()
+    for data in some:
+        photo = decode(data, choices.image.exif)
+        pixels = fit(photo, choices.image.size, choices.image.crop)[None]
+        with torch.inference_mode():
+            parts = encoder(as_images({"pixels": pixels}, np.zeros(1))).parts
+        if parts is None:
+            raise ValueError(f"encoder {choices.encoder.kind!r} gives no parts, so no features")
+        made[data] = grid_regions(parts[0].numpy(), *photo.size, choices.image, choices.whole).to_npz()
+    each = (time.perf_counter() - start) / max(1, len(some))
+    larger = photos.images * max(map(len, made.values()), default=0)
+    size = larger + (photos.size if recipe.features.keep_images else 0)
+    rows = [(made[data], text) for data, text in photos.rows if data in made]
+    return replace(photos, size=size, rows=rows, seconds_to_feature=each * photos.images)
 
 
 def _raw(recipe: Recipe, name: str) -> Split:
@@ -152,13 +184,10 @@ class Training:
 def training_of(recipe: Recipe, split: Split) -> Training:
     """Measured with the recipe's own model, method and optimiser on a batch of its own data. Raises ValueError as `itm train`."""
     course = Course.of(recipe, split.manifest(recipe.data.train_split))
-    image = ImageInput.of(recipe.data)
     rows = (split.rows * (recipe.train.batch_size // max(1, len(split.rows)) + 1))[: recipe.train.batch_size]
     if not rows:
         raise ValueError(f"split {recipe.data.train_split!r} has no image with a caption among its first {SAMPLE}")
-    if image.kind == "regions":
-        image = replace(image, region_width=read_regions(rows[0][0], 1)["regions"].shape[1])
-    inputs = Inputs(image, build_tokenizer(recipe.text, [text for _, text in split.rows]))
+    inputs = Inputs(ImageInput.trained_on(recipe.data, rows[0][0]), build_tokenizer(recipe.text, [text for _, text in split.rows]))
     method = _method(recipe, inputs)
     device = resolve_device("cuda" if recipe.train.use_gpu else "cpu")
     step = build_step(method, recipe.train, course.rate, recipe.seed, device)

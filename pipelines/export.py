@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from itm.arguments import read_from, written_to
 from itm.extras import needed_by
 from pipelines.cli import allow_argument, script
 
@@ -21,11 +22,13 @@ TEACHERS, MATCHERS = ("parquet", "npy", "webdataset"), ("huggingface", "onnx")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("teachers", "matcher"), help="soft-label stores, or a matcher")
-    parser.add_argument("uri", help="teachers: the folder or URI of a split's shards; matcher: a folder, or models:/name@alias")
+    parser.add_argument(
+        "uri", type=read_from, help="teachers: the folder or URI of a split's shards; matcher: a folder, or models:/name@alias"
+    )
     parser.add_argument("--to", required=True, choices=(*TEACHERS, *MATCHERS), help=f"teachers: {', '.join(TEACHERS)}; matcher: the others")
-    parser.add_argument("-o", "--output", required=True, help="folder or URI to write to (matcher: a local folder)")
+    parser.add_argument("-o", "--output", required=True, type=written_to, help="folder or URI to write to (matcher: a local folder)")
     parser.add_argument("--teacher", action="append", default=[], metavar="ID", help="only this store, by its folder's name (repeatable)")
-    parser.add_argument("--stores", metavar="URI", help="where the stores lie (default: <split>/teachers)")
+    parser.add_argument("--stores", metavar="URI", type=read_from, help="where the stores lie (default: <split>/teachers)")
     parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32", help="numbers of exported vectors (default: fp32)")
     allow_argument(parser)
 

@@ -17,6 +17,16 @@ from pipelines.survey import Survey
 SMALL = 200  # images; a tenth of fewer is too few to choose weights by, so they are trained to the end
 LEAST = 20  # images; fewer are not split
 HELD_OUT = 1_000  # images of a validation or test split are enough
+REAL = """\
+text: {kind: hf, path: minilm, max_length: 48}
+model:  # linear heads on frozen towers of the extra `real`; `itm init --model NAME` fine-tunes a CLIP instead
+  kind: dual
+  options:
+    image: {kind: efficientnet_lite0, freeze: true, cells: 1}
+    text: {kind: hf_text, path: minilm, freeze: true}
+    width: 256
+method: {kind: matching, options: {loss: contrastive, tau: 0.07}}
+"""
 
 
 @dataclass(frozen=True)
@@ -50,13 +60,17 @@ def splits_for(total: int) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class FirstRecipe:
-    """Everything that the text of the recipe depends on. splits: role -> split of the shards; pretrained: a CLIP to fine-tune."""
+    """Everything that the text of the recipe depends on. splits: role -> split of the shards; pretrained: a CLIP to fine-tune.
+
+    real: the towers of the extra `real`, frozen, for pixels where there is no CLIP.
+    """
 
     name: str
     finding: Finding
     seen: Survey
     machine: Machine
     pretrained: str | None = None
+    real: bool = False
 
     @property
     def train(self) -> str:
@@ -77,8 +91,14 @@ class FirstRecipe:
         """What the recipe does, in half a line."""
         if not self.captioned:
             return "photos without captions, to be searched with a matcher trained on others"
-        kind = f"fine-tunes {self.pretrained}" if self.pretrained else "a small dual encoder from scratch"
+        small = "heads on frozen EfficientNet-Lite0 and MiniLM" if self.on_towers else "a small dual encoder from scratch"
+        kind = f"fine-tunes {self.pretrained}" if self.pretrained else small
         return f"{kind}, {self._course[1]:,} steps of {self._course[0]} pairs, for {self.machine}"
+
+    @property
+    def on_towers(self) -> bool:
+        """Whether the towers of the extra `real` are proposed: their features are made once, below runs/."""
+        return self.real and not self.pretrained and self.finding.image == "pixels"
 
     def next_command(self, output: str) -> str:
         if self.captioned:
@@ -90,7 +110,11 @@ class FirstRecipe:
     def _data(self) -> str:
         seen, lines = self.seen, ["data:"]
         if self.finding.source is not None:
-            lines += [f"  source: {_flow(self.finding.source)}", f"  root: {_quoted(f'runs/{self.name}/shards')}  # where itm pack writes"]
+            lines.append(f"  source: {_flow(self.finding.source)}")
+        if self.on_towers:
+            lines.append(f"  root: {_quoted(f'runs/{self.name}/features')}  # where itm features writes")
+        elif self.finding.source is not None:
+            lines.append(f"  root: {_quoted(self.photos)}  # where itm pack writes")
         else:
             lines.append(f"  root: {_quoted(self.finding.root)}  # shards that are there already: nothing is packed")
         lines += [f"  train_split: {_quoted(self.train)}", *self._judged()]
@@ -100,9 +124,19 @@ class FirstRecipe:
             size = self.image_size
             lines.append(f"  image_size: {size}  # pixels a side; larger sees more and takes longer")
             lines.append(f"  crop: {'center' if self.pretrained else 'squash'}  # squash keeps all of an image, center cuts a square")
+        if self.on_towers:
+            lines.append("  cache_features: true  # the frozen towers are run once")
         if line := reject_line(seen):
             lines.append(f"  {line}")
+        if self.on_towers:
+            what = "where itm pack writes" if self.finding.source is not None else "shards that are there already: nothing is packed"
+            lines.append(f"features: {{photos: {_quoted(self.photos)}}}  # {what}")
         return "\n".join(lines) + "\n"
+
+    @property
+    def photos(self) -> str:
+        """Where the shards of photos lie."""
+        return f"runs/{self.name}/shards" if self.finding.source is not None else self.finding.root
 
     def _judged(self) -> list[str]:
         """The lines of the splits that validate and test."""
@@ -120,6 +154,8 @@ class FirstRecipe:
             from itm.importers.hub import sizes_of
 
             return sizes_of(self.pretrained).image
+        if self.on_towers:
+            return 224
         return 128 if self.machine.gpu else 64
 
     def _text_and_model(self) -> str:
@@ -131,6 +167,8 @@ class FirstRecipe:
                 f"text: {{kind: hf, path: {path}, max_length: {sizes.text}, clean: false}}\n"
                 f"model: {{kind: hf_dual, options: {{path: {path}}}}}  # all weights are trained\n"
             )
+        if self.on_towers:
+            return REAL
         longest = max(8, min(64, self.seen.words + 4))
         wide = 256 if self.machine.gpu else 128
         image = "{kind: conv}"
@@ -145,7 +183,7 @@ class FirstRecipe:
 
     def _train(self) -> str:
         batch, steps = self._course
-        rate = "1.0e-5" if self.pretrained else "1.0e-3"
+        rate = "1.0e-5" if self.pretrained else "1.0e-3"  # of small models from scratch, and of heads on frozen towers
         where = "use_gpu: true" if self.machine.gpu else "workers: 0"
         why = f"for {self.machine}" + ("" if self.machine.gpu else ": inside one process, without Ray")
         lines = ["train:", f"  {where}  # {why}", f"  batch_size: {batch}  # of {self._pairs:,} pairs", f"  steps: {steps}"]

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import yaml
 
+from itm.arguments import read_from, written_to
 from pipelines.cli import script
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=read_from, help="file or folder of the released weights")
     parser.add_argument("needed", nargs="*", metavar="name=value", help="what the file does not say, e.g. cross_attn=t2i heads=12")
-    parser.add_argument("--vocab", type=Path, help="vocabulary json that belongs to SCAN or SGRAF weights")
-    parser.add_argument("--tokenizer", help="Hugging Face tokenizer (name or folder) or CLIP merges file, for UNITER and CLIP")
-    parser.add_argument("-o", "--output", required=True, help="matcher folder to write")
+    parser.add_argument("--vocab", type=read_from, help="vocabulary json that belongs to SCAN or SGRAF weights")
+    parser.add_argument(
+        "--tokenizer", type=read_from, help="Hugging Face tokenizer (name or folder) or CLIP merges file, for UNITER and CLIP"
+    )
+    parser.add_argument("-o", "--output", required=True, type=written_to, help="matcher folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         if not equals:
             raise ValueError(f"{pair!r} is not of the form name=value")
         needed[name] = yaml.safe_load(value)
-    matcher = import_checkpoint(args.checkpoint, args.output, vocab=args.vocab, tokenizer=args.tokenizer, **needed)
+    matcher = import_checkpoint(
+        Path(args.checkpoint), args.output, vocab=args.vocab and Path(args.vocab), tokenizer=args.tokenizer, **needed
+    )
     weights = sum(p.numel() for p in matcher.parameters())
     print(f"{args.output}: {type(matcher).__name__}, {weights:,} weights; try: itm evaluate --matcher {args.output}")
     return 0

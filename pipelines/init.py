@@ -4,6 +4,7 @@
     itm init photos captions.csv -o mine.yaml       # the captions lie elsewhere
     itm init annotations/captions_train2017.json --image-root train2017
     itm init photos --model openai/clip-vit-base-patch32        # fine-tune a CLIP
+    itm init photos --model real                    # heads on pretrained towers of the extra `real`, without a hub
 
 Read are folders of photos, tables (csv, tsv, |), COCO, Karpathy and pair lists, imagefolders, parquet and saved data sets, zips and tars,
 WebDataset shards (ours, img2dataset's), *_precomp folders, UNITER databases and bottom-up TSV files. Where two readings are possible it
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from itm.data.detect.finding import Finding, Question
     from pipelines.survey import Survey
 
+REAL = "real"  # of --model
 FLAGS = {
     "annotations": "the file of captions where there are several; `beside` = .txt files beside the images, `none` = no captions",
     "image-root": "the folder from which the paths of the captions lead to images",
@@ -45,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a recipe that is there")
     parser.add_argument("--name", help="name of the run (default: that of the data)")
     parser.add_argument(
-        "--model", metavar="NAME", help="fine-tune this CLIP or SigLIP (hub name or folder) instead of training from scratch"
+        "--model",
+        metavar="NAME",
+        help="fine-tune this CLIP or SigLIP (hub name or folder) instead of training from scratch; `real`: heads on the frozen towers of "
+        "the extra `real`, where no hub can be reached",
     )
     for flag, about in FLAGS.items():
         parser.add_argument(f"--{flag}", help=about, metavar="VALUE")
@@ -86,6 +91,7 @@ def init(
 
     from itm.config import parse_recipe
     from itm.data import files
+    from itm.packaged import have_real
     from pipelines.first_recipe import FirstRecipe, Machine, index_only
     from pipelines.survey import survey
 
@@ -95,11 +101,16 @@ def init(
     if not seen.images:
         raise ValueError("\n".join([f"{finding.layout}: nothing of it can be used", *seen.lines()]))
     finding, seen = _split(finding, seen)
-    recipe = FirstRecipe(name or _name(paths[0]), finding, seen, Machine.here(), model)
+    real = model == REAL
+    if real and not have_real():
+        raise ValueError("--model real is of pretrained towers in packages: pip install 'itm-pipeline[real]'")
+    recipe = FirstRecipe(name or _name(paths[0]), finding, seen, Machine.here(), None if real else model, real)
     text = recipe.text() if recipe.captioned else index_only(recipe)
     parse_recipe(yaml.safe_load(text), output)
     files.write_atomic(output, text.encode())
     said = [f"found     {finding.layout}", *(f"note      {note}" for note in finding.notes), *seen.lines()]
+    if model is None and have_real() and recipe.captioned and finding.image == "pixels":
+        said.append("better    --model real: heads on the pretrained towers of the extra `real`, which need no hub and no download")
     return [*said, f"wrote     {output}: {recipe.about()}", f"next      {recipe.next_command(output)}"]
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from itm.arguments import read_from, written_to
 from itm.data import files
 from itm.data.manifest import FOREIGN, NAME, Manifest, Receipt, ShardInfo, list_shards, write_manifest, write_receipt
 from itm.data.pixels import Traits, traits
@@ -42,15 +43,21 @@ SHOWN = 10  # problems printed by name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uri", nargs="?", help="folder or URI: a root of splits, a split, a .tar, the stores of a split, or one store")
+    parser.add_argument(
+        "uri", nargs="?", type=read_from, help="folder or URI: a root of splits, a split, a .tar, the stores of a split, or one store"
+    )
     recipe_arguments(parser, required=False)
     parser.add_argument("--index", action="store_true", help="write manifest.json and indexes for shards made by other tools")
     parser.add_argument("--quick", action="store_true", help=f"decode {QUICK} images of each shard only")
     stores = parser.add_argument_group("soft-label stores")
-    stores.add_argument("--shards", metavar="URI", help="the split whose stores these are (default: where they lie, if there are shards)")
+    stores.add_argument(
+        "--shards", metavar="URI", type=read_from, help="the split whose stores these are (default: where they lie, if there are shards)"
+    )
     stores.add_argument("--batch", type=int, default=128, help="samples whose soft labels are made together (default: 128)")
     stores.add_argument("--seed", type=int, default=0, help="seed of the choice of samples (default: 0)")
-    stores.add_argument("--page", metavar="URI", help="where the page is written (default: neighbours.html in the folder that was given)")
+    stores.add_argument(
+        "--page", metavar="URI", type=written_to, help="where the page is written (default: neighbours.html in the folder that was given)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

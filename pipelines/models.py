@@ -133,6 +133,7 @@ def _shown(version: Version, recipe: dict[str, Any], only_recipe: bool) -> tuple
     rows = [
         f"  {name:<{width}}  {_number(value):>10}  chance {_number(version.chance.get(name))}" for name, value in version.metrics.items()
     ]
+    rows += [f"  {group}: " + ", ".join(f"{name} {_number(v)}" for name, v in found.items()) for group, found in version.others.items()]
     ends = [f"  run {version.run_id or '-'}, licence {version.tags.get('licence') or 'not stated'}", *rows]
     return version.plain() | {"recipe_choices": recipe}, "\n".join([described(version), *ends])
 

@@ -35,7 +35,6 @@ from itm.data.manifest import (
     manifest_of,
     read_receipt,
     receipt_uri,
-    rejected_captions,
     write_manifest,
     write_receipt,
 )
@@ -46,6 +45,8 @@ from itm.data.sources.source import Source
 from itm.progress import Progress
 from pipelines.adding import Layout, added_since, layout_after, ranges, rekeyed, shard_uri, standing
 from pipelines.cli import recipe_arguments, recipe_from, script
+from pipelines.featuring import of_photos
+from pipelines.flow import kept_and_lost, others_passed_over
 
 CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    recipe = recipe_from(args)
+    recipe = of_photos(recipe_from(args))
     root = recipe.data.root
     before = {files.name_of(folder): standing(folder) for folder in files.list_folders(root)}
     for split, manifest in pack(recipe, overwrite=args.overwrite, splits=args.splits).items():
@@ -70,27 +71,11 @@ def run(args: argparse.Namespace) -> None:
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
 
 
-def others_passed_over(folder: str) -> int:
-    """How many files of the source were no items, by the quarantine of a split."""
-    uri = files.join(folder, QUARANTINE)
-    rows = files.read_bytes(uri).decode().split("\n") if files.exists(uri) else []
-    return sum(bool(row) and json.loads(row)["what"] == "member" for row in rows)
-
-
 def kept(args: argparse.Namespace) -> str:
     """What a packing that is stopped leaves behind."""
-    data = recipe_from(args).data
+    data = of_photos(recipe_from(args)).data
     whole = sum(len(files.list_files(folder, ".index.json")) for folder in files.list_folders(data.root))
     return f"{whole:,} whole shards are kept in {data.root}"
-
-
-def kept_and_lost(manifest: Manifest, folder: str) -> str:
-    """Both sums of a folder that was written, as the last line of a stage states them."""
-    images, captions, lost = manifest.samples, manifest.captions, rejected_captions(folder)
-    return (
-        f"{images + manifest.rejected:,} images = {images:,} kept + {manifest.rejected:,} rejected, "
-        f"{captions + lost:,} captions = {captions:,} kept + {lost:,} rejected"
-    )
 
 
 @dataclass(frozen=True)
@@ -115,6 +100,7 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     Raises ValueError when the output is unwritable or belongs to other choices, when a key is used twice, and when more than
     `data.max_reject_rate` of a split had to be rejected.
     """
+    recipe = of_photos(recipe)
     _source.cache_clear()  # the files of a source may be others since this process looked
     data, source = recipe.data, source_of(recipe)
     if unknown := set(splits or []) - set(source.splits):
@@ -125,6 +111,7 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
 
 def packed(recipe: Recipe) -> dict[str, Manifest] | None:
     """The manifests of all splits of the source where each was finished from these choices; None while there is packing to do."""
+    recipe = of_photos(recipe)
     assert recipe.data.source is not None
     source = open_source(recipe.data.source)
     manifests = {}
@@ -176,7 +163,7 @@ def _pack_split(recipe: Recipe, split: str, overwrite: bool) -> Manifest:
         return read_manifest(folder)
     made = f"{data.source.kind} {made_from}"
     with _tracked(recipe, split, folder, made) as told:
-        receipts |= _run_jobs([job for job in jobs if job.uri not in receipts], f"pack {split}")
+        receipts |= _run_jobs(recipe, [job for job in jobs if job.uri not in receipts], f"pack {split}")
         files.remove_abandoned(folder)
         manifest = _close(folder, made, earlier + [receipts[job.uri] for job in jobs], data.max_reject_rate, source.passed_over(split))
         if manifest.samples + manifest.rejected != count:
@@ -247,16 +234,18 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: 
     return layout
 
 
-def _run_jobs(jobs: list[Job], title: str) -> dict[str, Receipt]:
+def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
 
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.reach import confirmed, shared
+    from pipelines.on_ray.session import core
+    from pipelines.places import places_in
 
-    connect()
-    task = ray.remote(num_cpus=core(), max_retries=3)(pack_shard)
-    pending = {task.remote(job): job for job in jobs}
     receipts: dict[str, Receipt] = {}
-    with Progress(title, sum(job.stop - job.start for job in jobs), "image") as progress:
+    read = {place.key: place.given for place in places_in(recipe) if place.key.startswith("data.source.")}
+    with shared({"data.root": recipe.data.root}, read) as tokens, Progress(title, sum(j.stop - j.start for j in jobs), "image") as progress:
+        task = ray.remote(num_cpus=core(), max_retries=3)(confirmed)
+        pending = {task.remote(tokens, pack_shard, job): job for job in jobs}
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)

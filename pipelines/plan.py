@@ -109,18 +109,31 @@ class Costs:
     def _pack(self) -> Iterator[str]:
         from itm.device import cores
         from pipelines.contract import splits_of
+        from pipelines.estimates import split_of
+        from pipelines.featuring import of_photos
 
         seconds, size = 0.0, 0.0
+        photos = of_photos(self.recipe)
         for name in splits_of(self.recipe):
-            split = self._split(name)
+            split = self._split(name) if photos is self.recipe else split_of(photos, name)
             made = f"{split.images:,} images, {split.captions:,} captions, {split.shards:,} shards, {_size(split.size)}"
             yield f"makes   {name}: about {made}"
             seconds, size = seconds + split.seconds_to_pack / min(cores(), max(1, split.shards)), size + split.size
         yield self._add(seconds, size, ray=True)
 
+    def _features(self) -> Iterator[str]:
+        from pipelines.contract import splits_of
+
+        seconds, size = 0.0, 0.0
+        for name in splits_of(self.recipe):
+            split = self._split(name)
+            yield f"makes   {name}: regions of about {split.images:,} images, {split.shards:,} shards, {_size(split.size)}"
+            seconds, size = seconds + split.seconds_to_feature, size + split.size
+        yield self._add(seconds, size, ray=True)
+
     def _teach(self) -> Iterator[str]:
         split = self._trained()
-        rows = split.images * (self.recipe.teachers.image is not None) + split.captions * (self.recipe.teachers.text is not None)
+        rows = split.images * ("image" in self.recipe.teachers.stored) + split.captions * ("text" in self.recipe.teachers.stored)
         actors = self.recipe.teachers.actors
         by = f"{actors} actors" if actors else "an actor for each GPU, or one"
         yield f"rows    {rows:,} vectors by {by}; how long a teacher takes is not known before it runs"
@@ -139,6 +152,8 @@ class Costs:
         yield f"batch   {found.same_image:.2%} of its pairs are expected to meet another pair of their image"
         yield f"model   {found.weights:,} weights, {found.trained:,} of them trained"
         yield f"memory  about {_size(found.memory)} a worker ({found.device})"
+        if online := recipe.teachers.online:
+            yield f"online  {' and '.join(online)} teacher run in every step: their time and memory come on top and are not known here"
         yield f"workers {workers or 'none: inside this process'}; a step takes {found.step:.3f} s, decoding for it {found.prepare:.3f} s"
         started = WORKERS_START if workers else 0.0
         yield self._add(found.seconds(recipe, val) + started, found.bytes(recipe, val is not None), ray=bool(workers))

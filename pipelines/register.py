@@ -4,8 +4,10 @@
     itm register -c demo.yaml --run runs/demo/demo-cusa         # another run's folder, same gate
     itm register -c demo.yaml registry.metric=t2i_map_at_r registry.min_gain=0.005
 
-Reads matcher/, evaluation.json and run.json of the run, so train and evaluate come first. The version carries its metrics and its
-lineage as tags (weights, training and test manifests, teachers, recipe, git commit). Running it again adds nothing.
+Reads matcher/, evaluation.json and run.json of the run, so train and evaluate come first. Of an ensemble recipe the mean of its members
+is registered as one matcher, with their weights inside; evaluate comes first. The version carries its metrics and its lineage as tags
+(weights, training and test manifests, teachers, recipe, git commit), and what else was measured on these weights as a tag for each
+protocol, e.g. metrics/test/eccv. Running it again adds no version; after another evaluation it adds that one's tag.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +24,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 import itm
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT, group_of
+from pipelines.evaluating.measured import figures_of, measured
 from pipelines.training import FORMAT as RUN_FORMAT
 
 if TYPE_CHECKING:
@@ -51,7 +56,7 @@ class Registered:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--run", help="folder or URI of the run (default: <output>/<name> of the recipe)")
+    parser.add_argument("--run", type=read_from, help="folder or URI of the run (default: <output>/<name> of the recipe)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,6 +74,10 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     from itm.tracking.runs import check_recorded, run_of
 
     folder = run_folder or recipe.folder
+    if recipe.evaluation.ensemble and run_folder is None:
+        from pipelines.ensemble import assemble
+
+        assemble(recipe, _read(folder, "evaluation.json", "evaluate", FORMAT))
     trained, evaluated = _read(folder, "run.json", "train", RUN_FORMAT), _read(folder, "evaluation.json", "evaluate", FORMAT)
     if found := run_of(folder):
         check_recorded(*found)
@@ -76,7 +85,7 @@ def register(recipe: Recipe, run_folder: str | None = None) -> Registered:
     gate = recipe.registry
     if gate.metric not in metrics:
         raise ValueError(f"registry.metric={gate.metric} was not measured; {folder}/evaluation.json has {', '.join(sorted(metrics))}")
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    finite = _finite(metrics)
     with files.local_copy(files.join(folder, "matcher")) as matcher:
         if evaluated.get("matcher_hash") != weights_hash(itm.load_matcher(matcher, allow=recipe.allowed)):
             raise ValueError(f"{folder}/evaluation.json was measured on other weights than {folder}/matcher; run `itm evaluate` again")
@@ -103,7 +112,9 @@ def _receipt_of(recipe: Recipe) -> Json:
 
     gate, evaluated = recipe.registry, files.read_bytes(files.join(recipe.folder, "evaluation.json"))
     about = {"model": gate.model, "metric": gate.metric, "min_gain": gate.min_gain, "tracking_uri": tracking_uri()}
-    return {"format": RECEIPT_FORMAT, **about, "evaluation": hashlib.sha256(evaluated).hexdigest()[:12]}
+    others = _others(recipe.folder)
+    beside = {"others": hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()[:12]} if others else {}
+    return {"format": RECEIPT_FORMAT, **about, "evaluation": hashlib.sha256(evaluated).hexdigest()[:12], **beside}
 
 
 def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
@@ -116,7 +127,7 @@ def _tags(recipe: Recipe, trained: Json, evaluated: Json) -> Json:
         "git_commit": trained.get("git_commit"),
         "test_data": _test_data(evaluated),
         "licence": recipe.registry.licence,
-        "metrics": json.dumps({name: value for name, value in evaluated["metrics"].items() if math.isfinite(value)}),
+        "metrics": json.dumps(_finite(evaluated["metrics"])),
         "chance": json.dumps(evaluated.get("chance", {})),
     }
 
@@ -135,18 +146,32 @@ def _card(recipe: Recipe, folder: str, trained: Json, evaluated: Json) -> Card:
         chosen = recipe.model_dump(mode="json")
     data, model, method = (chosen.get(name, {}) for name in ("data", "model", "method"))
     where = files.join(data["root"], data["train_split"]) if data else ""
+    if members := trained.get("members"):
+        made = f"the mean of the scores of {', '.join(members)}"
+    else:
+        made = f"{model['kind']}, trained by {method['kind']}" if model and method else ""
     return Card(
         title=trained.get("name", recipe.name),
         group=group_of(evaluated),
         about=chosen.get("about", ""),
-        model=f"{model['kind']}, trained by {method['kind']}" if model and method else "",
+        model=made,
         train_data=" ".join(filter(None, (where, trained.get("manifest")))),
         test_data=_test_data(evaluated),
         teachers=", ".join(f"{modality}: {name}" for modality, name in trained.get("teachers", {}).items()),
         code=trained.get("git_commit") or "",
         licence=recipe.registry.licence,
         recipe=yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True),
+        others={name: _finite(found) for name, found in _others(folder).items()},
     )
+
+
+def _others(folder: str) -> dict[str, dict[str, float]]:
+    """Name -> figures of what was measured on the run's weights beside evaluation.json."""
+    return dict(list(figures_of(measured(folder)).items())[1:])
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _read(folder: str, name: str, stage: str, known: int) -> Json:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from itm.arguments import read_from, written_to
 from itm.data import files
 from itm.data.manifest import QUARANTINE, Manifest, Receipt, list_shards, manifest_of, read_receipt, write_manifest, write_receipt
 from itm.data.records import Problem, check_image, json_fault
@@ -24,16 +25,16 @@ from itm.data.same_image import bytes_of
 from itm.data.shards import Sample, copy_samples, read_samples, read_scattered, scan_shard
 from itm.progress import over
 from pipelines.cli import script
+from pipelines.flow import kept_and_lost
 from pipelines.inspect import splits_below
-from pipelines.pack import kept_and_lost
 
 MADE = "repair of "
 CLAIM = "repair.json"  # written first: the shards here are copies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("uri", help="folder or URI of shards: one split, or a root of splits")
-    parser.add_argument("--output", required=True, metavar="URI", help="where the clean copy goes: a folder of its own")
+    parser.add_argument("uri", type=read_from, help="folder or URI of shards: one split, or a root of splits")
+    parser.add_argument("--output", required=True, metavar="URI", type=written_to, help="where the clean copy goes: a folder of its own")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,26 +3,38 @@
     itm report -c demo.yaml                                     # -> <output>/<name>/report.html
     itm report -c demo-cusa.yaml --compare runs/demo runs/demo-cusa-shuffled
 
-Reads evaluation.json (of `itm evaluate`), losses.jsonl and run.json (of `itm train`) in the run's folder, and the shards for thumbnails.
-The page needs no network and no scripts, and is also logged to the MLflow run.
+Reads every evaluation*.json (of `itm evaluate`) that is of the run's weights, each protocol under its own name, losses.jsonl and run.json
+(of `itm train`) in the run's folder, and the shards for thumbnails. From the matcher and, for a run with soft labels, its stores it makes
+the pictures of the papers: relation matrices, gates, edges, words that a threshold cuts and its Gaussians, teacher against student, false
+negatives. They are computed once and kept in pictures.json; --no-pictures leaves them out. With --compare also curves of the runs in one
+plot, and the queries that one run got right and the other wrong. What a page lacks is named on it, with the reason.
+The page needs no network and no scripts, and is also logged to the MLflow run. `itm explain --pair` makes one for any pair.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from itm.arguments import read_from
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import full_key
 from itm.data.shards import index_shard, read_manifest, read_range
+from itm.report.answers import FORMAT as QUERIES
+from itm.report.answers import disagreements
+from itm.report.explain_page import PHOTO
 from itm.report.page import Page, render
+from itm.report.pair import find_pair
 from itm.report.thumbnails import data_uri
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
+from pipelines.evaluating.measured import measured
+from pipelines.evaluating.result import queries_of
+from pipelines.reporting.pictures import pictures_of
 from pipelines.training import FORMAT as RUN_FORMAT
 
 if TYPE_CHECKING:
@@ -31,12 +43,17 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments(parser)
-    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="FOLDER", help="folders of other evaluated runs")
+    parser.add_argument(
+        "--compare", nargs="+", action="extend", default=[], metavar="FOLDER", type=read_from, help="folders of other evaluated runs"
+    )
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="without what is computed from the matcher: words, relations, gates, soft labels"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipe_from(args)
-    page = page_of(recipe, args.compare)
+    page = page_of(recipe, args.compare, pictures=not args.no_pictures)
     print(report(recipe, args.compare, page))
     for text in page.missing:
         print(f"not on the page: {text}")
@@ -65,13 +82,18 @@ def report(recipe: Recipe, compare: Sequence[str] = (), page: Page | None = None
     return output
 
 
-def page_of(recipe: Recipe, compare: Sequence[str] = ()) -> Page:
-    """What the page shows, and what is missing on it. Raises ValueError when the run was not evaluated."""
+def page_of(recipe: Recipe, compare: Sequence[str] = (), pictures: bool = True) -> Page:
+    """What the page shows, and what is missing on it. pictures: those that are computed from the matcher, too.
+
+    Raises ValueError when the run was not evaluated.
+    """
     evaluation = _evaluation(recipe.folder)
     trained = _json(files.join(recipe.folder, "run.json"), RUN_FORMAT)
     others = {files.name_of(folder): folder for folder in map(_plain, compare)}
     history = _history(recipe.folder) if trained.get("run_id") else None
     losses = _losses(recipe.folder)
+    shown = pictures_of(recipe, evaluation, trained, losses) if pictures else {}
+    differ, unknown = _disagreements(recipe.folder, others)
     return Page(
         title=recipe.name,
         about=recipe.about,
@@ -79,11 +101,31 @@ def page_of(recipe: Recipe, compare: Sequence[str] = ()) -> Page:
         losses=losses,
         others={name: _evaluation(folder) for name, folder in others.items()},
         other_losses={name: rows for name, folder in others.items() if (rows := _losses(folder))},
-        thumbnails=thumbnails(evaluation),
+        thumbnails=thumbnails([*_images(evaluation), *_images_of_pictures(shown), *_images_of_disagreements(differ)]),
         lineage=lineage(recipe, evaluation, trained, history),
         validations=history.validations if history else (),
-        missing=missing(recipe, evaluation, trained, history, losses),
+        missing=[*missing(recipe, evaluation, trained, history, losses), *unknown],
+        other_validations={name: found.validations for name, folder in others.items() if (found := _history(folder))},
+        protocols=dict(list(measured(recipe.folder).items())[1:]),
+        pictures=shown,
+        photo=_photo(shown),
+        disagreements=differ,
     )
+
+
+def _disagreements(own: str, others: Mapping[str, str]) -> tuple[dict[str, Json], list[str]]:
+    """By name of a compared run, the queries that it and this one answered differently; and why there are none of a run."""
+    found, lacks = {}, []
+    queries = {folder: _json(queries_of(files.join(folder, "evaluation.json")), QUERIES) for folder in (own, *others.values())}
+    for name, folder in others.items():
+        if folder.rstrip("/") == own.rstrip("/"):
+            continue
+        lost = [where for where in (own, folder) if not queries[where]]
+        if lost:
+            lacks.append(f"what {name} got right and this run wrong: {lost[0]} has no evaluation.queries.json; evaluate it again")
+        else:
+            found[name] = disagreements(queries[own], queries[folder])
+    return found, lacks
 
 
 def _history(folder: str) -> History | None:
@@ -120,7 +162,7 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
     training = f"{trained['steps']:,} steps in {trained['seconds']:,.0f} s" if {"steps", "seconds"} <= set(trained) else ""
     facts = {
         "Recipe": f"{recipe.name} {evaluation.get('recipe', {}).get('fingerprint', recipe.fingerprint())}",
-        "Model and method": f"{recipe.model.kind}, {recipe.method.kind}",
+        "Model and method": _made_by(recipe),
         "Trained": _when(trained),
         "Evaluated": _when(evaluation),
         "Machine": evaluation.get("environment", {}).get("machine", ""),
@@ -140,6 +182,11 @@ def lineage(recipe: Recipe, evaluation: Json, trained: Json, history: History | 
     return {label: str(text) for label, text in facts.items() if text}
 
 
+def _made_by(recipe: Recipe) -> str:
+    members = recipe.evaluation.ensemble
+    return f"mean of {', '.join(members)}" if members else f"{recipe.model.kind}, {recipe.method.kind}"
+
+
 def _when(result: Json) -> str:
     """The date and the device of a result; '' of one that an earlier version wrote."""
     made = result.get("environment", {})
@@ -156,10 +203,10 @@ def _sizes(recipe: Recipe) -> Iterable[str]:
         yield f"{split} {manifest.samples:,} images, {manifest.captions:,} captions, {manifest.rejected:,} rejected"
 
 
-def thumbnails(evaluation: Json) -> dict[str, str]:
-    """Image key -> JPEG data URI, for the images of the examples that have one; read by byte range from their shards."""
+def thumbnails(rows: Iterable[Json]) -> dict[str, str]:
+    """Image key -> JPEG data URI, for the images of the rows (`image`, `shard`) that have one; read by byte range from their shards."""
     wanted: dict[str, set[str]] = {}
-    for row in _images(evaluation):
+    for row in rows:
         if row.get("shard"):
             wanted.setdefault(row["shard"], set()).add(row["image"])
     found: dict[str, str] = {}
@@ -178,6 +225,32 @@ def _images(evaluation: Json) -> Iterable[Json]:
             yield from row["hits"]
             yield from [row["answer"]] if "answer" in row else []
     yield from evaluation.get("attention", [])
+    for row in evaluation.get("similar", {}).get("i2i", []):
+        yield from (row, *row["hits"])
+
+
+def _images_of_pictures(pictures: Json) -> Iterable[Json]:
+    yield from [pictures["pair"]] if "pair" in pictures else []
+    soft = pictures.get("batch", {}).get("soft_labels", {})
+    yield from soft.get("row", {}).get("images", [])
+    for row in soft.get("alike", {}).get("pairs", []):
+        yield from (row, {"image": row["own_image"], "shard": row["own_shard"]})
+
+
+def _images_of_disagreements(differ: Mapping[str, Json]) -> Iterable[Json]:
+    for found in differ.values():
+        for side in ("own", "other"):
+            for told in (told for row in found["t2i"][side] for told in row.values()):
+                yield from told["hits"]
+            yield from (row["own"] for row in found["i2t"][side])
+
+
+def _photo(pictures: Json) -> str:
+    """The image of the pair that the pictures are of, larger than a thumbnail; '' where there is none."""
+    if "pair" not in pictures:
+        return ""
+    image = find_pair(pictures["pair"]["shard"].rpartition("/")[0], pictures["pair"]["image"]).image.image
+    return data_uri(image, PHOTO) if image else ""
 
 
 def _evaluation(folder: str) -> Json:

@@ -1,4 +1,5 @@
-"""All stages of a recipe in order, nothing twice: pack -> teach (if it names teachers) -> train -> evaluate -> register -> report.
+"""All stages of a recipe in order, nothing twice: pack -> features -> teach (where it asks for them) -> train -> evaluate -> register ->
+report.
 
     itm run -c recipe.yaml                    # what is done already is named and left alone
     itm run -c recipe.yaml train.steps=2000   # with overrides, as every stage takes them
@@ -65,7 +66,7 @@ def next_step(recipe: Recipe) -> str:
     from itm.data import files
 
     shards = files.join(recipe.data.root, recipe.data.test_split)
-    model = files.join(recipe.folder, "matcher") if not recipe.evaluation.ensemble else recipe.evaluation.ensemble[0]
+    model = files.join(recipe.folder, "matcher")
     return f'try: itm search "what you look for" --model {shlex.quote(model)} --shards {shlex.quote(shards)}'
 
 

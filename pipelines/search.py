@@ -1,12 +1,15 @@
-"""Search a sharded set with a matcher: text -> images, or image -> captions.
+"""Search a sharded set with a matcher: text -> images or captions, image -> captions or images.
 
     itm search "a red circle left of a blue square" --model models:/itm-matcher@champion --shards data/shards/test -k 5
     itm search --image photo.jpg --model runs/demo/demo/matcher --shards data/shards/test
     itm search "two dogs" --model models:/itm-matcher@champion --shards data/shards/test --html hits.html
+    itm search "two dogs" --find captions --model runs/demo/demo/matcher --shards data/shards/test
+    itm search --image photo.jpg --find images --model runs/demo/demo/matcher --shards data/shards/test
 
 --model is a matcher folder or a URI of the registry, --shards the folder of a split. The first search encodes the split and keeps the
 result below --index (default <shards>/index), one Arrow file for each pair of weights and manifest; later ones read it. Matchers that
 score pairs (late interaction, joint encoders) have no vector to keep: their encoded parts are kept and every pair is scored exactly.
+Texts are compared with captions, and images with images, by cosine: of the uni-modal heads where the matcher has some, else of its vectors.
 """
 
 from __future__ import annotations
@@ -18,24 +21,26 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from itm.arguments import read_from, written_to
 from itm.device import HELP
 from pipelines.cli import allow_argument, script
 
 if TYPE_CHECKING:
-    from itm.retrieval.engine import Hits
+    from itm.retrieval.engine import Find, Hits
     from itm.types import Matcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", help="what to look for")
-    parser.add_argument("--image", help="look for the captions of this image file instead")
-    parser.add_argument("--model", required=True, help="models:/name@alias, models:/name/version or a matcher folder")
-    parser.add_argument("--shards", required=True, help="folder or URI of a split")
+    parser.add_argument("--image", type=read_from, help="look for the captions of this image file instead")
+    parser.add_argument("--find", choices=("images", "captions"), help="what to find (default: images for a text, captions for an image)")
+    parser.add_argument("--model", required=True, type=read_from, help="models:/name@alias, models:/name/version or a matcher folder")
+    parser.add_argument("--shards", required=True, type=read_from, help="folder or URI of a split")
     allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
-    parser.add_argument("--index", help="where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--index", type=written_to, help="where encoded splits are kept (default <shards>/index)")
     parser.add_argument("--device", default="auto", help=HELP)
-    parser.add_argument("--html", help="also write a page with the images")
+    parser.add_argument("--html", type=written_to, help="also write a page with the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -47,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
         import itm
 
         model = itm.load_matcher(args.model, allow=args.allow)
-    found = search(args.text, image=args.image, model=model, shards=args.shards, k=args.k, index=args.index, device=args.device)
+    where = {"shards": args.shards, "index": args.index, "device": args.device}
+    found = search(args.text, image=args.image, model=model, k=args.k, find=args.find, **where)
     print(json.dumps(asdict(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
@@ -62,16 +68,17 @@ def search(
     shards: str,
     image: str | None = None,
     k: int = 5,
+    find: Find | None = None,
     index: str | None = None,
     device: str = "auto",
 ) -> Hits:
-    """The k best images for `text`, or the k best captions for the file `image`.
+    """The k best images for `text`, or the k best captions for the file `image`; `find` asks for the other kind of answer.
 
-    Raises ValueError for an unknown model or split, an unreadable image, k < 1, or a device that is not there.
+    Raises ValueError as `itm.retrieval.engine.search`.
     """
     from itm.retrieval import engine
 
-    return engine.search(text, model=model, shards=shards, image=image, k=k, index=index, device=device)
+    return engine.search(text, model=model, shards=shards, image=image, k=k, find=find, index=index, device=device)
 
 
 def page(found: Hits) -> str:

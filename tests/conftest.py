@@ -16,7 +16,7 @@ import torch
 torch.set_num_threads(1)
 
 
-LONGEST = ("test_nodes.py", "test_train.py", "test_gpus.py", "test_validation.py", "test_switches.py", "test_recipes.py", "test_teach.py")
+LONGEST = ("test_recipes_as_published.py", "test_train.py", "test_validation.py", "test_switches.py", "test_recipes.py", "test_teach.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=place)
     for item in items:
-        if item.get_closest_marker("e2e") is not None:
+        if item.get_closest_marker("e2e") is not None or "system" in item.path.parts:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -32,7 +32,12 @@ Reader = Callable[[Recipe], Any]
 TEXT_STORE = "shards/train/teachers/scenes-text-ground-truth-tiny-7771425a2f"
 SHARD = "shards/train/00000.tar"
 STOPPED = "runs/stopped"
-TWO = ("manifest.json", "pack.json")  # what has a second format
+POINTER = "text-scenes_text-1bca6ec094.json"
+
+
+def newest(path: Path) -> int:
+    """What has a second format: splits, matchers, and all files of a soft-label store."""
+    return 2 if path.name in ("manifest.json", "pack.json", "config.json") or "teachers" in path.parts else 1
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ READERS: list[tuple[str, Reader]] = [
     ("shards/train/00000.index.json", pack),
     ("shards/train/pack.json", pack),
     (f"{TEXT_STORE}/store.json", lambda recipe: open_store(TEXT_STORE)),
-    ("shards/train/teachers/text-scenes_text-1bca6ec094.json", lambda recipe: store_for(recipe, "train", "text")),
+    (f"shards/train/teachers/{POINTER}", lambda recipe: store_for(recipe, "train", "text")),
     ("matchers/vse/config.json", lambda recipe: itm.load_matcher("matchers/vse")),
     ("matchers/vse/inputs.json", lambda recipe: itm.load_matcher("matchers/vse")),
     ("matchers/vse/tokenizer/text.json", lambda recipe: itm.load_matcher("matchers/vse")),
@@ -78,7 +83,7 @@ def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
     before = path.read_bytes()
     with pytest.raises(
         NewerFormat,
-        match=rf"{path.name} has format {found}, this version reads up to {2 if path.name in TWO else 1}: upgrade itm-pipeline",
+        match=rf"{path.name} has format {found}, this version reads up to {newest(path)}: upgrade itm-pipeline",
     ):
         reader()
     assert path.read_bytes() == before
@@ -86,8 +91,8 @@ def refused(path: Path, found: str, reader: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize(("name", "reader"), READERS)
 def test_a_newer_json_is_refused_by_name_and_left_alone(name: str, reader: Reader, recipe: Recipe) -> None:
-    newer: object = {"manifest.json": "itm-3", "pack.json": 3}.get(Path(name).name, 2)
     path = Path(name)
+    newer: object = "itm-3" if path.name == "manifest.json" else newest(path) + 1
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": newer, "said in another way": [1]}))
     refused(path, "2" if newer == 2 else "3", lambda: reader(recipe))
 
@@ -109,11 +114,11 @@ def test_a_newer_sidecar_is_refused_and_never_taught_again(recipe: Recipe) -> No
     path = Path(TEXT_STORE, "00001.arrow")
     with pa.ipc.open_file(pa.BufferReader(path.read_bytes())) as held:
         table = held.read_all()
-    said = json.loads(table.schema.metadata[b"itm"]) | {"format": 2, "stored": "in another way"}
+    said = json.loads(table.schema.metadata[b"itm"]) | {"format": 3, "stored": "in another way"}
     with pa.ipc.new_file(str(path), table.schema.with_metadata({"itm": json.dumps(said)})) as sink:
         sink.write_table(table.replace_schema_metadata({"itm": json.dumps(said)}))
     for reader in (lambda: read_sidecar(str(path)), lambda: read_header(str(path)), lambda: teach(recipe)):
-        refused(path, "2", reader)
+        refused(path, "3", reader)
 
 
 def test_a_newer_kept_index_is_refused(recipe: Recipe) -> None:

@@ -16,13 +16,17 @@ from tests.support import ROOT
 
 FLOORS = {
     "itm.types": 0,
+    "itm.arguments": 0,
+    "itm.rows": -0.5,  # what the nouns have in common
     "itm.choices": 0,
+    "itm.sections": 0,
     "itm.config": 0.5,  # it asks itm.kinds which packages a recipe names
     "itm.kinds": 0,
     "itm.device": 0,
     "itm.distributed": 0,
     "itm.precision": 0,
     "itm.extras": 0,
+    "itm.packaged": 0,
     "itm.environment": 0,
     "itm.progress": 0,
     "itm.data": 1,
@@ -41,9 +45,11 @@ FLOORS = {
     "itm.benchmarks": 6,
     "itm.pyfunc": 6,
     "pipelines.on_ray": 7,
-    "pipelines.training": 7.5,  # these four stand on the session and the streams of the one before
+    "pipelines.training": 7.5,  # these five stand on the session and the streams of the one before
     "pipelines.teaching": 7.5,
+    "pipelines.featuring": 7.5,
     "pipelines.evaluating": 7.5,
+    "pipelines.reporting": 7.5,
     "pipelines.serving": 7.5,
     "pipelines": 8,
     "cluster": 9,

@@ -277,21 +277,32 @@ def run(args: argparse.Namespace) -> int:
     about = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "device": args.device, "rounds": args.rounds, **rates}
     print(f"one thread, medians of {args.rounds} alternating runs; one large product: " + _rates(rates), flush=True)
     rows: list[Row] = []
-    if args.what != "metrics":
-        where = world(args.images, args.captions, args.every, args.device)
+    where = world(args.images, args.captions, args.every, args.device) if args.what != "metrics" else None
+    if where and args.what != "pruning":
         tokens = float(parts_of(where.captions)[1].sum(1).float().mean())
         print(f"{args.images} images x {REGIONS} x {WIDTH}, {args.captions} captions of {tokens:.1f} tokens")
         for kind in args.kinds:
             rows += compare(kind, where, args.rounds, rates, args.compile)
             print(table(rows[-(4 if kind.startswith("SCAN") else 2) :]), flush=True)
-    metrics = coco_5k(args.rounds, args.device) if args.what != "scoring" else {}
+    cuts = pruned(where, args) if where and args.what != "scoring" else []
+    metrics = coco_5k(args.rounds, args.device) if args.what in ("metrics", "all") else {}
     if metrics:
         print("COCO 5K, 5,000 x 25,000, width 512: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
     if args.json:
-        write_atomic(args.json, json.dumps({"about": about, "rows": [asdict(row) for row in rows], "metrics": metrics}, indent=1).encode())
-    if args.plot:
+        found = {"about": about, "rows": [asdict(row) for row in rows], "pruning": cuts, "metrics": metrics}
+        write_atomic(args.json, json.dumps(found, indent=1).encode())
+    if args.plot and rows:
         plot(rows, args.plot)
     return 0
+
+
+def pruned(where: World, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Shows what UARDA's threshold saves; its rows."""
+    from itm.benchmarks import pruning
+
+    rows = pruning.measure(where, args.rounds, args.device)
+    print(f"UARDA, {args.images} images, {args.captions} captions, with and without pruning:\n{pruning.table(rows)}", flush=True)
+    return [asdict(row) for row in rows]
 
 
 def _rates(rates: dict[str, float]) -> str:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -60,12 +61,22 @@ class Fetch:
 
     Columns: image_id (equal for rows of one image, `itm.data.same_image`), data (encoded image, or region file), teacher_image,
     teacher_text, key, caption, text, shard, problem (JSON of a `Problem`, or null: such a row's data, text and vectors mean nothing), step.
+    For teachers that run in the training: sample (its bytes in the tar), caption_meta (JSON).
     """
 
-    def __init__(self, split: str, manifest: Manifest | Mixture, plan: Plan, kind: str, stores: Mapping[str, Store | MixedStore]) -> None:
-        """kind: `pixels` or `regions`, the file of a sample that is wanted."""
+    def __init__(
+        self,
+        split: str,
+        manifest: Manifest | Mixture,
+        plan: Plan,
+        kind: str,
+        stores: Mapping[str, Store | MixedStore],
+        online: Collection[str] = (),
+    ) -> None:
+        """kind: `pixels` or `regions`, the file of a sample that is wanted. online: modalities whose teachers run in the training."""
         self.shards, self.folders = manifest.shards, folders_of(split, manifest)
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
+        self.online = frozenset(online)
         self._caches()
 
     def _caches(self) -> None:
@@ -85,11 +96,12 @@ class Fetch:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
         samples: dict[tuple[int, int], _Image | Problem] = {}
         rows: list[Json] = []
+        epoch = self.plan.locate(work.step).epoch
         for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
             begins = self._shard(shard).begins
             number = bisect_right(begins, row) - 1
             if (shard, number) not in samples:
-                samples[shard, number] = self._sample(shard, number)
+                samples[shard, number] = self._sample(shard, number, epoch)
             pair = self._pair(samples[shard, number], shard, row, row - begins[number])
             rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
         return _table(rows, work)
@@ -106,21 +118,24 @@ class Fetch:
             )
         return _Shard(uri, index, begins, files.open_file(uri))
 
-    def _sample(self, shard: int, number: int) -> _Image | Problem:
+    def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:
         """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
         start, end = index[number].start, index[number].end
-        sample = parse_range(file.read_at(end - start, start), uri, start)
+        found = file.read_at(end - start, start)
+        sample = parse_range(found, uri, start)
         name = self.shards[shard].name
         data = sample.regions if self.kind == "regions" else sample.image
         if data is None:
             return Problem(sample.key, name, "train", f"no {self.kind} in this sample")
         columns: Json = {"data": data, "key": sample.key, "shard": name, "image_id": image_number(sample, self.folders[shard])}
         if "image" in self.stores:
-            vector = self._vector("image", shard, number, sample, None)
+            vector = self._vector("image", shard, number, sample, None, epoch)
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_image"] = vector
+        if "image" in self.online:
+            columns["sample"] = found
         return _Image(sample, columns)
 
     def _pair(self, image: _Image | Problem, shard: int, row: int, ordinal: int) -> Json | Problem:
@@ -133,22 +148,33 @@ class Fetch:
             if isinstance(vector, Problem):
                 return vector
             columns["teacher_text"] = vector
+        if "text" in self.online:
+            columns["caption_meta"] = json.dumps(caption.meta)
         return columns | {"caption": caption.id, "text": caption.text}
 
     def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
         info = self.shards[shard]
         return self.stores[modality].sidecar(info.name, info.sha256)
 
-    def _vector(self, modality: str, shard: int, row: int, sample: Sample, caption: Caption | None) -> np.ndarray | Problem:
-        """Row `row` of a sidecar, after checking that it is this sample's (and caption's)."""
+    def _vector(
+        self, modality: str, shard: int, number: int, sample: Sample, caption: Caption | None, epoch: int = 0
+    ) -> np.ndarray | Problem:
+        """The vector of image or caption `number` of a shard, after checking that it is this sample's (and caption's).
+
+        Of several views the mean, of which only the direction counts, or that of the epoch.
+        """
         sidecar = self._sidecar(modality, shard)
+        views = sidecar.header.views
+        row = number * views
         theirs = (sidecar.keys[row], sidecar.captions[row] if sidecar.captions else None)
         ours = (sample.key, caption.id if caption else None)
         if theirs != ours:
             raise ValueError(f"{sidecar.uri}: row {row} is of {theirs}, the shard has {ours} there: run `itm teach` again")
         if sidecar.problems[row] is not None:
             return Problem(sample.key, self.shards[shard].name, "teach", f"no {modality} teacher vector: {sidecar.problems[row]}")
-        return sidecar.vectors[row].astype(np.float32)
+        if views > 1 and self.stores[modality].crops is None:
+            return sidecar.vectors[row : row + views].astype(np.float32).mean(0)
+        return sidecar.vectors[row + epoch % views].astype(np.float32)
 
 
 def _table(rows: list[Json], work: Work) -> pa.Table:
@@ -158,7 +184,8 @@ def _table(rows: list[Json], work: Work) -> pa.Table:
         raise unusable(str(rows[0]["problem"]), len(rows), work.step)
     columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
-    columns |= vectors | {"data": pa.array(columns["data"], pa.large_binary()), "image_id": np.array(columns["image_id"], np.int64)}
+    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
+    columns |= vectors | files_of | {"image_id": np.array(columns["image_id"], np.int64)}
     problems = pa.array([row.get("problem") for row in rows], pa.string())
     return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
 

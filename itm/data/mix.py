@@ -91,6 +91,14 @@ class MixedStore:
     def teacher(self) -> str:
         return self.stores[0].teacher
 
+    @property
+    def crops(self) -> int | None:
+        return self.stores[0].crops
+
+    @property
+    def views(self) -> int:
+        return self.stores[0].views
+
     def sidecar(self, shard: str, sha256: str | None = None) -> Sidecar:
         """Raises ValueError as `Store.sidecar`."""
         for store in self.stores:

@@ -6,7 +6,8 @@ keeps its place; the reason travels in the column `problem` of the place it left
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -17,38 +18,55 @@ from itm.data.fetch import Fetch, Work, unusable
 from itm.data.manifest import Manifest
 from itm.data.mix import MixedStore, Mixture
 from itm.data.plan import Plan
-from itm.data.preprocess import Inputs, draw
-from itm.data.records import Problem
+from itm.data.preprocess import Draw, Inputs, draw
+from itm.data.records import Caption, Problem
+from itm.data.shards import Sample, parse_range
 from itm.data.sidecar import Store
 from itm.types import Captions
 
 __all__ = ["Pairs", "Work"]
+READ = ("data", "sample", "text", "caption_meta", "shard", "problem")
+"""Columns of `Fetch` that have served when a batch is prepared."""
+
+Payload = Callable[[Sample | Caption], bytes]
+"""`prepare` of a teacher."""
 
 
 class Pairs:
     """Callable `Work -> pa.Table` of exactly `plan.batch` rows; deterministic, so it can run anywhere and again.
 
     Columns: image_id (equal for rows of one image, `itm.data.same_image`), pixels | regions boxes mask, tokens, token_mask, teacher_image,
-    teacher_text, key, caption, problem (JSON of a `Problem`, or null), step.
+    teacher_text, key, caption, problem (JSON of a `Problem`, or null), step; online_image, online_text: what a teacher that runs in the
+    training made of the row, as bytes.
     """
 
     def __init__(
-        self, split: str, manifest: Manifest | Mixture, plan: Plan, inputs: Inputs, stores: Mapping[str, Store | MixedStore]
+        self,
+        split: str,
+        manifest: Manifest | Mixture,
+        plan: Plan,
+        inputs: Inputs,
+        stores: Mapping[str, Store | MixedStore],
+        online: Mapping[str, Payload] | None = None,
     ) -> None:
-        self.fetch = Fetch(split, manifest, plan, inputs.image.kind, stores)
+        """online: by modality, how a teacher that runs in the training prepares a row; ValueError = the row cannot be used."""
+        self.online = dict(online or {})
+        self.fetch = Fetch(split, manifest, plan, inputs.image.kind, stores, self.online)
         self.inputs = inputs
         self.buffers = Buffers()
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        return to_table(self.prepare(self.fetch(work)))
+        columns = self.prepare(self.fetch(work))
+        payloads = {name: pa.array(value, pa.large_binary()) for name, value in columns.items() if name.startswith("online_")}
+        return to_table(columns | payloads)
 
     def prepare(self, fetched: pa.Table) -> Columns:
         """The columns of one batch that `fetch` read. Raises ValueError when not one pair can be used."""
         rows = to_columns(fetched)
         images = self._images(rows)
-        words = self._words(rows)
-        problems, keep = rows["problem"], {n: v for n, v in rows.items() if n not in ("data", "text", "shard", "problem")}
+        words = self._words(rows) | {f"online_{modality}": self._payloads(rows, modality) for modality in self.online}
+        problems, keep = rows["problem"], {name: value for name, value in rows.items() if name not in READ}
         good = [i for i, problem in enumerate(problems) if problem is None]
         if not good:
             raise unusable(problems[0], len(problems), int(rows["step"][0]))
@@ -74,7 +92,7 @@ class Pairs:
             row_of[sample] = i
             target = {name: array[i] for name, array in columns.items()}
             try:
-                found = self.inputs.image_columns(rows["data"][i], draw(self.fetch.plan.seed, epoch, rows["key"][i]), target)
+                found = self.inputs.image_columns(rows["data"][i], self._draw(epoch, rows["key"][i]), target)
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error)).row()
                 continue
@@ -84,6 +102,30 @@ class Pairs:
                 if value is not target.get(name):  # else it was decoded right into its place
                     columns[name][i] = value
         return columns
+
+    def _payloads(self, rows: Columns, modality: str) -> list[bytes]:
+        """What the teacher is given of each row, empty in the rows of problems. Of rows of one sample the first is prepared."""
+        found: dict[tuple[str, str, str], bytes | str] = {}
+        payloads = [b""] * len(rows["key"])
+        for i, (shard, key, caption) in enumerate(zip(rows["shard"], rows["key"], rows["caption"], strict=True)):
+            if rows["problem"][i] is not None:
+                continue
+            place = (shard, key, caption if modality == "text" else "")
+            if place not in found:
+                found[place] = _payload(self.online[modality], rows, i, modality)
+            payload = found[place]
+            if isinstance(payload, bytes):
+                payloads[i] = payload
+            else:
+                rows["problem"][i] = Problem(key, shard, "teach", f"no {modality} teacher vector: {payload}").row()
+        return payloads
+
+    def _draw(self, epoch: int, key: str) -> Draw:
+        """The numbers of an image's crop: its own, or those of the view that its teacher vector is of."""
+        store = self.fetch.stores.get("image")
+        if store is None or store.crops is None:
+            return draw(self.fetch.plan.seed, epoch, key)
+        return draw(store.crops, epoch % store.views, key)
 
     def _words(self, rows: Columns) -> Columns:
         """tokens (N, max_length) int64 and token_mask (N, max_length) bool; zero and False in the rows of problems."""
@@ -111,6 +153,16 @@ class Pairs:
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error), "caption").row()
         return done
+
+
+def _payload(prepare: Payload, rows: Columns, row: int, modality: str) -> bytes | str:
+    """What a teacher is given of a row, or why there is nothing to give."""
+    try:
+        if modality == "image":
+            return prepare(parse_range(rows["sample"][row], rows["shard"][row], 0))
+        return prepare(Caption(rows["caption"][row], rows["text"][row], json.loads(rows["caption_meta"][row])))
+    except ValueError as error:
+        return str(error)
 
 
 def _take(values: np.ndarray | list[object], rows: np.ndarray) -> np.ndarray | list[object]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,19 @@ class ImageInput:
     def of(cls, data: Data) -> ImageInput:
         return cls(data.image, data.image_size, data.crop, data.flip, data.max_regions, exif=data.exif, exact=data.exact_pixels)
 
+    @classmethod
+    def trained_on(cls, data: Data, first: bytes | None) -> ImageInput:
+        """What training reads: region files where the recipe says so, or where it keeps features. first: one of them.
+
+        Raises ValueError as `read_regions`.
+        """
+        image = cls.of(data)
+        if not reads_regions(data) or first is None:
+            return image
+        held = Regions.from_npz(first)
+        rows = len(held.features) if data.cache_features else image.max_regions
+        return replace(image, kind="regions", max_regions=rows, region_width=held.features.shape[1])
+
     def said(self) -> dict[str, Any]:
         """The choices as files and identities have them: those that earlier versions had not, only where unusual."""
         return {name: value for name, value in asdict(self).items() if (name, value) not in (("exif", True), ("exact", False))}
@@ -60,6 +73,11 @@ class ImageInput:
     def shapes(self, images: int) -> dict[str, tuple[int, ...]]:
         """Of the uint8 columns of so many images, where they are known beforehand: those of pixels are."""
         return {"pixels": (images, self.size, self.size, 3)} if self.kind == "pixels" else {}
+
+
+def reads_regions(data: Data) -> bool:
+    """Whether training reads region files."""
+    return data.image == "regions" or data.cache_features
 
 
 @dataclass(frozen=True)
@@ -119,11 +137,20 @@ def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None
     return scaled[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
+def random_box(width: int, height: int, numbers: Draw) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits."""
+    area = width * height * (0.5 + 0.5 * numbers.area)
+    aspect = (4 / 3) ** (2 * numbers.aspect - 1)
+    across = min(width, max(1, round((area * aspect) ** 0.5)))
+    down = min(height, max(1, round((area / aspect) ** 0.5)))
+    left, top = numbers.left * (width - across), numbers.top * (height - down)
+    return left, top, left + across, top + down
+
+
 def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | None = None) -> np.ndarray:
     """(size,size,3) uint8 of a training image; of a random crop by scaled JPEG decode and bilinear resize, not equal to `fit`.
 
-    Random resized crop: area 0.5..1 of the image, aspect 3/4..4/3 (log-uniform), cut to what fits. `out`, where given, is filled and
-    returned. Raises ValueError as `decode`.
+    `out`, where given, is filled and returned. Raises ValueError as `decode`.
     """
     if image.crop != "random":
         if image.exact:
@@ -132,12 +159,7 @@ def augment(data: bytes, image: ImageInput, numbers: Draw, out: np.ndarray | Non
             pixels = fit_quickly(data, image.size, image.crop, out, image.exif)
     else:
         picture = _decode_near(data, image.size, image.exif)
-        area = picture.width * picture.height * (0.5 + 0.5 * numbers.area)
-        aspect = (4 / 3) ** (2 * numbers.aspect - 1)
-        width = min(picture.width, max(1, round((area * aspect) ** 0.5)))
-        height = min(picture.height, max(1, round((area / aspect) ** 0.5)))
-        left, top = numbers.left * (picture.width - width), numbers.top * (picture.height - height)
-        box = (left, top, left + width, top + height)
+        box = random_box(picture.width, picture.height, numbers)
         pixels = np.asarray(picture.resize((image.size, image.size), Image.Resampling.BILINEAR, box=box))
     if image.flip and numbers.mirror < 0.5:
         pixels = torch.from_numpy(pixels.copy()).flip(1).numpy()  # numpy is slower

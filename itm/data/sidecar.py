@@ -4,9 +4,9 @@
     <teachers root>/<teacher id>/store.json             written last: its presence says that the store is whole
     <teachers root>/<choice id>.json                    which store serves a recipe's choice of teacher
 
-An image store has one row per sample, a text store one row per caption. Vectors are stored at unit length (only their cosines
-are ever used) as fp16, fp32, or int8 codes with one fp16 scale a row. A row whose teacher input could not be read keeps
-its place, with a reason in `problem` and a zero vector, so that rows never shift. Nothing but numpy and pyarrow is needed to read.
+An image store has one row per sample, or one per view of it (column view, format 2), a text store one row per caption. Vectors are stored
+at unit length (only their cosines are ever used) as fp16, fp32, or int8 codes with one fp16 scale a row. A row whose teacher input could
+not be read keeps its place, with a reason in `problem` and a zero vector. Nothing but numpy and pyarrow is needed to read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyarrow import fs, ipc
 from itm.data import files
 from itm.data.formats import Json, NewerFormat, check_format
 
-FORMAT = 1
+FORMAT = 2  # 1: one vector a sample or caption; 2: several views of a sample, in rows of their own
 REMEDY = "run `itm teach` with this recipe (finished shards are kept)"
 _NOT_UNIT = 0.05  # int8 of the widest vectors is off by less
 _ARROW = {"fp16": pa.float16(), "fp32": pa.float32(), "int8": pa.int8()}
@@ -51,8 +51,13 @@ class Header:
     rows: int = 0
     rejected: int = 0
     width: int = 0
-    format: int = FORMAT
+    format: int = 1
     device: str = "cpu"
+
+    @property
+    def views(self) -> int:
+        """Neighbouring rows that each sample has."""
+        return views_of(self.identity)
 
     def to_json(self) -> str:
         said = asdict(self)
@@ -121,12 +126,15 @@ def write_sidecar(
     columns: dict[str, pa.Array] = {"key": pa.array(keys, pa.string())}
     if header.modality == "text":
         columns["caption"] = pa.array(captions, pa.string())
+    if header.views > 1:
+        columns["view"] = pa.array(np.arange(len(keys)) % header.views, pa.int16())
     columns["problem"] = pa.array(problems, pa.string())
     codes, scale = _encode(unit, header.dtype)
     columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(codes.reshape(-1), _ARROW[header.dtype]), vectors.shape[1])
     if scale is not None:
         columns["scale"] = pa.array(scale, pa.float16())
-    done = Header(**asdict(header) | {"rows": len(keys), "rejected": int((~ok).sum()), "width": vectors.shape[1]})
+    known = {"rows": len(keys), "rejected": int((~ok).sum()), "width": vectors.shape[1], "format": format_of(header.identity)}
+    done = Header(**asdict(header) | known)
     table = pa.table(columns).replace_schema_metadata({"itm": done.to_json()})
     sink = pa.BufferOutputStream()
     with ipc.new_file(sink, table.schema) as writer:
@@ -200,6 +208,9 @@ def _check_layout(header: Header, table: pa.Table) -> None:
     if not table.schema.equals(_schema(header)):
         raise ValueError(f"columns {table.schema.names} of other types or another width than its header says")
     table.validate(full=True)
+    views = header.views
+    if views > 1 and (len(table) % views or not np.array_equal(table["view"].to_numpy(), np.arange(len(table)) % views)):
+        raise ValueError(f"its rows are not {views} views a sample")
     for name in table.column_names:
         if name != "problem" and (table[name].null_count or (name == "vector" and any(c.values.null_count for c in table[name].chunks))):
             raise ValueError(f"column {name} has empty cells")
@@ -209,7 +220,9 @@ def _schema(header: Header) -> pa.Schema:
     """The columns of a sidecar with this header."""
     text = {"caption": pa.string()} if header.modality == "text" else {}
     scale = {"scale": pa.float16()} if header.dtype == "int8" else {}
-    return pa.schema({"key": pa.string(), **text, "problem": pa.string(), "vector": pa.list_(_ARROW[header.dtype], header.width), **scale})
+    view = {"view": pa.int16()} if header.views > 1 else {}
+    vector = {"vector": pa.list_(_ARROW[header.dtype], header.width)}
+    return pa.schema({"key": pa.string(), **text, **view, "problem": pa.string(), **vector, **scale})
 
 
 def _check(uri: str, keys: Sequence[str], vectors: np.ndarray, ok: np.ndarray, remedy: str) -> np.ndarray:
@@ -250,6 +263,16 @@ def teacher_id(identity: Mapping[str, object]) -> str:
     return "-".join(filter(None, (str(identity["kind"]).replace("_", "-"), model, _digest(identity))))
 
 
+def views_of(identity: Mapping[str, Any]) -> int:
+    """Vectors that a teacher, or the one that a control was made from, gives to each sample."""
+    of = identity.get("of")
+    return int(identity.get("views", views_of(of) if isinstance(of, Mapping) else 1))
+
+
+def format_of(identity: Mapping[str, Any]) -> int:
+    return 2 if views_of(identity) > 1 else 1
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -264,10 +287,15 @@ class Store:
     width: int
     identity: Json
     shards: dict[str, Json]
+    crops: int | None = None  # of several views the next at each epoch is read, whose crop this seed draws; unset = their mean
 
     @property
     def teacher(self) -> str:
         return teacher_id(self.identity)
+
+    @property
+    def views(self) -> int:
+        return views_of(self.identity)
 
     def sidecar(self, shard: str, sha256: str | None = None) -> Sidecar:
         """The checked sidecar of a shard (its file name). Raises ValueError when it is missing or of other bytes."""
@@ -296,7 +324,7 @@ def write_store(root: str, choice: Mapping[str, object], headers: Mapping[str, H
     uri = files.join(root, teacher_id(identity))
     shards = {n: {"sha256": h.shard_sha256, "rows": h.rows, "rejected": h.rejected} for n, h in headers.items()}
     width = max((h.width for h in headers.values()), default=0)
-    receipt = {"format": FORMAT, "modality": choice["modality"], "dtype": choice["dtype"], "width": width}
+    receipt = {"format": format_of(identity), "modality": choice["modality"], "dtype": choice["dtype"], "width": width}
     _write_json(files.join(uri, "store.json"), receipt | {"identity": identity, "shards": shards})
     _write_json(_pointer(root, choice), {"teacher": teacher_id(identity), "choice": dict(choice)})
     return uri

@@ -23,6 +23,7 @@ from itm.config import Text
 from itm.data import files
 from itm.data.formats import check_format
 from itm.data.treebank import treebank_words
+from itm.packaged import located
 
 Rules = Literal["plain", "treebank"]
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -206,7 +207,7 @@ def _load_hf(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(located(str(path)))
     except (OSError, ValueError) as error:
         raise ValueError(f"text.path={str(path)!r} holds no Hugging Face tokenizer: {brief(error)}") from None
 

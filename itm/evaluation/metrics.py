@@ -164,8 +164,8 @@ def chance_metrics(positives: Positives, relevance: Tensor | None = None) -> dic
     return with_sums(metrics)
 
 
-def chance_of(counts: Tensor, gallery: int, absent: Tensor | None = None) -> dict[str, float]:
-    """Chance of one direction, r1 r5 r10 meanr map_at_r r_precision, for counts (Q,) positives among `gallery` rows.
+def chance_of(counts: Tensor, gallery: int, absent: Tensor | None = None, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Chance of one direction, r1 r5 r10 (or of `ks`) meanr map_at_r r_precision, for counts (Q,) positives among `gallery` rows.
 
     absent (Q,): positives outside the gallery, as in `rank_queries`; queries without any positive are left out.
     """
@@ -173,7 +173,7 @@ def chance_of(counts: Tensor, gallery: int, absent: Tensor | None = None) -> dic
     kinds, times = torch.unique(torch.stack([counts, wanted])[:, wanted > 0], dim=1, return_counts=True)
     shares = (times.double() / times.sum()).tolist()
     sizes = list(zip(*kinds.tolist(), shares, strict=True))
-    found = {f"r{k}": 100 * sum(p * _chance_recall(n, gallery, k) for n, _, p in sizes) for k in KS}
+    found = {f"r{k}": 100 * sum(p * _chance_recall(n, gallery, k) for n, _, p in sizes) for k in ks}
     return found | {
         "meanr": sum(p * (gallery + 1) / (n + 1) for n, _, p in sizes),
         "map_at_r": sum(p * _chance_average_precision(n, r, gallery) for n, r, p in sizes),

@@ -29,8 +29,9 @@ from itm.evaluation.metrics import (
     rank_queries,
     retrieval_metrics,
 )
+from itm.evaluation.uni_modal import uni_vectors
 from itm.kinds import build_part
-from itm.types import Encoded, Matcher
+from itm.types import Encoded, Matcher, Options
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,12 @@ class Outcome:
 
 
 class Protocol:
-    """How a matcher is judged. A protocol of one's own subclasses `ScoreProtocol` or `MatcherProtocol`."""
+    """How a matcher is judged. A protocol of one's own subclasses `ScoreProtocol` or `MatcherProtocol`; its options are the keyword
+    arguments of its class (`evaluation.options`)."""
+
+    def identity(self) -> Json:
+        """What the result depends on besides split and matcher, JSON-able; empty = nothing."""
+        return {}
 
 
 class ScoreProtocol(Protocol, ABC):
@@ -90,21 +96,25 @@ class MatcherProtocol(Protocol, ABC):
     score_type: ClassVar[str] = "asked of the matcher"
     """Which numbers are compared, in words."""
 
+    def files_of(self, pairs: Sequence[str]) -> list[str]:
+        """The files that `--pairs` leads to: their bytes are part of what the result depends on."""
+        return list(pairs)
+
     @abstractmethod
     def measure(self, matcher: Matcher, asked: Question) -> Outcome:
         """matcher: as `itm.load_matcher` gives it. Raises ValueError when it cannot answer, or nothing can be measured."""
 
 
-def find_protocol(name: str) -> Protocol:
-    """Raises ValueError for an unknown protocol."""
-    protocol = build_part(PROTOCOLS, name, {}, "protocol")
+def find_protocol(name: str, options: Options | None = None) -> Protocol:
+    """Raises ValueError for an unknown protocol, or an option that it has not or lacks."""
+    protocol = build_part(PROTOCOLS, name, options or {}, "protocol")
     assert isinstance(protocol, Protocol)  # the base of the table, which a table cannot import
     return protocol
 
 
-def run_protocol(name: str, scored: Scored, tie: str = "pessimistic") -> Outcome:
+def run_protocol(name: str, scored: Scored, tie: str = "pessimistic", options: Options | None = None) -> Outcome:
     """Raises ValueError as `find_protocol`, and for one that does not fit the split, bad ids, bad shapes or NaN scores."""
-    protocol = find_protocol(name)
+    protocol = find_protocol(name, options)
     if not isinstance(protocol, ScoreProtocol):
         raise ValueError(f"protocol {name} asks the matcher itself, not its scores: name one matcher, and no score file")
     scored.names.check()
@@ -206,22 +216,24 @@ class ImageToImage(ScoreProtocol):
 
     def measure(self, scored: Scored, tie: str) -> Outcome:
         labels = _labels(scored.names)
-        return _one_modality("i2i", _uni(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
+        return _one_modality("i2i", uni_vectors(scored.images, "image"), labels, tie, "image -> image, the query itself left out")
 
 
 class TextToText(ScoreProtocol):
     """Caption -> caption: R@1 and mAP@R; relevant = another caption of the same image."""
 
     def measure(self, scored: Scored, tie: str) -> Outcome:
-        vectors, title = _uni(scored.captions, "caption"), "caption -> caption of the same image"
+        vectors, title = uni_vectors(scored.captions, "caption"), "caption -> caption of the same image"
         return _one_modality("t2t", vectors, scored.names.caption_image, tie, title)
 
 
-def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic") -> Json:
+def same_label_metrics(
+    vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, Tensor] | None = None, tie: str = "pessimistic", ks: Sequence[int] = (1,)
+) -> Json:
     """Cosine retrieval by label: one set against itself without the query, or against a gallery (vectors (G,D), labels (G,)).
 
-    vectors (N,D), labels (N,). Returns map_at_r, r_precision (0..1), r1 (percent) over the queries that have a relevant row, `queries`,
-    their number, and `chance` of the three. Raises ValueError when no query has one.
+    vectors (N,D), labels (N,). Returns r1 and the like of `ks` (percent), map_at_r, r_precision (0..1) over the queries that have a
+    relevant row, `queries`, their number, and `chance` of these. Raises ValueError when no query has one.
     """
     others, other_labels = gallery or (vectors, labels)
     query, others = (torch.nn.functional.normalize(v, dim=1) for v in (vectors, others))
@@ -238,14 +250,9 @@ def same_label_metrics(vectors: Tensor, labels: Tensor, gallery: tuple[Tensor, T
     if not ranking.asked.any():
         raise ValueError(f"no row of {len(labels)} shares its label with another one: nothing to retrieve")
     values = equivalence_metrics(ranking)
-    chance = chance_of(ranking.positives, len(others) - (gallery is None))
-    return {
-        "r1": values["semantic_r1"],
-        "map_at_r": values["map_at_r"],
-        "r_precision": values["r_precision"],
-        "queries": int(ranking.asked.sum()),
-        "chance": {name: chance[name] for name in ("r1", "map_at_r", "r_precision")},
-    }
+    found = {f"r{k}": ranking.recall(k) for k in ks} | {name: values[name] for name in ("map_at_r", "r_precision")}
+    chance = chance_of(ranking.positives, len(others) - (gallery is None), ks=ks)
+    return {**found, "queries": int(ranking.asked.sum()), "chance": {name: chance[name] for name in found}}
 
 
 def _one_modality(way: str, vectors: Tensor, labels: Tensor, tie: str, title: str) -> Outcome:
@@ -289,14 +296,6 @@ def _labels(names: Names) -> Tensor:
             index = {value: row for row, value in enumerate(dict.fromkeys(map(str, values)))}
             return torch.tensor([index[str(value)] for value in values])
     raise ValueError("protocol i2i needs a scene, label or class in the metadata of every image; this split has none")
-
-
-def _uni(encoded: Encoded | None, what: str) -> Tensor:
-    """The uni-modal head where the model has one (CUSA), else the shared vector."""
-    vectors = None if encoded is None else encoded.uni if encoded.uni is not None else encoded.vector
-    if vectors is None:
-        raise ValueError(f"uni-modal protocols need {what} vectors; this matcher (or score file) gives none")
-    return vectors.float()
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Captions are walked in order of length and cut to the longest of their tile, so short captions cost no padding; a tile is sized by a
 memory budget. Matchers that cut tiles themselves (`cuts_tiles`) get large blocks in the given order. Any matcher works; several
-matchers give the mean of their scores (an ensemble, as SGRAF = SGR + SAF).
+matchers, or a mean of them, give the mean of their scores (an ensemble, as SGRAF = SGR + SAF), each scored by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from itm.device import resolve_device, sized_by
 from itm.precision import computing, warn_if_slow
+from itm.rows import Rows
 from itm.types import Captions, Encoded, Images, Matcher
 
 TILE_BYTES = 256 << 20
@@ -47,6 +48,9 @@ def score_matrix(
     """
     where = resolve_device(device)
     members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
+    if len(members) == 1:
+        images, captions = (rows[0] if isinstance(rows, Sequence) and len(rows) == 1 else rows for rows in (images, captions))
+        members = list(members[0].averaged)
     left: Sequence[Images | Encoded] = _per_member(images, len(members), "image")
     right: Sequence[Captions | Encoded] = _per_member(captions, len(members), "caption")
     total: Tensor | None = None
@@ -106,6 +110,8 @@ def _scoring(matcher: Matcher, device: torch.device, precision: str) -> Iterator
 
 
 def _per_member(rows: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
+    if isinstance(rows, Rows) and rows.each:
+        rows = list(rows.each)
     if isinstance(rows, Sequence) and len(rows) != members:
         raise ValueError(f"{members} matchers, but {len(rows)} {what} encodings")
     if isinstance(rows, Encoded) and members > 1:

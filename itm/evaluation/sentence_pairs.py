@@ -19,7 +19,8 @@ import torch
 from itm.data import files
 from itm.evaluation.dataset import encode_texts
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
-from itm.types import Encoded, Matcher
+from itm.evaluation.uni_modal import uni_vectors
+from itm.types import Matcher
 
 # First sentence, second sentence, rating: headers that published files have.
 KNOWN_HEADERS = (("sentence1", "sentence2", "score"), ("sentence_A", "sentence_B", "relatedness_score"))
@@ -70,10 +71,15 @@ def read_pairs(path: str | Path, columns: Sequence[str] | None = None, max_rejec
             pairs.left.append(left)
             pairs.right.append(right)
             pairs.gold.append(rating)
+    return check_usable(pairs, max_reject_rate)
+
+
+def check_usable(pairs: RatedPairs, max_reject_rate: float) -> RatedPairs:
+    """Raises ValueError naming the first bad rows when fewer than two, or too small a share of them, can be used."""
     total = len(pairs.gold) + len(pairs.bad)
     if len(pairs.gold) < 2 or len(pairs.bad) > max_reject_rate * total:
         named = "; ".join(f"line {number}: {reason}" for number, reason in pairs.bad[:3]) or "two pairs are the least"
-        raise ValueError(f"{path}: {len(pairs.bad)} of {total} rows cannot be used (limit {max_reject_rate:.1%}): {named}")
+        raise ValueError(f"{pairs.path}: {len(pairs.bad)} of {total} rows cannot be used (limit {max_reject_rate:.1%}): {named}")
     return pairs
 
 
@@ -90,14 +96,19 @@ def sts(matcher: Matcher, files: Sequence[RatedPairs], batch_size: int = 256, de
         name = f"sts_{Path(pairs.path).stem}"
         if name in metrics:
             raise ValueError(f"two files of pairs are called {Path(pairs.path).stem!r}: their results would have one name; rename one")
-        with _as_written(matcher):
-            left, right = (_vectors(encode_texts(matcher, texts, batch_size, device)) for texts in (pairs.left, pairs.right))
-        metrics[name] = 100 * spearman(torch.cosine_similarity(left, right).numpy(), np.array(pairs.gold))
+        metrics[name] = 100 * spearman(cosines_of(matcher, pairs, batch_size, device), np.array(pairs.gold))
     if len(files) > 1:
         metrics["sts_mean"] = float(np.mean([round(value, 2) for value in metrics.values()]))
     counts = {"pairs": sum(len(p.gold) for p in files), "rejected": sum(len(p.bad) for p in files)}
     title = "STS: 100 x Spearman of caption cosines and ratings; ties share their mean rank"
     return Outcome(title, metrics, dict.fromkeys(metrics, 0.0), counts)
+
+
+def cosines_of(matcher: Matcher, pairs: RatedPairs, batch_size: int = 256, device: str | torch.device = "cpu") -> np.ndarray:
+    """(N,) cosines of the two sentences of each pair, as they are written."""
+    with _as_written(matcher):
+        left, right = (uni_vectors(encode_texts(matcher, texts, batch_size, device), "caption") for texts in (pairs.left, pairs.right))
+    return torch.cosine_similarity(left, right).numpy()
 
 
 @contextmanager
@@ -132,13 +143,6 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def _ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-
-
-def _vectors(encoded: Encoded) -> torch.Tensor:
-    vectors = encoded.uni if encoded.uni is not None else encoded.vector
-    if vectors is None:
-        raise ValueError("protocol sts compares caption vectors; this matcher has none (a single-stream matcher scores pairs only)")
-    return vectors.float()
 
 
 def _places(path: str, header: list[str], columns: Sequence[str] | None) -> tuple[list[int], bool]:

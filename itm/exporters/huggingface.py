@@ -20,6 +20,8 @@ def write_huggingface(matcher: Matcher, folder: Path) -> None:
         raise ValueError(
             f"transformers has no class for a {matcher.kind} matcher; it has one for clip. Export to onnx, or load it with itm"
         )
+    if "resnet" in matcher.options:
+        raise ValueError("this CLIP has a ResNet as its image tower, which transformers' CLIPModel has not: export it to onnx")
     if matcher.options["heads"]["cross"]:
         raise ValueError("this CLIP scores through CUSA's cross heads, which CLIPModel has not: export it to onnx")
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor

@@ -1,6 +1,6 @@
 """Soft-label stores for other trainers: parquet tables, CUSA's own `.npy` dictionaries, or members of WebDataset tars.
 
-    parquet      <output>/<modality>-<teacher id>/<shard stem>.parquet     key, image_id, [caption, text], vector; one row a vector
+    parquet      <output>/<modality>-<teacher id>/<shard stem>.parquet     key, image_id, [view], [caption, text], vector; one row a vector
     npy          <output>/<split>_<modality>_<teacher id>.npy              CUSA's form, docs/methods/cusa.md#stored-teacher-vectors
     webdataset   <output>/<shard>.tar                                      the samples, and beside them teacher_image.npy, teacher_text.npy
 
@@ -25,6 +25,7 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, copy_samples, read_manifest, read_samples
 from itm.data.sidecar import Store, open_store
 
+_SAME = 0.02  # two vectors of one image, scored in other batches and rounded, differ by less
 TYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -39,12 +40,16 @@ class Exported:
 
 @dataclass(frozen=True)
 class Row:
-    """A vector (D,) and what it belongs to; caption and text are "" in an image store. vector: None where the teacher could not read."""
+    """A vector (D,) and what it belongs to; caption and text are "" in an image store. vector: None where the teacher could not read.
+
+    view: 0, or which of several views of the image it is of.
+    """
 
     sample: Sample
     caption: str
     text: str
     vector: np.ndarray | None
+    view: int = 0
 
 
 def finished_stores(root: str, wanted: Sequence[str] = ()) -> list[Store]:
@@ -80,12 +85,12 @@ def rows_of(store: Store, split_uri: str, shard: ShardInfo) -> Iterator[Row]:
     for sample in read_samples(files.join(split_uri, shard.name), shard.sha256):
         if isinstance(sample, Problem) or sample.key in refused:
             continue
-        captions = [(c.id, c.text) for c in sample.captions] if store.modality == "text" else [("", "")]
-        for caption, text in captions:
+        captions = [(c.id, c.text) for c in sample.captions] if store.modality == "text" else [("", "")] * store.views
+        for number, (caption, text) in enumerate(captions):
             key, of, vector, ok = next(vectors, ("", "", np.empty(0), False))
             if key != sample.key or (caption and of != caption):
                 raise ValueError(f"{sidecar.uri}: the row of {key!r} stands where sample {sample.key!r} of {shard.name} is")
-            yield Row(sample, caption, text, vector if ok else None)
+            yield Row(sample, caption, text, vector if ok else None, number if store.views > 1 else 0)
 
 
 def _parquet(stores: Sequence[Store], manifest: Manifest, split_uri: str, output: str, dtype: type[np.floating]) -> list[Exported]:
@@ -102,6 +107,8 @@ def _parquet_of(store: Store, manifest: Manifest, split_uri: str, folder: str, d
             "key": pa.array([row.sample.key for row in kept], pa.string()),
             "image_id": pa.array([str(_image_id(row.sample)) for row in kept], pa.string()),
         }
+        if store.views > 1:
+            columns["view"] = pa.array([row.view for row in kept], pa.int16())
         if store.modality == "text":
             columns["caption"] = pa.array([row.caption for row in kept], pa.string())
             columns["text"] = pa.array([row.text for row in kept], pa.string())
@@ -118,20 +125,37 @@ def _npy(stores: Sequence[Store], manifest: Manifest, split_uri: str, output: st
 
 
 def _npy_of(store: Store, manifest: Manifest, split_uri: str, uri: str, dtype: type[np.floating]) -> Exported:
-    """One pickled dict, {image_id: (1, D)} or {caption: (D,)}: the whole split is held in memory, as its reader will hold it."""
+    """One pickled dict, {image_id: (1, D)} or {caption: (D,)}: the whole split is held in memory, as its reader will hold it.
+
+    An image has one vector there: of several views their mean, at unit length.
+    """
     held: dict[object, np.ndarray] = {}
     without = 0
     for shard in manifest.shards:
-        for row in rows_of(store, split_uri, shard):
-            if row.vector is None:
-                without += 1
-            elif store.modality == "text":
-                held.setdefault(row.text, row.vector.astype(dtype))
-            else:
-                held.setdefault(_image_id(row.sample), row.vector.astype(dtype)[None])
+        for sample, rows in _by_sample(rows_of(store, split_uri, shard)):
+            there = [(row.text, row.vector) for row in rows if row.vector is not None]
+            without += len(rows) - len(there)
+            if store.modality == "text":
+                for text, vector in there:
+                    held.setdefault(text, vector.astype(dtype))
+            elif there:
+                vector = _mean([vector for _, vector in there]).astype(dtype)[None]
+                known = held.setdefault(_image_id(sample), vector)
+                if np.abs(known.astype(np.float32) - vector).max() > _SAME:
+                    raise ValueError(
+                        f"{shard.name}: two images of the id {_image_id(sample)!r} have different vectors, and npy holds one an id: "
+                        "export parquet or webdataset, or give the images different ids"
+                    )
     with files.atomic_stream(uri) as stream:
         np.save(stream, np.array(held, dtype=object), allow_pickle=True)
     return Exported(uri, len(held), without)
+
+
+def _mean(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    if len(vectors) == 1:
+        return vectors[0]
+    mean: np.ndarray = np.mean([vector.astype(np.float32) for vector in vectors], axis=0)
+    return mean / np.linalg.norm(mean)
 
 
 def _webdataset(stores: Sequence[Store], manifest: Manifest, split_uri: str, output: str, dtype: type[np.floating]) -> list[Exported]:
@@ -169,9 +193,9 @@ def _by_sample(rows: Iterator[Row]) -> Iterator[tuple[Sample, list[Row]]]:
 
 
 def _filled(rows: list[Row], store: Store, dtype: type[np.floating]) -> np.ndarray:
-    """(D,) of an image, (captions, D) of a sample's captions; zeros where there is no vector."""
+    """(D,) of an image, (views, D) of its views, (captions, D) of a sample's captions; zeros where there is no vector."""
     vectors = np.stack([np.zeros(store.width, dtype) if row.vector is None else row.vector.astype(dtype) for row in rows])
-    return vectors if store.modality == "text" else vectors[0]
+    return vectors if store.modality == "text" or store.views > 1 else vectors[0]
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:

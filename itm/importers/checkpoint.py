@@ -18,6 +18,9 @@ MAX_LENGTH = {"uniter": 62, "clip": 77}
 """Tokens a caption, start and end included (IAIS counts its 60 word pieces without them). SCAN and SGRAF never cut a caption; 256 is
 beyond any."""
 
+RELEASED = {("uniter", 28996): "bert-base-cased", ("clip", 49408): "CLIP's own tokenizer (bpe_simple_vocab_16e6.txt.gz)"}
+"""(kind, words that the weights embed) -> the tokenizer of the released weights; one with fewer words would read others in their place."""
+
 
 def import_checkpoint(
     checkpoint: str | Path, output: str | Path, *, vocab: str | Path | None = None, tokenizer: str | None = None, **needed: Any
@@ -31,8 +34,10 @@ def import_checkpoint(
     kind = matcher.kind
     words = _word_embeddings(matcher)
     reader = _tokenizer(kind, vocab, tokenizer, clean=_is_cusa(matcher))
-    if reader.vocab_size > words or (kind not in MAX_LENGTH and reader.vocab_size != words):
-        raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give its own file")
+    exact = kind not in MAX_LENGTH or (kind, words) in RELEASED
+    if reader.vocab_size > words or (exact and reader.vocab_size != words):
+        own = RELEASED.get((kind, words), "its own file")
+        raise ValueError(f"{vocab or tokenizer} has {reader.vocab_size} words, {checkpoint} embeds {words}: give {own}")
     matcher.inputs = Inputs(_image_input(matcher), reader)
     save_matcher(matcher, output)
     return matcher

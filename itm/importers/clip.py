@@ -18,11 +18,14 @@ from itm.data import files
 from itm.data.sources.source import read_json
 from itm.importers.state import bare_tensors, check_options, fill, tensor_of
 from itm.matchers.clip import CLIP
+from itm.matchers.encoders.clip_resnet import STRIDE
 from itm.types import Matcher, Options
 
 HEAD_WIDTH = 64
 PUBLISHED = (64, 512, 768, 1024)
 """Widths of OpenAI's towers, and one head alone."""
+PUBLISHED_WITH_RESNETS = (64, 512, 640, 768, 1024, 2048, 2560, 3072, 4096)
+"""Those of the text towers of its ResNets, and of their last grids."""
 SETTINGS = ("config.json", "open_clip_config.json")
 RENAMED = (
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
@@ -58,21 +61,25 @@ def load_clip(state: Mapping[str, object], settings: Options | None = None, **ne
     """
     check_options(needed, ("heads", "hidden_act", "vocab_size"), "CLIP")
     tensors = {key: value.float() for key, value in bare_tensors(state).items()}
-    if any("visual.attnpool." in key for key in tensors):
-        raise ValueError(
-            "this is a ResNet CLIP (visual.attnpool): Hugging Face's CLIP, which this one is, has vision transformers only. Use ViT-B-32, "
-            "ViT-B-16 or ViT-L-14"
-        )
+    convolves = any(key.startswith("visual.attnpool.") for key in tensors)
     own: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        if not NOT_THE_MATCHER.search(key):
+        if NOT_THE_MATCHER.search(key):
+            continue
+        if convolves and key.startswith("visual."):
+            own[f"backbone.vision_model.{key.removeprefix('visual.')}"] = value
+        else:
             own |= _renamed(key, value)
     words = _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0]
     if needed.get("vocab_size", words) != words:
         raise ValueError(f"the checkpoint embeds {words} tokens, the tokenizer has {needed['vocab_size']}: use its own tokenizer")
     heads = {name: f"image_heads.{name}.linear.weight" in own for name in ("cross", "uni")}
-    openai = any(".resblocks." in key for key in tensors)
-    matcher = CLIP(vocab_size=words, config=_config(own, _towers(settings or {}, needed), openai), heads=heads)
+    published = () if not any(".resblocks." in key for key in tensors) else PUBLISHED_WITH_RESNETS if convolves else PUBLISHED
+    towers = _towers(settings or {}, needed)
+    tower = (_resnet if convolves else _vision)(own, towers["vision"], published)
+    config = {"text_config": _text(own, towers["text"], published), "projection_dim": _backbone(own, "text_projection.weight").shape[0]}
+    options: Options = {"config": config, "resnet": tower} if convolves else {"config": config | {"vision_config": tower}}
+    matcher = CLIP(vocab_size=words, heads=heads, **options)
     fill(matcher, own)
     return matcher.eval()
 
@@ -111,7 +118,8 @@ def _towers(settings: Options, needed: Options) -> dict[str, Options]:
     if model := settings.get("model_cfg"):
         activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
         vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
-        heads = {"vision": vision.get("width", 768) // vision.get("head_width", HEAD_WIDTH), "text": text.get("heads", 8)}
+        wide = vision.get("width", 768) * (STRIDE if isinstance(vision.get("layers"), list) else 1)  # four stages: a ResNet
+        heads = {"vision": wide // vision.get("head_width", HEAD_WIDTH), "text": text.get("heads", 8)}
         towers = {tower: {"num_attention_heads": heads[tower], "hidden_act": activation} for tower in towers}
     elif settings:
         from transformers import CLIPTextConfig, CLIPVisionConfig
@@ -128,9 +136,12 @@ def _towers(settings: Options, needed: Options) -> dict[str, Options]:
     return towers
 
 
-def _told(tower: str, width: int, said: Options, openai: bool) -> Options:
-    """Heads and activation of a tower. Raises ValueError rather than guess, and for heads that do not divide the width."""
-    known = {"num_attention_heads": width // HEAD_WIDTH, "hidden_act": "quick_gelu"} if openai and width in PUBLISHED else {}
+def _told(tower: str, width: int, said: Options, published: tuple[int, ...]) -> Options:
+    """Heads and activation of a tower. Raises ValueError rather than guess, and for heads that do not divide the width.
+
+    published: widths at which OpenAI's choices are taken.
+    """
+    known = {"num_attention_heads": width // HEAD_WIDTH, "hidden_act": "quick_gelu"} if width in published else {}
     known |= said
     if absent := [name for name in ("num_attention_heads", "hidden_act") if name not in known]:
         options = ", ".join(
@@ -145,31 +156,47 @@ def _told(tower: str, width: int, said: Options, openai: bool) -> Options:
     return known
 
 
-def _config(own: dict[str, Tensor], towers: dict[str, Options], openai: bool) -> dict[str, Any]:
-    def layers(tower: str) -> int:
-        return len({key.split(".")[4] for key in own if key.startswith(f"backbone.{tower}.encoder.layers.")})
+def _layers(own: dict[str, Tensor], tower: str) -> int:
+    return len({key.split(".")[4] for key in own if key.startswith(f"backbone.{tower}.encoder.layers.")})
 
+
+def _vision(own: dict[str, Tensor], said: Options, published: tuple[int, ...]) -> Options:
+    """The vision_config of a CLIPConfig."""
     patches = _backbone(own, "vision_model.embeddings.patch_embedding.weight")
     positions = _backbone(own, "vision_model.embeddings.position_embedding.weight").shape[0] - 1
-    text_positions, text_width = _backbone(own, "text_model.embeddings.position_embedding.weight").shape
-    vision = {
+    return {
         "hidden_size": patches.shape[0],
         "intermediate_size": _backbone(own, "vision_model.encoder.layers.0.mlp.fc1.weight").shape[0],
-        "num_hidden_layers": layers("vision_model"),
-        **_told("vision", patches.shape[0], towers["vision"], openai),
+        "num_hidden_layers": _layers(own, "vision_model"),
+        **_told("vision", patches.shape[0], said, published),
         "patch_size": patches.shape[-1],
         "image_size": round(positions**0.5) * patches.shape[-1],
     }
-    text = {
-        "vocab_size": _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0],
-        "hidden_size": text_width,
-        "intermediate_size": _backbone(own, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
-        "num_hidden_layers": layers("text_model"),
-        **_told("text", text_width, towers["text"], openai),
-        "max_position_embeddings": text_positions,
+
+
+def _resnet(own: dict[str, Tensor], said: Options, published: tuple[int, ...]) -> Options:
+    """The option `resnet` of the matcher."""
+    cells, grid_width = _backbone(own, "vision_model.attnpool.positional_embedding").shape
+    stages = [{key.split(".")[3] for key in own if key.startswith(f"backbone.vision_model.layer{n}.")} for n in (1, 2, 3, 4)]
+    return {
+        "layers": [len(blocks) for blocks in stages],
+        "width": _backbone(own, "vision_model.layer1.0.conv1.weight").shape[0],
+        "heads": _told("vision", grid_width, {"hidden_act": "relu", **said}, published)["num_attention_heads"],
+        "image_size": round((cells - 1) ** 0.5) * STRIDE,
     }
-    width = _backbone(own, "visual_projection.weight").shape[0]
-    return {"vision_config": vision, "text_config": text, "projection_dim": width}
+
+
+def _text(own: dict[str, Tensor], said: Options, published: tuple[int, ...]) -> Options:
+    """The text_config of a CLIPConfig."""
+    positions, width = _backbone(own, "text_model.embeddings.position_embedding.weight").shape
+    return {
+        "vocab_size": _backbone(own, "text_model.embeddings.token_embedding.weight").shape[0],
+        "hidden_size": width,
+        "intermediate_size": _backbone(own, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
+        "num_hidden_layers": _layers(own, "text_model"),
+        **_told("text", width, said, published),
+        "max_position_embeddings": positions,
+    }
 
 
 def _backbone(own: dict[str, Tensor], key: str) -> Tensor:

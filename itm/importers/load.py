@@ -63,6 +63,11 @@ def load_official(path: str | Path, *, device: str = "cpu", **needed: Any) -> Ma
             return load_clip(state_of(checkpoint), settings_beside(path), **needed).to(target)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if any(key.endswith("blocks.0.attn.qkv.weight") for key in _keys(checkpoint)):
+        raise ValueError(
+            f"{path} is a vision transformer alone, such as Unicom's: no matcher, but a teacher of images. Set teachers.image to "
+            "{kind: unicom, options: {path: ...}}"
+        )
     found = ", ".join(sorted(_keys(checkpoint))[:6]) or "nothing"
     raise ValueError(f"{path} is of no known family (SCAN, SGRAF, UNITER, IAIS, CUSA, CLIP); it holds {found}")
 

@@ -29,10 +29,15 @@ def own_name(part: int, key: str) -> str:
 def load_scan(checkpoint: dict[str, Any], **needed: Any) -> Matcher:
     """SCAN, SGR or SAF with the weights of a checkpoint, in evaluation mode. `needed` overrules or supplies options of `opt`.
 
-    Raises ValueError naming missing options, missing or unexpected keys, tensors of another shape, and a `vocab_size` that differs.
+    Raises ValueError for NAAF's, and naming missing options, missing or unexpected keys, tensors of another shape, another `vocab_size`.
     """
     options = {**_as_dict(checkpoint.get("opt")), **needed}
     parts = checkpoint["model"]
+    if "thres" in options or any("glove." in key for key in parts[1]):
+        raise ValueError(
+            "this is a checkpoint of NAAF (it holds a threshold, or GloVe vectors): its score has branches that no matcher here has. The "
+            "recipes uarda-* train its positive feature branch"
+        )
     towers_read = ("vocab_size", "no_imgnorm", "no_txtnorm")
     check_options(needed, (*towers_read, *SCORING) if len(parts) == 2 else towers_read, "SCAN" if len(parts) == 2 else "SGRAF")
     state = {own_name(i, key): value for i, part in enumerate(parts) for key, value in bare_tensors(part).items()}

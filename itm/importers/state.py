@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from torch import Tensor
-
-from itm.types import Matcher
+from torch import Tensor, nn
 
 CONTAINERS = ("state_dict", "model_state_dict", "model", "module")
 LEADING = frozenset(("module", "model", "net", "network", "clip_model"))
@@ -65,9 +63,9 @@ def tensor_of(state: Mapping[str, Tensor], key: str, family: str) -> Tensor:
     return state[key]
 
 
-def fill(matcher: Matcher, state: dict[str, Tensor]) -> None:
+def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load a state dict. Raises ValueError naming every key that is missing, unexpected or of another shape."""
-    known = matcher.state_dict()
+    known = model.state_dict()
     for key in known.keys() - state.keys():
         if key.endswith("num_batches_tracked"):
             state[key] = known[key]
@@ -78,8 +76,8 @@ def fill(matcher: Matcher, state: dict[str, Tensor]) -> None:
         if state[key].shape != known[key].shape
     ]
     if problems:
-        raise ValueError(f"checkpoint does not fit {type(matcher).__name__}: {'; '.join(problems)}. Is it whole, and of this family?")
-    matcher.load_state_dict(state)
+        raise ValueError(f"checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Is it whole, and of this family?")
+    model.load_state_dict(state)
 
 
 def _listed(what: str, keys: Iterable[str]) -> list[str]:

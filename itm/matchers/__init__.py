@@ -18,7 +18,10 @@ MATCHERS: Kinds[Matcher] = Kinds(
         "scan": "itm.matchers.late.scan:SCAN",
         "sgr": "itm.matchers.late.sgraf:SGR",
         "saf": "itm.matchers.late.sgraf:SAF",
+        "sgraf": "itm.matchers.late.sgraf:SGRAF",
         "uarda": "itm.matchers.late.uarda:UARDA",
         "uniter": "itm.matchers.joint.uniter:UNITER",
+        "mean": "itm.matchers.mean:Mean",
+        "visual_bert": "itm.matchers.joint.visual_bert:VisualBERT",
     },
 )

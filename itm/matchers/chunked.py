@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from itm.types import Encoded, Rows
+from itm.rows import Rows
+from itm.types import Encoded
 
 Given = TypeVar("Given", bound=Rows)
 Made = TypeVar("Made")

@@ -7,7 +7,8 @@ text-text similarity. The heads belong to the matcher, so they are evaluated, sa
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -33,25 +34,38 @@ class Head(nn.Module):
         return self.linear(self.norm(z))
 
 
-class Heads(nn.Module):
-    """The heads of one modality. `vector` = normalised cross head (or the normalised feature), `uni` = normalised uni head."""
+Uni = bool | Literal["bare"]
+"""Whether there is a uni head; bare: the feature itself takes its place, which a cross head would otherwise hide."""
 
-    def __init__(self, width: int, cross: bool, uni: bool) -> None:
+
+class Heads(nn.Module):
+    """The heads of one modality. `vector` = normalised cross head (or the normalised feature), `uni` = normalised uni head, or bare
+    feature."""
+
+    def __init__(self, width: int, cross: bool, uni: Uni) -> None:
         super().__init__()
         self.cross = Head(width) if cross else nn.Identity()
-        self.uni = Head(width) if uni else None
+        self.uni = nn.Identity() if uni == "bare" else Head(width) if uni else None
 
     def forward(self, z: Tensor) -> Encoded:
         """(N,D) features -> Encoded with unit rows."""
         return Encoded(vector=F.normalize(self.cross(z), dim=-1), uni=None if self.uni is None else F.normalize(self.uni(z), dim=-1))
 
 
-def read_heads(heads: dict[str, bool] | None) -> dict[str, bool]:
-    """`{"cross": ..., "uni": ...}` with both filled in. Raises ValueError for another key."""
+class HeadChoices(TypedDict):
+    cross: bool
+    uni: Uni
+
+
+def read_heads(heads: Mapping[str, Uni] | None) -> HeadChoices:
+    """Both filled in. Raises ValueError for another key or value."""
     given = {"cross": False, "uni": False, **(heads or {})}
     if set(given) != {"cross", "uni"}:
         raise ValueError(f"heads takes cross and uni (true or false), not {sorted(set(given) - {'cross', 'uni'})}")
-    return given
+    cross, uni = given["cross"], given["uni"]
+    if not isinstance(cross, bool) or uni not in (True, False, "bare"):
+        raise ValueError(f"heads takes cross (true or false) and uni (true, false or bare), not cross: {cross}, uni: {uni}")
+    return {"cross": cross, "uni": uni}
 
 
 class DualEncoder(Matcher):
@@ -67,32 +81,35 @@ class DualEncoder(Matcher):
         image: Options | None = None,
         text: Options | None = None,
         width: int = 128,
-        heads: dict[str, bool] | None = None,
+        heads: Mapping[str, Uni] | None = None,
         pooling: dict[str, Options] | None = None,
     ) -> None:
         """`image` and `text` name an encoder and its options, e.g. {"kind": "conv", "image_size": 64}; `pooling` names one a side, e.g.
         {"image": {"kind": "gpo"}}, in the place of the encoder's own vector. Raises ValueError as they do."""
         super().__init__()
         poolings = read_poolings(pooling)
-        image, text, heads = image or {"kind": self.image_kind}, text or {"kind": "pooled_gru"}, read_heads(heads)
+        image, text, chosen = image or {"kind": self.image_kind}, text or {"kind": "pooled_gru"}, read_heads(heads)
         self.image_encoder = build_image_encoder(**image)
         self.text_encoder = build_text_encoder(vocab_size=vocab_size, **text)
         self.image_pooling = build_pooling(**poolings["image"]) if "image" in poolings else None
         self.text_pooling = build_pooling(**poolings["text"]) if "text" in poolings else None
         self.image_linear = nn.Linear(_pooled_width(self.image_encoder, self.image_pooling), width)
         self.text_linear = nn.Linear(_pooled_width(self.text_encoder, self.text_pooling), width)
-        self.image_heads, self.text_heads = Heads(width, **heads), Heads(width, **heads)
-        self.vector_width, self.uni_width = width, width if heads["uni"] else 0
+        self.image_heads, self.text_heads = Heads(width, **chosen), Heads(width, **chosen)
+        self.vector_width, self.uni_width = width, width if chosen["uni"] else 0
         self.options = {
             "image": {"kind": image["kind"], **options_of(self.image_encoder, image)},
             "text": {"kind": text["kind"], **options_of(self.text_encoder, text)},
             "width": width,
-            "heads": heads,
+            "heads": chosen,
             **({"pooling": poolings} if poolings else {}),
         }
 
     def layers(self) -> list[nn.Module]:
         return [self.image_encoder, self.text_encoder]
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.image_encoder, "text": self.text_encoder}
 
     def encode_images(self, images: Images) -> Encoded:
         return self.image_heads(_vector(self.image_encoder(images), self.image_linear, self.image_pooling))

@@ -16,16 +16,17 @@ from safetensors.torch import load_model, save_model
 from itm.config import Part
 from itm.data import files
 from itm.data.formats import check_format
-from itm.data.preprocess import Inputs
 from itm.kinds import MissingPackage, build_part, check_allowed, find_part, origins
 from itm.matchers import MATCHERS
 from itm.matchers.encoders.build import IMAGE_ENCODERS
-from itm.types import Matcher, Options
+from itm.matchers.mean import Mean, load_inputs
+from itm.matchers.uni_heads import UniHeads, give_heads, heads_of
+from itm.types import Matcher, MatcherInputs, Options
 
-FORMAT = 1
+FORMAT = 2  # 1 where nothing is said that a reader of 1 does not know
 
 
-def build_matcher(part: Part, inputs: Inputs) -> Matcher:
+def build_matcher(part: Part, inputs: MatcherInputs) -> Matcher:
     """A matcher with fresh weights that carries its `inputs`. Raises ValueError for an unknown kind or option."""
     options = _with_image_size(part, inputs.image.size)
     matcher = build_part(MATCHERS, part.kind, options, "model", vocab_size=inputs.tokenizer.vocab_size)
@@ -46,16 +47,23 @@ def _with_image_size(part: Part, size: int) -> Options:
 
 
 def take_weights(matcher: Matcher, uri: str, allow: Iterable[str] = ()) -> None:
-    """Copy all weights of a matcher folder. Raises ValueError when it is of another kind or of other sizes than `matcher`."""
+    """Copy all weights of a matcher folder; uni heads that it has are attached.
+
+    Raises ValueError when it is of another kind or of other sizes than `matcher`.
+    """
     other = load_matcher_folder(uri, allow)
     if other.kind != matcher.kind:
         raise ValueError(
             f"{uri} holds a {other.kind!r}, model.kind is {matcher.kind!r}: take model.kind and model.options from its config.json"
         )
+    heads = heads_of(other)
+    give_heads(other, None)
     try:
         matcher.load_state_dict(other.state_dict())
     except RuntimeError as error:
         raise ValueError(f"{uri} does not fit model.options, take them from its config.json: {error}") from None
+    if heads is not None:
+        give_heads(matcher, heads)
 
 
 def save_matcher(matcher: Matcher, folder: str | Path) -> None:
@@ -69,7 +77,11 @@ def save_matcher(matcher: Matcher, folder: str | Path) -> None:
         written.mkdir()
         save_model(matcher, str(written / "model.safetensors"))
         matcher.inputs.save(written)
-        config: dict[str, object] = {"format": FORMAT, "kind": matcher.kind, "options": matcher.options}
+        config: dict[str, object] = {"format": 1, "kind": matcher.kind, "options": matcher.options}
+        if heads := heads_of(matcher):
+            config["uni_heads"] = heads.options
+        if heads or matcher.kind == Mean.kind:
+            config["format"] = FORMAT
         if packages := origins(config):
             config["packages"] = packages
         (written / "config.json").write_text(json.dumps(config, indent=1))
@@ -123,9 +135,11 @@ def load_matcher_folder(folder: str | Path, allow: Iterable[str] = ()) -> Matche
         part = Part(kind=config["kind"], options=config["options"])
         check_allowed(part.model_dump(), allow, f"{folder}/config.json")
         try:
-            matcher = build_matcher(part, Inputs.load(path))
+            matcher = build_matcher(part, load_inputs(path))
         except MissingPackage as error:
             made = "; ".join(f"{name} of {origin}" for name, origin in config.get("packages", {}).items())
             raise MissingPackage(f"{folder}/config.json: {error}" + f" (the folder was made with {made})" * bool(made)) from None
+        if "uni_heads" in config:
+            give_heads(matcher, UniHeads(**config["uni_heads"]))
         load_model(matcher, str(path / "model.safetensors"))
     return matcher.eval()

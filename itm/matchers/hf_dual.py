@@ -5,12 +5,13 @@ The scale and the bias of the logits do not change an order, so they are left ou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from itm.matchers.dual import Heads, cosines, read_heads
+from itm.matchers.dual import Heads, Uni, cosines, read_heads
 from itm.matchers.encoders.towers import Normalise, as_config, check_tokens, check_vocabulary
 from itm.matchers.encoders.two_towers import HALF, add_adapters, features, load_two_towers, reads_padding, sizes_of
 from itm.types import Captions, Encoded, Images, Matcher, Options
@@ -38,7 +39,7 @@ class HFDual(Matcher):
         vocab_size: int,
         path: str | None = None,
         config: Options | None = None,
-        heads: dict[str, bool] | None = None,
+        heads: Mapping[str, Uni] | None = None,
         freeze: bool = False,
         **more: Unpack[More],
     ) -> None:
@@ -63,7 +64,7 @@ class HFDual(Matcher):
         self.vector_width = _width_of(self.backbone)
         self.uni_width = self.vector_width if self.options["heads"]["uni"] else 0
         self.image_heads, self.text_heads = (Heads(self.vector_width, **self.options["heads"]) for _ in range(2))
-        if freeze and lora is None and not any(self.options["heads"].values()):
+        if freeze and lora is None and True not in self.options["heads"].values():
             self.image_heads.requires_grad_(False)
 
     def train(self, mode: bool = True) -> HFDual:
@@ -74,6 +75,9 @@ class HFDual(Matcher):
 
     def layers(self) -> list[nn.Module]:
         return [self.backbone.vision_model, self.backbone.text_model]
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.backbone.vision_model, "text": self.backbone.text_model}
 
     def encode_images(self, images: Images) -> Encoded:
         """Raises ValueError when the pixels are not the size that the model was trained for."""

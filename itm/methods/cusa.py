@@ -4,28 +4,29 @@
 
 CSA needs scores only: any score matrix divided by the temperature, cosines or not (for SGR and SAF the similarity in (0,1): a choice,
 the authors do not say). USA needs one vector per image and caption: the matcher's own uni heads (`heads: {uni: true}` of dual and clip),
-else a linear layer that this method owns, on the matcher's global vector (`Matcher.whole`) or the mean of the parts
-(docs/methods/cusa.md#other-base-models).
+else a linear layer that this method trains, on the matcher's global vector (`Matcher.whole`) or the mean of the parts
+(docs/methods/cusa.md#other-base-models). It is kept and served with the matcher (`itm.matchers.uni_heads`).
 A recipe for the small variant without clamped scales: itc {reduction: sum}, csa {weight: 1, student: itc, teacher: 0.05},
 usa {weight: 1, student: itc, teacher: 0.05}.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itm.distributed import gather_rows
 from itm.kinds import refuse_unknown
 from itm.losses.soft_label import cosine_matrix, mixed_similarity, soft_label_loss
-from itm.matchers.dual import Head
-from itm.matchers.norms import masked_mean
+from itm.matchers.uni_heads import UniHeads, give_heads, heads_of, with_heads
 from itm.methods.contrastive import ContrastiveTerm
 from itm.methods.cusa_temperatures import CSAOptions, TemperatureSet, USAOptions
 from itm.methods.encode import Gather, batch_positives, encode
-from itm.methods.terms import TERMS, Term, build_term, matcher_terms, read_options
+from itm.methods.terms import TERMS, Term, build_term, matcher_terms, mean_score, ranked, read_options
 from itm.types import Batch, Encoded, Matcher, Method, Options, SoftLabels
 
 Choice = Options | bool | None
@@ -63,7 +64,9 @@ class CUSA(Method):
             raise ValueError("method cusa: itc, triplet, csa and usa are all switched off")
         self.needs_teacher = ("image", "text") if self.csa or self.usa else ()
         self.temperatures = TemperatureSet(self.csa, self.usa, itc=ITC in self.ranking)
-        self.uni_heads = None if self.usa is None or matcher.uni_width else _uni_heads(self.usa, matcher)
+        before = heads_of(matcher)  # of an earlier CUSA, from which this run goes on
+        give_heads(matcher, None)
+        self.uni_heads = None if self.usa is None or matcher.uni_width else _uni_heads(self.usa, matcher, before)
         matcher.keeps_whole = self.uni_heads is not None
 
     @property
@@ -90,8 +93,9 @@ class CUSA(Method):
         found: dict[str, Tensor] = {}
         if self.ranking or self.csa:
             positives = batch_positives(batch, self.gather)
-            scores = self.matcher.score(*encoded)
-            found |= {name: term(scores, positives, step) for name, term in self.terms.items()}
+            each = self.matcher.training_scores(*encoded)
+            found |= {name: ranked(term, each, positives, step) for name, term in self.terms.items()}
+            scores = mean_score(each)
             found |= matcher_terms(self.matcher, scores, positives, batch)
             if self.csa is not None and teacher is not None:
                 found["csa"] = self._align(self.csa, (scores, scores.T), mixed_similarity(*teacher, self.csa.mode), "csa")
@@ -99,6 +103,11 @@ class CUSA(Method):
             students = cosine_matrix(self._uni(encoded[0], "image")), cosine_matrix(self._uni(encoded[1], "text"))
             found["usa"] = self._align(self.usa, students, teacher, "usa")
         return found
+
+    @contextmanager
+    def serving(self) -> Iterator[Matcher]:
+        with with_heads(self.matcher, self.uni_heads) as matcher:
+            yield matcher
 
     def _align(
         self, options: CSAOptions | USAOptions, students: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], term: str
@@ -115,12 +124,7 @@ class CUSA(Method):
         if self.uni_heads is None:
             assert encoded.uni is not None
             return encoded.uni
-        whole = self.matcher.whole(encoded, side)
-        vector = encoded.vector if whole is None else whole
-        if vector is None:
-            assert encoded.parts is not None
-            vector = masked_mean(encoded.parts, encoded.mask)
-        return self.uni_heads[side](vector)
+        return self.uni_heads.raw(self.matcher, encoded, side)
 
     @torch.no_grad()
     def _teacher_cosines(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -136,17 +140,21 @@ class CUSA(Method):
         return sides[0], sides[1]
 
 
-def _uni_heads(usa: USAOptions, matcher: Matcher) -> nn.ModuleDict:
-    """A layer of each side in the place of the uni heads that the matcher lacks."""
-    if usa.head == "none":
-        return nn.ModuleDict({"image": nn.Identity(), "text": nn.Identity()})
+def _uni_heads(usa: USAOptions, matcher: Matcher, before: UniHeads | None) -> UniHeads:
+    """A layer of each side in the place of the uni heads that the matcher lacks: those of before, or fresh ones."""
     width = usa.width or matcher.vector_width
-    if not width:
+    if before is not None:
+        if (before.kind, before.width) != (usa.head, width):
+            raise ValueError(
+                f"method cusa: the matcher that this run starts from has uni heads {before.kind!r} of width {before.width}, usa asks for "
+                f"{usa.head!r} of width {width}: set usa.head={before.kind} and usa.width={before.width}"
+            )
+        return before
+    if not width and usa.head != "none":
         raise ValueError(
             f"method cusa: matcher {matcher.kind!r} tells no vector_width; give usa.width, the width of its vectors, or usa=false"
         )
-    make = Head if usa.head == "norm_linear" else lambda w: nn.Linear(w, w)
-    return nn.ModuleDict({"image": make(width), "text": make(width)})
+    return UniHeads(usa.head, width)
 
 
 def check_teacher(vectors: Tensor | None, rows: int, side: str, known: Tensor | None = None) -> Tensor:

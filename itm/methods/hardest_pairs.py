@@ -9,24 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from itm.methods.terms import Term
+from itm.methods.terms import Term, mean_score, ranked
 from itm.types import Encoded, Matcher, SplitScore
 
 
-def ranked(
+def score_and_loss(
     matcher: Matcher, encoded: tuple[Encoded, Encoded], term: Term, positives: Tensor, step: int, few: bool
 ) -> tuple[Tensor, Tensor]:
     """(scores (I,T), loss). few: score in two passes where term and matcher allow it; the scores then carry no gradient, the loss does.
 
-    Under autocast all pairs keep their gradient: rounded products would choose other pairs than those of the loss.
+    Under autocast all pairs keep their gradient: rounded products would choose other pairs than those of the loss. So do those of a matcher
+    that inherits its `split_score`: it may score otherwise.
     """
     images, captions = encoded
     split = None
-    if few and torch.is_grad_enabled() and term.reaches_few_pairs(step) and not torch.is_autocast_enabled(positives.device.type):
+    rounded = torch.is_autocast_enabled(positives.device.type)
+    if few and torch.is_grad_enabled() and not rounded and term.reaches_few_pairs(step) and "split_score" in vars(type(matcher)):
         split = matcher.split_score(images, captions)
     if split is None:
-        scores = matcher.score(images, captions)
-        return scores, term(scores, positives, step)
+        each = matcher.training_scores(images, captions)
+        return mean_score(each), ranked(term, each, positives, step)
     return split.scores, loss_of_few(split, term, positives, step)
 
 

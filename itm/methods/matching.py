@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from itm.methods.encode import batch_positives, encode
-from itm.methods.hardest_pairs import ranked
+from itm.methods.hardest_pairs import score_and_loss
 from itm.methods.terms import build_term, matcher_terms
 from itm.types import Batch, Matcher, Method
 
@@ -30,5 +30,5 @@ class Matching(Method):
         self.term.clamp_()
         encoded = encode(self.matcher, batch, self.gather, chunk)
         positives = batch_positives(batch, self.gather)
-        scores, loss = ranked(self.matcher, encoded, self.term, positives, step, self.hardest_pairs)
+        scores, loss = score_and_loss(self.matcher, encoded, self.term, positives, step, self.hardest_pairs)
         return {self.loss: loss} | matcher_terms(self.matcher, scores, positives, batch)

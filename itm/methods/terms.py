@@ -7,8 +7,10 @@ method: {kind: cusa, options: {<term>: {<option of the term>: ...}, csa: ..., us
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, TypeVar
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -57,6 +59,17 @@ def build_term(name: str, options: Options, what: str, alone: bool = False) -> T
     """Raises ValueError for an unknown term, naming the near one, and for an unknown or wrong option. alone: it is the only loss."""
     part = find_part(TERMS, name, "loss term")
     return part(read_options(part.choices, {**part.alone, **options} if alone else options, what))
+
+
+def ranked(term: Term, each: Sequence[Tensor], positives: Tensor, step: int) -> Tensor:
+    """The sum of the term over the scores that a matcher trains (`Matcher.training_scores`)."""
+    losses = [term(scores, positives, step) for scores in each]
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def mean_score(each: Sequence[Tensor]) -> Tensor:
+    """(I,T) the score of the matcher, of those that it trains."""
+    return each[0] if len(each) == 1 else torch.stack(list(each)).mean(0)
 
 
 def matcher_terms(matcher: Matcher, scores: Tensor, positives: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -73,9 +73,11 @@ def _boxes(form: Any, split: EncodedSplit, image: int, parts: int) -> list[list[
     """Where the parts of an image lie in it; None where nobody knows."""
     shard, key = split.names.image_shards[image], split.names.image_keys[image]
     entry = next((entry for entry in index_shard(shard) if key in (entry.key, full_key(shard, entry.key))), None)
-    if entry is None:
-        return None
-    sample = read_range(shard, entry.start, entry.end)
+    return None if entry is None else places(form, read_range(shard, entry.start, entry.end), parts)
+
+
+def places(form: Any, sample: Sample, parts: int) -> list[list[float]] | None:
+    """x1 y1 x2 y2 of the regions or patches of a sample, in units of its image; None where nobody knows. form: the matcher's."""
     if form.kind == "regions":
         return _regions(sample, form, parts)
     side = math.isqrt(parts)

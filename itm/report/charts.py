@@ -12,19 +12,19 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 Series = dict[str, list[tuple[float, float]]]
 
 
-def curves(series: Series, x_name: str, y_name: str) -> str:
-    """One line a series of (x, y) points, with a legend. '' when there is nothing to draw."""
+def curves(series: Series, x_name: str, y_name: str, labels: Sequence[str] = ()) -> str:
+    """One line a series of (x, y) points, with a legend. '' when there is nothing to draw. labels: what stands under x = 0.5, 1.5, ..."""
     series = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return ""
     xs, ys = ([p[axis] for points in series.values() for p in points] for axis in (0, 1))
-    frame = _Frame((min(xs), max(xs)), (min(0.0, *ys), max(ys)))
+    frame = _Frame((0.0, float(len(labels))) if labels else (min(xs), max(xs)), (min(0.0, *ys), max(ys)))
     lines = [
         f'<polyline class="line c{place % 6}" points="{" ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)}"/>'
         for place, points in enumerate(series.values())
     ]
-    return f"<figure>{frame.svg(''.join(lines), x_name, y_name)}{_legend(list(series))}</figure>"
+    return f"<figure>{frame.svg(''.join(lines), x_name, y_name, labels)}{_legend(list(series))}</figure>"
 
 
 def histogram(edges: Sequence[float], shares: dict[str, Sequence[float]], x_name: str) -> str:
@@ -39,6 +39,28 @@ def histogram(edges: Sequence[float], shares: dict[str, Sequence[float]], x_name
                 size = f'width="{max(frame.x(high) - x - 0.6, 0.6):.1f}" height="{frame.y(0) - y:.1f}"'
                 bars.append(f'<rect class="bar c{place}" x="{x:.1f}" y="{y:.1f}" {size}/>')
     return f"<figure>{frame.svg(''.join(bars), x_name, 'share of pairs')}{_legend(list(shares))}</figure>"
+
+
+def densities(edges: Sequence[float], shares: dict[str, Sequence[float]], lines: Series, marks: dict[str, float], x_name: str) -> str:
+    """Bars of each class between `edges`, lines over them in the colours of the classes, and upright marks with their names."""
+    xs = [x for points in lines.values() for x, _ in points] + [*edges] + [*marks.values()]
+    ys = [y for points in lines.values() for _, y in points] + [v for values in shares.values() for v in values]
+    frame = _Frame((min(xs), max(xs)), (0.0, max(ys)))
+    parts = []
+    for place, values in enumerate(shares.values()):
+        for low, high, value in zip(edges, edges[1:], values, strict=False):
+            if value:
+                size = f'width="{max(frame.x(high) - frame.x(low) - 0.6, 0.6):.1f}" height="{frame.y(0) - frame.y(value):.1f}"'
+                parts.append(f'<rect class="bar c{place}" x="{frame.x(low):.1f}" y="{frame.y(value):.1f}" {size}/>')
+    for place, points in enumerate(lines.values()):
+        drawn = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="line c{place % 6}" points="{drawn}"/>')
+    for place, value in enumerate(marks.values()):
+        x = frame.x(value)
+        parts.append(f'<line class="mark m{place}" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+    named = _legend(list(lines) or list(shares)).removesuffix("</figcaption>") or "<figcaption>"
+    named += "".join(f'<span class="key upright m{n}">{escape(name)} {value:.3f}</span>' for n, (name, value) in enumerate(marks.items()))
+    return f"<figure>{frame.svg(''.join(parts), x_name, 'density')}{named}</figcaption></figure>"
 
 
 def bars(labels: Sequence[str], shares: dict[str, Sequence[float]], marks: Sequence[float], mark: str, x_name: str, y_name: str) -> str:
@@ -57,6 +79,29 @@ def bars(labels: Sequence[str], shares: dict[str, Sequence[float]], marks: Seque
     named = _legend([*shares]) if len(shares) > 1 else ""
     named = (named or "<figcaption></figcaption>").replace("</figcaption>", f'<span class="key chance">{escape(mark)}</span></figcaption>')
     return f"<figure>{frame.svg(''.join(parts), x_name, y_name, labels)}{named}</figure>"
+
+
+def matrix(rows: Sequence[Sequence[float]], names: tuple[Sequence[str], Sequence[str]], most: float | None = None) -> str:
+    """A square for each value, the fuller the larger, full at `most` (unset: the largest). names: of the rows, of the columns."""
+    most = most or max(max(row) for row in rows) or 1.0
+    cell = 24 if len(rows[0]) <= 14 else 15 if len(rows[0]) <= 40 else 8
+    left, top = (8 + round(6.2 * max(len(text) for text in side)) for side in names)
+    wide, high = left + cell * len(rows[0]), top + cell * len(rows)
+    parts = []
+    if cell > 10:
+        for n, text in enumerate(names[0]):
+            parts.append(f'<text x="{left - 5}" y="{top + (n + 0.5) * cell + 4:.1f}" text-anchor="end">{escape(text)}</text>')
+        for n, text in enumerate(names[1]):
+            x, y = left + (n + 0.5) * cell + 4, top - 5
+            parts.append(f'<text transform="translate({x:.1f},{y}) rotate(-90)">{escape(text)}</text>')
+    for r, row in enumerate(rows):
+        for c, value in enumerate(row):
+            told = f"<title>{escape(names[0][r])}, {escape(names[1][c])}: {value:.3f}</title>"
+            place = f'x="{left + c * cell}" y="{top + r * cell}" width="{cell - 1}" height="{cell - 1}"'
+            shown = f'<rect class="cell" {place} fill-opacity="{min(value / most, 1.0):.3f}">{told}</rect>'
+            parts.append(f'<rect class="ground" {place}/>{shown}')
+    sized = f'viewBox="0 0 {wide} {high}" style="width:{wide}px"'
+    return f'<div class="scroll"><svg class="matrix" {sized} role="img" aria-label="matrix">{"".join(parts)}</svg></div>'
 
 
 def meter(value: float, chance: float | None, most: float) -> str:
@@ -88,7 +133,9 @@ class _Frame:
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
         under = [(n + 0.5, text) for n, text in enumerate(labels)] or [(value, f"{value:g}") for value in _ticks(*self.xs, 7)]
         for value, text in under:
-            parts.append(f'<text x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>')
+            parts.append(
+                f'<text class="under" x="{self.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(text)}</text>'
+            )
         parts.append(f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_name)}</text>')
         label = f"{escape(y_name)} over {escape(x_name)}"
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}{inside}</svg>'

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from itm.report.charts import Series, bars, curves, histogram, meter
 from itm.report.looks import looks
+from itm.report.sections import sections_of, training_charts
 
 RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("semantic_r1", "semantic R@1"))
 FRACTIONS = (("map_at_r", "mAP@R"), ("r_precision", "R-precision"))
@@ -39,7 +40,10 @@ Losses = Sequence[Mapping[str, float]]
 @dataclass(frozen=True)
 class Page:
     """What the page shows. `others`, `other_losses`: by name, of the runs to compare with; `thumbnails`: image key -> data URI;
-    `lineage`: label -> text; `validations`: rows of step and metrics; `missing`: what is not here, and what would bring it."""
+    `lineage`: label -> text; `validations`: rows of step and metrics, `other_validations` of the compared runs; `missing`: what is not
+    here, and what would bring it; `protocols`: name -> evaluation of the same weights by another protocol or on another split; `pictures`:
+    the numbers of the pictures (pictures.json), `photo`: the image of their pair, a data URI; `disagreements`: name of a compared run ->
+    `itm.report.answers.disagreements`."""
 
     title: str
     about: str
@@ -51,6 +55,11 @@ class Page:
     lineage: Mapping[str, str] = field(default_factory=dict)
     validations: Losses = ()
     missing: Sequence[str] = ()
+    other_validations: Mapping[str, Losses] = field(default_factory=dict)
+    protocols: Mapping[str, Evaluation] = field(default_factory=dict)
+    pictures: Mapping[str, Any] = field(default_factory=dict)
+    photo: str = ""
+    disagreements: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Figure(NamedTuple):
@@ -109,6 +118,8 @@ def render(page: Page) -> str:
             examples={way: page.evaluation.get("examples", {}).get(way, []) for way in ("t2i", "i2t")},
             worst={way: page.evaluation.get("worst", {}).get(way, []) for way in ("t2i", "i2t")},
             looks=looks(page.evaluation.get("attention", [])),
+            similar=page.evaluation.get("similar", {}),
+            more=sections_of(page, _with_own(page.others, page.title, page.evaluation)),
             lineage={label: text for label, text in page.lineage.items() if text},
         )
     )
@@ -186,6 +197,7 @@ def _charts(page: Page) -> dict[str, str]:
         "temperatures": curves(_series(page.losses, heats), "step", "temperature"),
         "relevance threshold": curves(_series(page.losses, cuts), "step", "similarity"),
         "learning rate": curves(_series(page.losses, ["lr"]), "step", "learning rate"),
+        **training_charts(page),
     }
     if page.other_losses:
         runs = _with_own(page.other_losses, page.title, page.losses)

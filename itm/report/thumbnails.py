@@ -12,10 +12,10 @@ from itm.data.pixels import decode
 SIDE = 160  # pixels
 
 
-def data_uri(image: bytes) -> str:
-    """A JPEG of at most `SIDE` pixels a side as a data URI. Raises ValueError for bytes that are no image."""
+def data_uri(image: bytes, side: int = SIDE) -> str:
+    """A JPEG of at most `side` pixels a side as a data URI. Raises ValueError for bytes that are no image."""
     picture = decode(image)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    picture.thumbnail((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

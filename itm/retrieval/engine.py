@@ -1,19 +1,23 @@
-"""The best answers of a sharded set to a question, by a matcher."""
+"""The best answers of a sharded set to a question, by a matcher: across modalities by its scores, within one by its uni-modal vectors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 import itm
 from itm.data import files
 from itm.device import resolve_device
-from itm.evaluation.dataset import Names, encode_texts
+from itm.evaluation.dataset import EncodedSplit, Names, encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
+from itm.evaluation.uni_modal import likeness
 from itm.precision import computing
 from itm.retrieval.index import load_index
-from itm.types import Matcher
+from itm.types import Encoded, Matcher
+
+Find = Literal["images", "captions"]
 
 
 @dataclass(frozen=True)
@@ -50,36 +54,55 @@ def search(
     shards: str,
     image: str | None = None,
     k: int = 5,
+    find: Find | None = None,
     index: str | None = None,
     device: str = "auto",
 ) -> Hits:
-    """The k best images for `text`, or the k best captions for the file `image`.
+    """The k best images for `text`, or the k best captions for the file `image`; `find` asks for the other kind of answer.
 
+    Across modalities the score is the matcher's, within one the cosine of `uni_vectors`: its uni-modal heads where it has some.
     model: a URI as in `itm.load_matcher`, or a matcher that was loaded.
-    Raises ValueError for an unknown model or split, an unreadable image, k < 1, a device that is not there, or an
-    image asked of a split without captions.
+    Raises ValueError for an unknown model or split, an unreadable image, k < 1, a device that is not there, captions asked of a split
+    without any, or a matcher without vectors asked within a modality.
     """
     if k < 1:
         raise ValueError(f"-k is {k}; ask for at least one answer")
+    find = find or ("captions" if text is None else "images")
+    if find not in ("images", "captions"):
+        raise ValueError(f"find={find!r} is unknown; ask for images or captions")
     where = resolve_device(device)
     matcher = itm.load_matcher(model) if isinstance(model, str) else model
-    split = load_index(matcher, shards, index or files.join(shards, "index"), where)
-    if text is not None:
-        scores = score_matrix(matcher, split.images, encode_texts(matcher, [text], device=where), device=where)[:, 0]
-    else:
-        assert image is not None
-        if not split.names.caption_ids:
-            raise ValueError(f"the images of {shards} have no captions, so none can be found for {image}: ask for images with a text")
-        with scoring_mode(matcher, where), computing("fp32", where):
-            asked = encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]), device=where)
-        scores = score_matrix(matcher, asked, split.captions, device=where)[0]
+    asked, within = _asked(matcher, text, image, where), (find == "captions") == (text is not None)
+    split = load_index(matcher, shards, index or files.join(shards, "index"), where, uni=within)
+    if find == "captions" and not split.names.caption_ids:
+        raise ValueError(f"the images of {shards} have no captions, so none can be found for {text or image}: ask for images")
+    scores = _within(asked, split, find) if within else _across(matcher, asked, split, find, where)
     best = scores.topk(min(k, len(scores)))
     names = split.names
     hits = [
-        _hit(names, rank, value, row, by_caption=text is None)
+        _hit(names, rank, value, row, by_caption=find == "captions")
         for rank, (value, row) in enumerate(zip(*map(torch.Tensor.tolist, best), strict=True), 1)
     ]
     return Hits(text if text is not None else str(image), f"{len(names.image_keys)} images, {len(names.texts)} captions of {shards}", hits)
+
+
+def _asked(matcher: Matcher, text: str | None, image: str | None, device: torch.device) -> Encoded:
+    if text is not None:
+        return encode_texts(matcher, [text], device=device)
+    assert image is not None
+    with scoring_mode(matcher, device), computing("fp32", device):
+        return encode_rows(matcher, matcher.inputs.images([files.read_bytes(image)]), device=device)
+
+
+def _across(matcher: Matcher, asked: Encoded, split: EncodedSplit, find: Find, device: torch.device) -> torch.Tensor:
+    if find == "images":
+        return score_matrix(matcher, split.images, asked, device=device)[:, 0]
+    return score_matrix(matcher, asked, split.captions, device=device)[0]
+
+
+def _within(asked: Encoded, split: EncodedSplit, find: Find) -> torch.Tensor:
+    gallery, what = (split.images, "image") if find == "images" else (split.captions, "caption")
+    return likeness(asked, gallery, what)[0]
 
 
 def _hit(names: Names, rank: int, score: float, row: int, by_caption: bool) -> Hit:

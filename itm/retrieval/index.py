@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,44 @@ from itm.data import files
 from itm.data.formats import check_format
 from itm.data.shards import read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split
+from itm.matchers.mean import beside
 from itm.matchers.weights import weights_hash
 from itm.types import Encoded
 
 FORMAT = 1
-FIELDS = ("vector", "parts", "mask")  # what `score` reads; `uni` serves other questions
+FIELDS = ("vector", "parts", "mask", "uni")
 
 
-def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu") -> EncodedSplit:
-    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file."""
+def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu", uni: bool = False) -> EncodedSplit:
+    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file.
+
+    uni: the vectors of uni-modal heads are needed, which files of earlier versions do not hold: those are made again. A mean has the files
+    of its members. Raises ValueError where a member cannot read images that another one reads.
+    """
+    if len(matcher.averaged) > 1:
+        return _joined([load_index(member, shards, index, device, uni) for member in matcher.averaged], shards)
     uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
     if files.exists(uri):
-        return _read_index(uri, shards)
+        kept = _read_index(uri, shards)
+        if not (uni and matcher.uni_width) or kept.images.uni is not None:
+            return kept
     files.check_writable(index)
     split = encode_split(matcher, shards, device=device, bare=True)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
     _write_index(uri, split)
     return split
+
+
+def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:
+    """The split as a mean sees it."""
+    names = splits[0].names
+    for number, other in enumerate(splits[1:], 2):
+        lost = set(names.image_keys) ^ set(other.names.image_keys)
+        if lost or names.caption_ids != other.names.caption_ids:
+            what = f"{len(lost)} images, e.g. {min(lost)!r}" if lost else "some captions"
+            raise ValueError(f"{shards}: only one of the members 1 and {number} of the mean can read {what}")
+    return EncodedSplit(beside([split.images for split in splits]), beside([split.captions for split in splits]), names)
 
 
 def _identity(matcher: Any) -> str:

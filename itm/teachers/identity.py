@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from itm.config import Part
 from itm.data.formats import Json
 from itm.data.records import Caption
 from itm.data.shards import Sample
-from itm.data.text import brief
 from itm.device import resolve_device, sized_by
 from itm.kinds import build_part, find_part
 from itm.precision import computing
@@ -25,20 +23,20 @@ from itm.teachers import TEACHERS
 
 Modality = Literal["image", "text"]
 Precision = Literal["fp32", "fp16", "bf16"]
-TORCH_DTYPE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Teacher:
     """Rows -> vectors. A row is a `Sample` for an image teacher, a `Caption` for a text teacher.
 
     `prepare(row) -> bytes` decodes or cleans one row without the model; it is picklable, so it runs in other processes than
-    the model, and raises ValueError for a row that cannot be scored. `embed(payloads) -> (N, D) float32` runs the model.
+    the model, and raises ValueError for a row that cannot be scored. `embed(payloads) -> (N * views, D) float32` runs the model.
     `identity` is JSON-able and differs between any two teachers whose vectors may differ.
     """
 
     modality: Modality
     identity: Json
     width: int
+    views: int = 1
     prepare: Callable[[Any], bytes]
     module: nn.Module | None = None
     device: torch.device = torch.device("cpu")
@@ -47,7 +45,7 @@ class Teacher:
         raise NotImplementedError
 
     def __call__(self, rows: Sequence[Sample | Caption]) -> np.ndarray:
-        """(N, D) float32. Raises ValueError for a row that cannot be scored."""
+        """(N * views, D) float32. Raises ValueError for a row that cannot be scored."""
         return self.embed([self.prepare(row) for row in rows])
 
     def to(self, device: str | torch.device) -> Teacher:
@@ -81,68 +79,24 @@ def choice_of(part: Part, modality: str, dtype: str) -> Json:
 
 
 def embed_in_batches(teacher: Teacher, payloads: Sequence[bytes], batch_size: int) -> np.ndarray:
-    """(N, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
+    """(N * views, D) float32 in the order given. Batches are filled by length, so that a batch of captions is padded little."""
     order = sorted(range(len(payloads)), key=lambda row: len(payloads[row]))
-    vectors = np.zeros((len(payloads), teacher.width), np.float32)
+    vectors = np.zeros((len(payloads), teacher.views, teacher.width), np.float32)
     with (
         sized_by("teachers.batch_size", batch_size),
         computing("fp32", teacher.device),
     ):  # what is stored is of record; a teacher in fp16 or bf16 says so in its weights
-        _embed_rows(teacher, payloads, order, batch_size, vectors)
-    return vectors
+        _embed_rows(teacher, payloads, order, max(1, batch_size // teacher.views), vectors)
+    return vectors.reshape(-1, teacher.width)
 
 
 def _embed_rows(teacher: Teacher, payloads: Sequence[bytes], order: list[int], batch_size: int, vectors: np.ndarray) -> None:
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = teacher.embed([payloads[row] for row in rows])
-        if batch.shape != (len(rows), teacher.width):
+        if batch.shape != (len(rows) * teacher.views, teacher.width):
             raise ValueError(f"teacher {teacher.identity['kind']!r} gave {batch.shape} for {len(rows)} rows of width {teacher.width}")
-        vectors[rows] = batch
-
-
-def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool) -> nn.Module:
-    """A Hugging Face model in eval mode. Raises ValueError when there is none, or when weights it needs are absent.
-
-    Absent weights would be drawn at random: another teacher at each load. An absent pooler that is not used is dropped.
-    """
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # a stage has its own
-    try:
-        model, info = AutoModel.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {brief(error)}") from None
-    absent = sorted(info["missing_keys"])
-    unused = [name for name in absent if not pooler and "pooler." in name]
-    if len(unused) < len(absent):
-        raise ValueError(f"teacher path {path!r} lacks the weights {', '.join(absent[:3])}; they would be random. Choose another pooling")
-    for name in {name.split("pooler.")[0] + "pooler" for name in unused}:
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, None)
-    return model.eval().requires_grad_(False)
-
-
-def tensors_sha256(module: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def model_identity(path: str, module: nn.Module, revision: str | None) -> Json:
-    """Name without the place it lies in, revision, weights and architecture of a Hugging Face model."""
-    config: Any = module.config
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "torch_dtype")}
-    return {
-        "model": Path(path).resolve().name if Path(path).exists() else path,
-        "revision": revision or getattr(config, "_commit_hash", None),
-        "weights_sha256": tensors_sha256(module),
-        "config_sha256": json_sha256(settings),
-    }
+        vectors[rows] = batch.reshape(len(rows), teacher.views, teacher.width)
 
 
 def json_sha256(value: Mapping[str, object]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from itm.data.formats import Json
 from itm.data.pixels import decode, resized
 from itm.data.shards import Sample
 from itm.device import send
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher
+from itm.teachers.pretrained import OF_THE_OUTPUT, check_pooling, layer_of, load_hf, model_identity, pooled
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-Pooling = Literal["cls", "mean", "pooler", "patches"]
+Pooling = Literal["cls", "mean", "pooler", "patches", "joint"]
 
 
 def image_bytes(sample: Sample) -> bytes:
@@ -67,10 +68,11 @@ class PixelPreparer:
 class HFVisionTeacher(Teacher):
     """Any Hugging Face vision model (or the vision tower of a pair), its layer and pooling chosen.
 
-    layer: -1 is the model's final output, k the k-th entry of its hidden states. pooling: `cls` the first token, `mean` of the patch
-    tokens, `pooler` the model's pooled output, `patches` all patch tokens flattened in raster order (position-sensitive, wide:
-    CUSA's published image features are such a trunk output, docs/methods/cusa.md#teachers). Preparation follows the model's
-    preprocessor_config.json; without one: short side bicubic, centre crop, mean and deviation of CLIP (docs/methods/cusa.md#images).
+    layer: -1 is the model's final output, k the k-th entry of its hidden states (negative ones from the end). pooling: `cls` the first
+    token, `mean` of the patch tokens, `pooler` the model's pooled output, `patches` all patch tokens flattened in raster order
+    (position-sensitive, wide: CUSA's published image features are such a trunk output, docs/methods/cusa.md#teachers), `joint` the vector
+    that a pair of an image and a text model compares with captions. Preparation follows the model's preprocessor_config.json; without
+    one: short side bicubic, centre crop, mean and deviation of CLIP (docs/methods/cusa.md#images).
     """
 
     modality: Modality = "image"
@@ -78,15 +80,17 @@ class HFVisionTeacher(Teacher):
     def __init__(
         self, path: str, pooling: Pooling = "cls", layer: int = -1, revision: str | None = None, precision: Precision = "fp32"
     ) -> None:
-        if pooling not in ("cls", "mean", "pooler", "patches"):
-            raise ValueError(f"pooling {pooling!r}; known: cls, mean, pooler, patches")
-        if pooling == "pooler" and layer != -1:
-            raise ValueError("pooling 'pooler' is of the final output; leave layer at -1")
-        whole = load_hf(path, revision, precision, pooler=pooling == "pooler")
-        self.module = getattr(whole, "vision_model", whole)
+        check_pooling(pooling, get_args(Pooling), layer)
+        whole = load_hf(path, revision, precision, pooler=pooling in OF_THE_OUTPUT)
+        tower = getattr(whole, "vision_model", whole)
+        if pooling == "joint" and not hasattr(whole, "get_image_features"):
+            raise ValueError(
+                f"teacher path {path!r} holds no pair of an image and a text model; choose pooling cls, mean, pooler or patches"
+            )
+        self.module = whole if pooling == "joint" else tower
         self.pooling, self.layer, self.precision = pooling, layer, precision
         settings = _processor_settings(path, revision)
-        self.pixels, mean, std = _preparation(settings, _image_size(self.module.config))
+        self.pixels, mean, std = _preparation(settings, _image_size(tower.config))
         self.prepare = self.pixels
         self._scale = torch.tensor([[255.0] * 3, list(mean), list(std)], dtype=torch.float32)
         self.width = self.embed([bytes(3 * self.pixels.shape[0] * self.pixels.shape[1])]).shape[1]
@@ -108,6 +112,8 @@ class HFVisionTeacher(Teacher):
         # Bytes travel, a quarter of float32. The scale is a tensor: by a number, a GPU would multiply with its rounded inverse.
         pixels = (send(torch.from_numpy(raw), self.device).permute(0, 3, 1, 2).contiguous() / scale - mean) / std
         pixels = pixels.to(next(self.module.parameters()).dtype)
+        if self.pooling == "joint":
+            return pooled(self.module.get_image_features(pixel_values=pixels)).float().cpu().numpy()
         output = self.module(pixel_values=pixels, output_hidden_states=self.layer != -1)
         return self._pool(output).flatten(1).float().cpu().numpy()
 
@@ -116,7 +122,7 @@ class HFVisionTeacher(Teacher):
             if output.get("pooler_output") is None:
                 raise ValueError("this vision model has no pooled output; choose pooling cls, mean or patches")
             return output.pooler_output
-        hidden = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        hidden = layer_of(output, self.layer)
         if hidden.dim() == 4:  # a convolutional map (N,C,h,w)
             hidden, prefix = hidden.flatten(2).transpose(1, 2), 0
         else:

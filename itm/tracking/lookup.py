@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from itm.tracking.addresses import tracking_uri
 from itm.tracking.drivers import DRIVER, ENDED, close_dead
-from itm.tracking.registry import CHAMPION, CHANCE, aliases_of, figures, find_version
+from itm.tracking.registry import CHAMPION, CHANCE, METRICS, aliases_of, figures, find_version
 from itm.tracking.runs import RECIPE, client
 
 _PAGE = 200
@@ -45,6 +45,15 @@ class Version:
         return figures(self.tags, CHANCE)
 
     @property
+    def others(self) -> dict[str, dict[str, float]]:
+        """Heading, e.g. test/eccv -> figures of the same weights by another protocol or on another split."""
+        found: dict[str, dict[str, float]] = {}
+        for name, text in self.tags.items():
+            with contextlib.suppress(ValueError):  # a text that was too long for a tag
+                found |= {name.removeprefix(f"{METRICS}/"): json.loads(text)} if name.startswith(f"{METRICS}/") else {}
+        return found
+
+    @property
     def data(self) -> dict[str, str]:
         return {name: self.tags.get(f"{name}_data", "") for name in ("train", "test")}
 
@@ -64,6 +73,7 @@ class Version:
             "recipe_fingerprint": self.tags.get("recipe", ""),
             "metrics": self.metrics,
             "chance": self.chance,
+            "others": self.others,
             "data": self.data,
             "teachers": self.teachers,
             "code": self.tags.get("git_commit", ""),

@@ -62,8 +62,9 @@ def register_matcher(
     The package is `artifacts/matcher` (the folder as it is), `code` (the file of the pyfunc model) as text and explicit requirements: no
     pickle. A package of the user's own that the matcher names becomes a requirement at the version loaded here; one that pip could not
     find elsewhere travels as code. Metrics and tags become tags of the version, for searching and for the gate; the card becomes its
-    description and the README of the package, with the recipe beside it. The same weights of the same run are registered once: a second
-    call only refreshes tags and description. Raises ValueError if the folder holds no matcher.
+    description and the README of the package, with the recipe beside it, and its figures of other protocols a tag each, metrics/<heading>.
+    The same weights of the same run are registered once: a second call only refreshes tags and description. Raises ValueError if the
+    folder holds no matcher.
     """
     folder = Path(folder)
     missing = [part for part in ("config.json", "model.safetensors") if not (folder / part).exists()]
@@ -76,7 +77,9 @@ def register_matcher(
         raise ValueError(f"{folder} names {', '.join(sorted(unseen))}, not loaded here: itm.load_matcher(folder, allow=[...]) comes first")
     door = client()
     file_sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    marks = texts({"weights_sha256": file_sha256, "git_commit": git_commit(), **packages_used(config), **(tags or {}), **(metrics or {})})
+    others = {plain_name(f"{METRICS}/{group}"): json.dumps(dict(found)) for group, found in (card.others if card else {}).items()}
+    about = {"weights_sha256": file_sha256, "git_commit": git_commit(), **packages_used(config)}
+    marks = texts({**about, **others, **(tags or {}), **(metrics or {})})
     for version in _versions(door, name):
         if version.run_id == run_id and version.tags.get("weights_sha256") == file_sha256:
             for tag, text in marks.items():
@@ -86,6 +89,9 @@ def register_matcher(
     model_id = _log_model(door, folder, name, run_id, code, card, marks)
     for metric, value in (metrics or {}).items():
         door.log_metric(run_id, plain_name(f"{card.group}/{metric}" if card else metric), float(value), model_id=model_id)
+    for group, found in card.others.items() if card else ():
+        for metric, value in found.items():
+            door.log_metric(run_id, plain_name(f"{group}/{metric}"), float(value), model_id=model_id)
     try:
         door.create_registered_model(name)
     except MlflowException as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load, load_model, save_model
 from torch import nn
 
 from itm.data import files
@@ -26,7 +26,7 @@ from itm.data.formats import check_format
 from itm.data.plan import Position
 from itm.distributed import rank
 from itm.training.step import Step
-from itm.types import Options
+from itm.types import Matcher, Options
 
 KEPT, FORMAT = 2, 1
 
@@ -129,6 +129,12 @@ def read_weights(uri: str, module: nn.Module) -> None:
             load_model(module, str(path))
     except RuntimeError as error:
         raise ValueError(f"{uri} does not fit this model: {error}; restore the recipe, or start afresh with --overwrite") from None
+
+
+def holds_heads(uri: str, matcher: Matcher) -> bool:
+    """Whether the weights at `uri` hold those of the uni heads that are attached to the matcher, where there are some."""
+    wanted = {name for name in matcher.state_dict() if name.startswith("uni_heads.")}
+    return wanted <= set(load(files.read_bytes(uri)))
 
 
 def _whole(root: str) -> list[str]:

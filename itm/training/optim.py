@@ -11,7 +11,8 @@ from torch.optim import Adam, Adamax, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from itm.config import Train
-from itm.types import Options, Reports
+from itm.training.freezing import rate_scales
+from itm.types import Method, Options, Reports
 
 
 class UniterAdamW(AdamW):
@@ -56,19 +57,28 @@ UNDECAYED: dict[str, Callable[[str, Tensor], bool]] = {
 """train.decayed -> whether a weight has no decay (docs/methods/cusa.md#hyper-parameters, docs/methods/iais.md#schedule)."""
 
 
-def parameter_groups(method: nn.Module, weight_decay: float, decayed: str = "matrices") -> list[dict[str, object]]:
-    """Two groups: with decay, and without. decayed: see `train.decayed`."""
+def parameter_groups(
+    method: nn.Module, weight_decay: float, decayed: str = "matrices", scales: dict[str, float] | None = None
+) -> list[dict[str, object]]:
+    """Two groups for each scale of the learning rate, the largest first: with decay, and without. decayed: see `train.decayed`.
+
+    scales: of parameters by name, where it is not 1.
+    """
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if UNDECAYED[decayed](name, p)]
-    kept = {id(p) for p in plain}
-    return [
-        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+    of = {name: (scales or {}).get(name, 1.0) for name, _ in named}
+    groups: list[dict[str, object]] = []
+    for scale in sorted({1.0, *of.values()}, reverse=True):
+        some = [(name, p) for name, p in named if of[name] == scale]
+        said = {} if scale == 1.0 else {"scale": scale}
+        plain = {id(p) for name, p in some if UNDECAYED[decayed](name, p)}
+        groups.append({"params": [p for _, p in some if id(p) not in plain], "weight_decay": weight_decay, **said})
+        groups.append({"params": [p for _, p in some if id(p) in plain], "weight_decay": 0.0, **said})
+    return groups
 
 
 def build_optimizer(method: nn.Module, train: Train) -> Optimizer:
-    groups = [g for g in parameter_groups(method, train.weight_decay, train.decayed) if g["params"]]
+    scales = rate_scales(method, train) if isinstance(method, Method) else {}
+    groups = [g for g in parameter_groups(method, train.weight_decay, train.decayed, scales) if g["params"]]
     # One kernel for all weights instead of a dozen; its last digits are those of a GPU, and CPU runs keep theirs.
     fused: Options = {"fused": True} if train.optimizer in ("adam", "adamw") and next(method.parameters()).is_cuda else {}
     return OPTIMIZERS[train.optimizer](groups, lr=train.lr, betas=train.betas, eps=train.eps, **fused)
@@ -115,7 +125,7 @@ def _planned(train: Train, step: int, steps_per_epoch: int, total_steps: int) ->
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("scale", 1.0)
 
 
 def moving_average(method: nn.Module, decay: float) -> AveragedModel:

@@ -17,6 +17,7 @@ from itm.data.moving import Mover
 from itm.device import sized_by
 from itm.distributed import rank
 from itm.precision import lowered, products, repeatable, resolve_precision
+from itm.training.freezing import held_towers
 from itm.training.optim import own_kernels, set_rate
 from itm.types import Batch, Options
 
@@ -50,6 +51,9 @@ class Step:
         # Dropout and sampling draw from a stream of their own each step: a resumed run needs no saved generator.
         torch.manual_seed(_stream(self.seed, number, rank()))
         self.method.train()
+        held = held_towers(self.plain, self.train, number)
+        for tower in held:
+            tower.eval()
         set_rate(self.optimizer, self.rate(number))
         self.optimizer.zero_grad(set_to_none=True)
         seen: dict[str, Tensor] = {}
@@ -62,6 +66,8 @@ class Step:
                 self.scaler.scale(torch.stack(list(losses.values())).sum().div(len(batches))).backward()
             for name, value in losses.items():
                 seen[name] = seen.get(name, 0) + value.detach() / len(batches)
+        for weight in (weight for tower in held for weight in tower.parameters()):
+            weight.grad = None
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         self._finish_gradients()

@@ -9,6 +9,7 @@ import torch
 from itm.config import Train
 from itm.distributed import world_size
 from itm.training.compiled import check_compiler, compile_encoders
+from itm.training.freezing import freeze
 from itm.training.optim import build_optimizer, moving_average
 from itm.training.ranked import RankedStep
 from itm.training.recompute import recompute_activations
@@ -18,6 +19,7 @@ from itm.types import Method
 
 def build_step(method: Method, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> Step:
     """method: fresh, on the CPU, the same on all ranks. Raises ValueError for what this machine cannot do."""
+    freeze(method.matcher, train)
     method.hardest_pairs = train.hardest_pairs == "auto"
     sharded = train.shard_weights and world_size() > 1
     if train.compile:

@@ -17,14 +17,17 @@ from itm.data.shards import Manifest, read_manifest
 from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, checked, encode_shard, exact_relevance, shards_of
 from itm.evaluation.protocols import Scored, find_protocol, run_protocol
+from itm.matchers.mean import beside, one_by_one
 from itm.matchers.weights import weights_hash
+from itm.report.answers import answers
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
-from pipelines.evaluating.result import check_track, content, output_of, stored, track
+from pipelines.evaluating.result import check_track, content, output_of, queries_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 from pipelines.on_ray.scoring import notes, score_split, seats_for
 
 # Below this many captions one process is done before workers have imported torch.
@@ -43,23 +46,30 @@ def evaluate(
 ) -> Json:
     """Evaluate and write `evaluation*.json` below the recipe's folder; returns its content (`metrics`, `chance`, `counts`, ...).
 
-    Several are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does not fit.
+    Several, or a mean, are an ensemble: mean scores. Raises ValueError for an unreadable split, too many rejects, NaN, a protocol that does
+    not fit, and members that read other data.
     """
     split, protocol = split or recipe.data.test_split, protocol or recipe.evaluation.protocol
-    folds = 1 if save_scores else getattr(find_protocol(protocol), "folds", 1)
+    options = recipe.evaluation.options.get(protocol)
+    judge = find_protocol(protocol, options)
+    folds = 1 if save_scores else getattr(judge, "folds", 1)
     split_uri = files.absolute(files.join(recipe.data.root, split))
     uris = [matcher_uri] if isinstance(matcher_uri, str) else list(matcher_uri or [])
     members = uris or recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
-    matchers = [itm.load_matcher(uri, allow=recipe.allowed) for uri in members]
+    matchers = one_by_one([itm.load_matcher(uri, allow=recipe.allowed) for uri in members], members)
     screener = itm.load_matcher(how.screen_matcher, allow=recipe.allowed) if how.screen and how.screen_matcher else None
     manifest = read_manifest(split_uri).check_captioned(split_uri, "evaluated")
     output = how.named(output_of(recipe, uris, split, protocol))
     identity = {"format": FORMAT, "split": split, "split_hash": manifest.fingerprint(), "protocol_name": protocol, "tie": tie}
-    identity |= {"matcher_hash": "+".join(map(weights_hash, matchers))} | how.identity(weights_hash(screener) if screener else None)
+    identity |= (
+        judge.identity()
+        | {"matcher_hash": "+".join(map(weights_hash, matchers))}
+        | how.identity(weights_hash(screener) if screener else None)
+    )
     if not save_scores and (done := stored(output, identity)):
         return done
     started = time.perf_counter()
-    if not uris and not how.screen:
+    if not uris and how.of_record:
         check_track(recipe)
     check_present(split_uri, manifest)
     files.remove_abandoned(recipe.folder)
@@ -68,7 +78,7 @@ def evaluate(
     encoded = agreed([*seen, screen] if screen else seen, split_uri)
     flow = flow_of(encoded, split_uri, manifest) | captions_of(encoded, split_uri, manifest)
     scored = score(matchers, seen, manifest, recipe, how, screen, folds)
-    outcome = run_protocol(protocol, scored, tie)
+    outcome = run_protocol(protocol, scored, tie, options)
     result = identity | content(outcome, scored, how.named(score_type(matchers, how.precision))) | notes(matchers, scored.scores)
     shown = for_the_page(matchers, seen, result)
     result |= {
@@ -80,16 +90,17 @@ def evaluate(
     result |= flow | shown | {"seconds": round(time.perf_counter() - started, 2)}
     if save_scores:
         write_scores(save_scores, scored)
-    _write(output, result, encoded)
-    if not uris and not how.screen:
+    _write(output, result, encoded, answers(scored))
+    if not uris and how.of_record:
         track(recipe, result, output)
     return result
 
 
-def _write(output: str, result: Json, encoded: EncodedSplit) -> None:
-    """The result, and beside it what was rejected."""
+def _write(output: str, result: Json, encoded: EncodedSplit, found: Json) -> None:
+    """The result, and beside it what each query found and what was rejected."""
     if encoded.problems:
         files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
+    files.write_atomic(queries_of(output), json.dumps(found).encode())
     files.write_atomic(output, json.dumps(result, indent=1).encode())
 
 
@@ -137,7 +148,8 @@ def encode(matcher: Any, split_uri: str, manifest: Manifest, recipe: Recipe) -> 
     else:
         seats, cpus = seats_for(len(shards))
         jobs = (((uri, sha256, size, None, seats.device), ()) for uri, sha256 in shards)
-        pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
+        with shared({}, read={"data.root": split_uri}):
+            pieces = list(Pool(seats, cpus, encode_shard, matcher.cpu()).map(jobs))
     return checked(pieces, split_uri, recipe.data.max_reject_rate)
 
 
@@ -158,4 +170,7 @@ def score(
     how, root = replace(how, block=recipe.evaluation.block), files.absolute(recipe.folder)
     scores = score_split(matchers, seen, how, root, identity, screen, folds)
     first = seen[0]
-    return Scored(scores, first.names, exact_relevance(manifest.source, first.names), first.images, first.captions)
+    images, captions = first.images, first.captions
+    if len(seen) > 1:
+        images, captions = beside([split.images for split in seen]), beside([split.captions for split in seen])
+    return Scored(scores, first.names, exact_relevance(manifest.source, first.names), images, captions)

@@ -13,6 +13,7 @@ from itm.data.formats import Json, check_format
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Outcome, Scored
 from itm.report.gallery import Example, examples, histogram
+from itm.report.neighbours import Query, neighbours
 from itm.report.ranks import ranks_and_worst
 from pipelines.evaluating import FORMAT, group_of
 
@@ -61,6 +62,7 @@ def content(outcome: Outcome, scored: Scored, score_type: str) -> Json:
         "worst": _all_named(worst, names),
         "ranks": ranks,
         "histogram": histogram(scored),
+        "similar": {way: [_near(row, names, way) for row in rows] for way, rows in neighbours(scored).items()},
     }
 
 
@@ -74,6 +76,12 @@ def _named(row: Example, names: Names, way: str) -> Json:
     hits = [{**hit, **found(names, hit["row"])} for hit in row["hits"]]
     answer = {**row["answer"], **found(names, row["answer"]["row"])}
     return {**row, **asked(names, row["query"]), "hits": hits, "answer": answer}
+
+
+def _near(row: Query, names: Names, way: str) -> Json:
+    """A query within one side, as `_named`."""
+    named = _image if way == "i2i" else _caption
+    return {**named(names, row["query"]), "hits": [{**hit, **named(names, hit["row"])} for hit in row["hits"]]}
 
 
 def _image(names: Names, row: int) -> Json:
@@ -96,6 +104,11 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
     if matchers:
         words.append(hashlib.sha256(" ".join(matchers).encode()).hexdigest()[:8])
     return files.join(recipe.folder, "-".join(words) + ".json")
+
+
+def queries_of(output: str) -> str:
+    """Where the answers to all queries lie that the result `output` counts (`itm.report.answers`)."""
+    return output.removesuffix(".json") + ".queries.json"
 
 
 def stored(output: str, identity: Json) -> Json | None:

@@ -12,16 +12,24 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.evaluation.dataset import Names, names_of
 from itm.evaluation.protocols import Scored, run_protocol
+from itm.types import Options
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.result import content
 
 
-def evaluate_scores(scores: str, truth: str | None, protocol: str = "auto", tie: str = "pessimistic", output: str | None = None) -> Json:
+def evaluate_scores(
+    scores: str,
+    truth: str | None,
+    protocol: str = "auto",
+    tie: str = "pessimistic",
+    output: str | None = None,
+    options: Options | None = None,
+) -> Json:
     """Evaluate a .npy score matrix (images, captions) of any origin; the truth file holds the ids of its rows and columns."""
     if not truth:
         raise ValueError("--scores needs --truth IDS.json with image_ids, caption_ids and caption_image_ids")
     outcome_of = Scored(_read_scores(scores), read_truth(truth))
-    outcome = run_protocol(protocol, outcome_of, tie)
+    outcome = run_protocol(protocol, outcome_of, tie, options)
     digest = hashlib.sha256(files.read_bytes(truth)).hexdigest()[:12]
     about = {"format": FORMAT, "split_hash": digest, "protocol_name": protocol, "tie": tie, "scores": scores, "truth": truth}
     result = about | content(outcome, outcome_of, f"imported, {outcome_of.scores.dtype}")

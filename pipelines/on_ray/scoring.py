@@ -25,12 +25,15 @@ from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.matchers.late.uarda import UARDA
 from itm.matchers.late.uarda_pruned import Prune, Pruning
+from itm.matchers.mean import beside
 from itm.training.compiled import check_compiler
 from itm.types import Encoded, Matcher, Options
 from pipelines.on_ray.gpus import Seats, at_gpu, fetched, gpu_seats, gpus_elsewhere
-from pipelines.on_ray.options import How
+from pipelines.on_ray.options import How, threshold_of
 from pipelines.on_ray.pool import Pool
+from pipelines.on_ray.reach import shared
 
 # Above this many bytes the matrix is not held; above this many pairs, attention or joint forwards are worth tasks that can be resumed.
 DENSE_BYTES = 4 << 30
@@ -55,6 +58,8 @@ def score_split(
     if how.compile:
         check_compiler(resolve_device())
     _set_pruning(members, how.prune)
+    if how.eval_threshold is not None:
+        _set_threshold(members, str(how.eval_threshold))
     for member in members:
         member.fuse_tiles = how.compile
     sides = [(split.images, split.captions) for split in encoded]
@@ -62,7 +67,7 @@ def score_split(
     costly = any(images.parts is not None for images, _ in sides)
     options: Json = {"precision": how.precision, "block": how.block}
     if how.screen:
-        given = (sides, how, screen or encoded[0])
+        given = (sides, how, screen or _by_mean_cosine(encoded))
         if costly and gpus_elsewhere():
             return at_gpu(_screened, [member.cpu() for member in members], *given)
         return _screened(members, *given)
@@ -77,8 +82,11 @@ def score_split(
     grid = Grid.of(members, images, captions, how.block)
     spread, put, options["device"] = by_actors(len(grid.tiles))
     identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
+    identity |= {} if how.eval_threshold is None else {"eval_threshold": threshold_of(str(how.eval_threshold))}
     store = TileStore.create(root, identity, grid, captions)
     names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    with shared({"output": root}):
+        pass  # who joins later writes a tile that the driver then misses, and says so
     fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
     return TiledScores(store, spread)
 
@@ -116,6 +124,15 @@ def described(result: Json) -> str:
     return "\n".join(lines)
 
 
+def _by_mean_cosine(encoded: Sequence[EncodedSplit]) -> EncodedSplit:
+    """The split with vectors whose cosine is the mean over the members that have vectors; as it is of one matcher."""
+    if len(encoded) == 1:
+        return encoded[0]
+    able = [split for split in encoded if split.images.vector is not None and split.captions.vector is not None] or encoded
+    images, captions = (Encoded(vector=beside(rows).vector) for rows in ([s.images for s in able], [s.captions for s in able]))
+    return EncodedSplit(images, captions, encoded[0].names)
+
+
 def _screened(members: Sequence[Matcher], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
     options = {"precision": how.precision, "device": resolve_device()}
@@ -138,6 +155,16 @@ def _set_pruning(members: Sequence[Matcher], prune: Prune) -> None:
         raise ValueError(f"--prune {prune} needs a UARDA matcher, which has a threshold to prune by; this is {kinds}: leave --prune out")
     for member in able:
         member.pruning = None if prune == "off" else Pruning(prune)
+
+
+def _set_threshold(members: Sequence[Matcher], said: str) -> None:
+    able = [member for member in members if isinstance(member, UARDA)]
+    value = threshold_of(said)
+    if not able or value is None:
+        kinds = ", ".join(type(member).__name__ for member in members)
+        raise ValueError(f"--eval-threshold {said} needs a UARDA matcher, which scores above a threshold; this is {kinds}: leave it out")
+    for member in able:
+        member.eval_threshold = value  # type: ignore[assignment]
 
 
 def seats_for(jobs: int) -> tuple[Seats, int]:

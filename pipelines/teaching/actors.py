@@ -19,9 +19,11 @@ from itm.data.shards import Sample, read_samples
 from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
 from itm.teachers.stores import stored_identity
+from pipelines.on_ray.reach import Tokens, confirm
 
 MOST_DIFFERENT = 0.5  # share of different captions in a shard up to which equal ones are embedded once
 _STRINGS, _BINARIES = pa.list_(pa.string()), pa.large_list(pa.large_binary())
+LENT = "scored with an equal caption"  # of a row that another shard lends
 _PREPARED = pa.schema(
     {"error": pa.string(), "header": pa.string(), "keys": _STRINGS, "captions": _STRINGS, "problems": _STRINGS, "payloads": _BINARIES}
 )
@@ -47,24 +49,27 @@ class Prepare:
 
     modality: Modality
     prepare: Callable[[Sample | Caption], bytes]
+    tokens: Tokens = ()  # of folders that every node must see
 
     def __call__(self, shards: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(**row) for row in shards.to_pylist()], _PREPARED)
 
-    def _shard(self, shard: str, header: str) -> Json:
+    def _shard(self, shard: str, header: str, skip: list[int] | None = None) -> Json:
+        """skip: rows that are not to be scored, because an equal one is."""
         try:
-            return self._rows(shard, header)
+            confirm(self.tokens)
+            return self._rows(shard, header, set(skip or ()))
         except (OSError, ValueError) as error:
             return {"error": f"{shard}: {error}", "header": header}
 
-    def _rows(self, shard: str, header: str) -> Json:
+    def _rows(self, shard: str, header: str, skip: set[int]) -> Json:
         keys, captions, problems, payloads, unreadable = [], [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
                 unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []
                 continue
             for row in [sample] if self.modality == "image" else sample.captions:
-                payload, problem = self._row(row)
+                payload, problem = (b"", LENT) if len(keys) in skip else self._row(row)
                 keys.append(sample.key)
                 captions.append("" if isinstance(row, Sample) else row.id)
                 payloads.append(payload)
@@ -84,7 +89,8 @@ class Prepare:
 class Score:
     """The teacher actor: embeds a shard's rows and writes its sidecar before it answers."""
 
-    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int, device: str = "auto") -> None:
+    def __init__(self, part: Part, modality: Modality, store: str, batch_size: int, device: str = "auto", tokens: Tokens = ()) -> None:
+        self.tokens = tokens
         self.teacher = build_teacher(part, modality).to(resolve_device(device))
         self.store, self.batch_size, self.name = store, batch_size, uuid.uuid4().hex
 
@@ -96,6 +102,7 @@ class Score:
             return {"error": shard["error"][0].as_py()}
         began = time.time()
         try:
+            confirm(self.tokens)
             return {"rows": self._write(shard), "actor": self.name, "began": began, "ended": time.time()}
         except (OSError, ValueError) as error:
             return {"error": str(error)}
@@ -119,8 +126,11 @@ class Score:
         keys, captions, problems = (shard[name][0].as_py() for name in ("keys", "captions", "problems"))
         payloads = shard["payloads"][0].values
         ok = np.array([p is None for p in problems], dtype=bool)
-        vectors = np.zeros((len(keys), self.teacher.width), np.float32)
         chosen = [payloads[int(row)].as_py() for row in np.flatnonzero(ok)]
+        views = self.teacher.views
+        if views > 1:
+            keys, problems, ok = [key for key in keys for _ in range(views)], [p for p in problems for _ in range(views)], ok.repeat(views)
+        vectors = np.zeros((len(keys), self.teacher.width), np.float32)
         if chosen:
             vectors[ok] = self._embed(chosen)
         target = sidecar.sidecar_uri(self.store, header.shard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +22,8 @@ from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import roots_of, stored_identity, stores_root
 from pipelines.on_ray.gpus import Seats, gpu_seats
+from pipelines.on_ray.reach import Tokens
+from pipelines.teaching import equal_captions
 from pipelines.teaching.actors import Prepare, Score, Written
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ def teach(recipe: Recipe, split: str | None = None) -> dict[str, str]:
     Raises ValueError when no teacher is named, nothing can be written, a teacher gives unusable vectors, or too many rows are rejected.
     """
     split = split or recipe.data.train_split
-    parts: dict[Modality, Part] = {m: part for m in MODALITIES if (part := getattr(recipe.teachers, m)) is not None}
+    parts = recipe.teachers.stored
+    if not parts and recipe.teachers.online:
+        raise ValueError(f"recipe {recipe.name!r} has no teacher to store: teachers.online has them run while it trains")
     if not parts:
         raise ValueError(f"recipe {recipe.name!r} names no teacher: set teachers.image and/or teachers.text")
     if not recipe.data.mix:
@@ -86,6 +90,8 @@ def _make_store(job: Job) -> str:
         teacher = build_teacher(job.part, job.modality)
         identity = stored_identity(teacher, job.recipe.teachers.dtype)
         work = partial(_score, prepare=teacher.prepare)
+        if job.modality == "text" and job.recipe.teachers.equal_captions == "split":
+            work = partial(_score_once, prepare=teacher.prepare)
         del teacher  # its weights would lie beside those of the actors
     uri = files.join(job.root, sidecar.teacher_id(identity))
     with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
@@ -101,7 +107,7 @@ def _make_store(job: Job) -> str:
 
 def _is_done(store: str, shard: ShardInfo, identity: Json) -> bool:
     header = sidecar.read_header(sidecar.sidecar_uri(store, shard.name))
-    if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.FORMAT:
+    if header is None or header.shard_sha256 != shard.sha256 or header.format != sidecar.format_of(identity):
         return False
     return sidecar.teacher_id(header.identity) == sidecar.teacher_id(identity)
 
@@ -121,7 +127,8 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
     files.remove_abandoned(uri)
     sidecars = [sidecar.read_sidecar(sidecar.sidecar_uri(uri, s.name), s.sha256) for s in job.manifest.shards]
     problems = [problem for s in sidecars for problem in _problems(s)]
-    rows = sum(s.header.rows for s in sidecars)
+    views = sidecar.views_of(identity)
+    rows = sum(s.header.rows for s in sidecars) // views
     expected = job.manifest.samples if job.modality == "image" else job.manifest.captions
     if rows != expected:
         raise ValueError(
@@ -131,10 +138,10 @@ def _finish(job: Job, uri: str, identity: Json, counts: dict[str, float], tracke
     if problems or files.exists(quarantine):
         files.write_atomic(quarantine, "".join(p.row() + "\n" for p in problems).encode())
     seen = rows + sum(len(s.header.unreadable) for s in sidecars)
-    whole = sum(int(s.ok.sum()) for s in sidecars)
+    whole = sum(int(s.ok.sum()) for s in sidecars) // views
     for shard, s in zip(job.manifest.shards, sidecars, strict=True):
         sent = len(s.header.unreadable) + (shard.samples if job.modality == "image" else shard.captions)
-        check_rows(s.uri, sent, int(s.ok.sum()), len(list(_problems(s))))
+        check_rows(s.uri, sent, int(s.ok.sum()) // views, len(list(_problems(s))))
     if len(problems) > job.recipe.data.max_reject_rate * seen:
         raise ValueError(
             f"{len(problems)} of {seen} rows could not be scored, more than data.max_reject_rate={job.recipe.data.max_reject_rate}; "
@@ -171,18 +178,21 @@ def _check_not_constant(uri: str, identity: Json, sidecars: Sequence[sidecar.Sid
 def flow_line(uri: str) -> str:
     """Rows of a finished store: samples of an image store, captions of a text store; rejected ones too."""
     store = sidecar.open_store(uri)
-    rows, rejected = (sum(shard[name] for shard in store.shards.values()) for name in ("rows", "rejected"))
+    rows, rejected = (sum(shard[name] for shard in store.shards.values()) // store.views for name in ("rows", "rejected"))
     quarantine = files.join(uri, "quarantine.jsonl")
     listed = files.read_bytes(quarantine).count(b"\n") if files.exists(quarantine) else 0
     unread = listed - rejected  # by the reader of the shards, which leaves no row
     what = "images" if store.modality == "image" else "captions"
+    shared = equal_captions.counts_of(uri)
     unknown = f", {unread:,} of them samples that could not be read" if unread and store.modality == "text" else ""
-    return f"{rows + unread:,} {what} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}"
+    views = f", {store.views} views each" if store.views > 1 else ""
+    return f"{rows + unread:,} {what}{views} = {rows - rejected:,} with a vector + {listed:,} rejected{unknown}{shared}"
 
 
 def _problems(rows: sidecar.Sidecar) -> Iterator[Problem]:
     captions = rows.captions or [""] * len(rows.keys)
-    for key, caption, reason in zip(rows.keys, captions, rows.problems, strict=True):
+    each = slice(None, None, rows.header.views)  # the views of a sample have one problem
+    for key, caption, reason in zip(rows.keys[each], captions[each], rows.problems[each], strict=True):
         if reason is not None:
             yield Problem(key, rows.header.shard, "teach", f"caption {caption}: {reason}" if caption else reason)
     for key, reason in rows.header.unreadable:
@@ -210,31 +220,62 @@ def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, base:
         yield Written(done.rows)
 
 
-def _score(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Callable[[Sample | Caption], bytes]) -> Iterator[Written]:
-    """Score the shards in any order; yields each as its sidecar is written.
+def _score_once(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Callable[..., bytes]) -> Iterator[Written]:
+    """As `_score`, with equal captions of the split embedded once."""
+
+    def score(parts: str, missing: list[ShardInfo], skip: Mapping[str, list[int]]) -> Iterator[Written]:
+        return _score(job, parts, missing, identity, prepare=prepare, skip=skip)
+
+    split = equal_captions.Split(job.split_uri, job.manifest.shards, prepare)
+    return equal_captions.score_once(split, uri, todo, identity, score)
+
+
+def _score(
+    job: Job,
+    uri: str,
+    todo: list[ShardInfo],
+    identity: Json,
+    *,
+    prepare: Callable[[Sample | Caption], bytes],
+    skip: Mapping[str, list[int]] | None = None,
+) -> Iterator[Written]:
+    """Score the shards in any order; yields each as its sidecar is written. skip: rows of a shard that are left without a vector.
 
     A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,
     a quarter each: if they held all of them they would wait for ever for the tasks that feed them.
     """
     if not todo:
         return
+    from pipelines.on_ray.reach import shared
+    from pipelines.on_ray.session import connect
+
+    rows: list[Json] = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
+    if skip is not None:
+        rows = [row | {"skip": skip[shard.name]} for row, shard in zip(rows, todo, strict=True)]
+    connect()
+    with shared({"data.root": job.recipe.data.root, "teachers.root": job.root}) as tokens:
+        yield from _scored(job, uri, rows, prepare, tokens)
+
+
+def _scored(job: Job, uri: str, todo: list[Json], prepare: Callable[[Sample | Caption], bytes], tokens: Tokens) -> Iterator[Written]:
+    """todo: a row a shard, as `Prepare` takes them."""
     import ray
 
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.session import core
 
-    connect()
     teachers = job.recipe.teachers
     seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
     cpus = ray.cluster_resources().get("CPU", 0)
     if seats is None:
         seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
-    rows = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     dataset = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(job.modality, prepare), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
+        ray.data.from_items(todo, override_num_blocks=len(todo))
+        .map_batches(
+            Prepare(job.modality, prepare, tokens), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5)
+        )
         .map_batches(
             Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device),
+            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device, tokens),
             compute=ray.data.ActorPoolStrategy(size=seats.count),
             batch_size=1,
             batch_format="pyarrow",

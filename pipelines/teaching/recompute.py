@@ -56,7 +56,7 @@ def verify(recipe: Recipe, split: str | None = None, rows: int = 128, seed: int 
     manifest = read_manifest(split_uri)
     results = []
     for modality in MODALITIES:
-        part = getattr(recipe.teachers, modality)
+        part = recipe.teachers.stored.get(modality)
         if part is None:
             continue
         check = _Check(recipe, split_uri, stores_root(recipe, split), manifest, modality, device)
@@ -83,7 +83,8 @@ class _Check:
         if teacher_id(stored_identity(teacher, store.dtype)) != store.teacher:
             raise ValueError(f"the teacher {part.kind!r} is no longer that of {store.uri}; run `itm teach` with this recipe")
         chosen = _choose({s.name: store.sidecar(s.name, s.sha256) for s in self.manifest.shards}, rows, seed)
-        stored = np.concatenate([sidecar.vectors[at].astype(np.float64) for sidecar, at in chosen])
+        of_a_sample = np.arange(store.views)
+        stored = np.concatenate([sidecar.vectors[(at[:, None] + of_a_sample).ravel()].astype(np.float64) for sidecar, at in chosen])
         payloads = [p for sidecar, at in chosen for p in self._payloads(sidecar, at, teacher.prepare)]
         wrote = {sidecar.header.device for sidecar, _ in chosen}
         teacher.to(self.device or _kind_here(wrote))
@@ -137,8 +138,8 @@ def _kind_here(wrote: set[str]) -> str:
 
 
 def _choose(sidecars: dict[str, Sidecar], rows: int, seed: int) -> list[tuple[Sidecar, np.ndarray]]:
-    """(sidecar, sorted row numbers) of up to `rows` random scored rows of the whole split."""
-    scored = [(name, row) for name, sidecar in sidecars.items() for row in np.flatnonzero(sidecar.ok)]
+    """(sidecar, sorted row numbers) of up to `rows` random scored rows of the whole split; of several views the first of their sample."""
+    scored = [(name, row) for name, s in sidecars.items() for row in np.flatnonzero(s.ok) if row % s.header.views == 0]
     if rows < 2 or len(scored) < 2:
         raise ValueError(f"a cosine needs two rows; asked for {rows} of {len(scored)} scored ones")
     picked = np.random.default_rng(seed).permutation(len(scored))[:rows]

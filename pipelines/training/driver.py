@@ -58,8 +58,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     check_alive()
     check_gpus(recipe)
     job = _prepared(recipe, manifest, started)
-    teachers = {modality: store.teacher for modality, store in job.stores.items()}
-    about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": teachers, "git_commit": git_commit()}
+    about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": job.teachers, "git_commit": git_commit()}
     if longer:
         started = _lengthened(job, finished, started, about)
     share = job.course.same_image_share(manifest)
@@ -178,7 +177,7 @@ def about_run(job: Job) -> str:
         "model": f"{recipe.model.kind}, trained by `{recipe.method.kind}`",
         "data": f"{job.split(recipe.data.train_split)} {manifest.fingerprint()}",
         "size": f"{manifest.samples:,} images, {manifest.captions:,} captions",
-        "teachers": ", ".join(f"{modality}: {store.teacher}" for modality, store in job.stores.items()) or "none",
+        "teachers": ", ".join(f"{modality}: {teacher}" for modality, teacher in job.teachers.items()) or "none",
         "steps": f"{job.course.steps:,}, the matcher is kept in {recipe.folder}/matcher",
     }
     return "\n\n".join(filter(None, [recipe.about, "\n".join(f"- {name}: {text}" for name, text in rows.items())]))

@@ -15,6 +15,7 @@ from itm.device import resolve_device
 from pipelines.on_ray.errors import cause_of
 from pipelines.on_ray.gpus import LABEL, awaited, most_gpus, why_no_cuda
 from pipelines.on_ray.progress import Board, watched
+from pipelines.on_ray.reach import confirm, shared
 from pipelines.on_ray.session import interruptible
 from pipelines.on_ray.stream import PrepareActor, decoders
 from pipelines.training.job import Job
@@ -40,9 +41,10 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     workers = (train.min_workers, train.workers) if train.min_workers else train.workers
+    config = {"job": job, "board": board, "tokens": ()}
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "board": board},
+        train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu),  # type: ignore[arg-type]  # as well
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
             name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
@@ -52,7 +54,9 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    with watched(board, show), interruptible():
+    data = job.recipe.data
+    roots = {f"data.mix.{number}.root": one.root for number, one in enumerate(data.mix)} or {"data.root": data.root}
+    with shared({"output": job.folder}, roots) as config["tokens"], watched(board, show), interruptible():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
@@ -103,6 +107,7 @@ def check_gpus(recipe: Recipe) -> None:
 def worker_entry(config: Json) -> Json:
     from ray.train.torch import get_device
 
+    confirm(config["tokens"])
     board = config["board"]
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # ranks on one machine would fight for its cores

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,7 +15,10 @@ from itm.data.preprocess import Inputs
 from itm.data.sidecar import Store
 from itm.kinds import build_part
 from itm.matchers.folder import build_matcher, take_weights
+from itm.matchers.uni_heads import give_heads
 from itm.methods import METHODS
+from itm.teachers.identity import Modality
+from itm.teachers.online import Online
 from itm.types import Method
 from pipelines.training.course import Course
 
@@ -32,6 +36,13 @@ class Job:
     stores: dict[str, Store | MixedStore]
     run_id: str
     tracking_uri: str
+    online: Mapping[Modality, Online] = field(default_factory=dict)
+
+    @property
+    def teachers(self) -> dict[str, str]:
+        """Modality -> the id of its teacher."""
+        stored = {modality: store.teacher for modality, store in self.stores.items()}
+        return stored | {str(modality): one.teacher for modality, one in self.online.items()}
 
     @property
     def folder(self) -> str:
@@ -54,4 +65,6 @@ def build_method(recipe: Recipe, inputs: Inputs) -> Method:
     matcher = build_matcher(recipe.model, inputs)
     if recipe.train.start:
         take_weights(matcher, files.join(recipe.folder, START), recipe.allowed)
-    return build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    method = build_part(METHODS, recipe.method.kind, recipe.method.options, "method", matcher=matcher)
+    give_heads(matcher, None)  # uni heads of before that the method does not train would not fit what it makes of the rest
+    return method

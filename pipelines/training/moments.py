@@ -12,15 +12,19 @@ import torch
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.mix import Mixture, parts_of
+from itm.data.preprocess import ImageInput, Inputs
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
+from itm.evaluation.relations import MOST_PAIRS, isd_of_split
 from itm.matchers.folder import save_matcher
-from itm.training.checkpoint import Best, best_uri, read_weights, save_checkpoint, write_weights
+from itm.matchers.uni_heads import give_heads
+from itm.training.checkpoint import Best, best_uri, holds_heads, read_weights, save_checkpoint, write_weights
 from itm.training.compiled import as_written
 from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
+ISD_IMAGES = 16  # for a curve
 Report = Callable[[int, str], None]
 """(steps done, what else there is to say), called on rank 0 at every logged step."""
 
@@ -52,16 +56,18 @@ def validate(here: Rank, done: int) -> None:
     job, recipe = here.job, here.job.recipe
     if not recipe.data.val_split:
         return
-    with here.clock.stopped(), here.step.whole() as method, as_written(recipe.train.compile):
-        broadcast(method.buffers())  # running statistics, and their moving average, are those of rank 0
-        matcher: Any = method.matcher
+    with here.clock.stopped(), here.step.whole() as module, as_written(recipe.train.compile):
+        broadcast(module.buffers())  # running statistics, and their moving average, are those of rank 0
+        method: Any = module
+        matcher = method.matcher
         metrics = metrics_of(here, matcher)
         if here.tracker is None:
             return
-        here.tracker.metrics({f"val/{name}": value for name, value in metrics.items()}, step=done)
+        here.tracker.metrics({f"val/{name}": value for name, value in (metrics | distances_of(here, matcher)).items()}, step=done)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
-            write_weights(best_uri(job.checkpoints, best), matcher)
+            with method.serving() as kept:
+                write_weights(best_uri(job.checkpoints, best), kept)
             here.state = replace(here.state, best=best)
 
 
@@ -72,6 +78,21 @@ def metrics_of(here: Rank, matcher: Any) -> dict[str, float]:
     encoded = encode_over_ranks(matcher, split, asked.batch_size, data.val_images, data.max_reject_rate, *where)
     scores = score_over_ranks(matcher, encoded.images, encoded.captions, asked.block, *where)
     return retrieval_metrics(scores, encoded.positives) if rank() == 0 else {}
+
+
+def distances_of(here: Rank, matcher: Any) -> dict[str, float]:
+    """What `evaluation.relations` asks for, of the images that the recalls are of; the other ranks wait for it at their next step.
+
+    Of method iais, with any weight, ISD of the first `ISD_IMAGES` unless the recipe asks: the curve that its report shows.
+    """
+    data, asked = here.job.recipe.data, here.job.recipe.evaluation
+    split, size, limit = here.job.split(data.val_split), min(asked.batch_size, MOST_PAIRS), data.val_images
+    if not asked.relations and here.job.recipe.method.kind == "iais":
+        return isd_of_split(matcher, split, False, size, here.step.device, min(limit or ISD_IMAGES, ISD_IMAGES)).metrics
+    found: dict[str, float] = {}
+    for name in asked.relations:
+        found |= isd_of_split(matcher, split, name == "isda", size, here.step.device, limit).metrics
+    return found
 
 
 def checkpoint(here: Rank, done: int) -> None:
@@ -105,13 +126,19 @@ def finish(here: Rank) -> Json:
 
     Returns what rank 0 knows: steps, seconds, samples_per_s, best, same_image_share, rejected, rows_in, rows_out, rows_rejected.
     """
-    matcher: Any = here.step.gathered(here.step.kept).matcher
+    method: Any = here.step.gathered(here.step.kept)
     if here.tracker is None:
         return {}
     state = here.state
-    if state.best is not None:
-        read_weights(best_uri(here.job.checkpoints, state.best), matcher)
-    save_matcher(matcher.cpu(), files.join(here.job.folder, "matcher"))
+    best = None if state.best is None else best_uri(here.job.checkpoints, state.best)
+    with method.serving() as kept:
+        if best is not None:
+            if not holds_heads(best, kept):  # an earlier version kept the best matcher without what its method trained beside it
+                give_heads(kept, None)
+            read_weights(best, kept)
+        if here.job.recipe.data.cache_features:  # it was trained on features, and takes photos
+            kept.inputs = Inputs(ImageInput.of(here.job.recipe.data), here.job.inputs.tokenizer)
+        save_matcher(kept.cpu(), files.join(here.job.folder, "matcher"))
     here.tracker.close()
     return {
         "steps": here.course.steps,

@@ -6,15 +6,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from itm.data.plan import Position
 from itm.distributed import rank, world_size
+from itm.matchers.encoders.build import Encoder
+from itm.matchers.encoders.features import remember_captions
+from itm.teachers.online import OnlineTeachers
 from itm.tracking.loggers import loggers_of
 from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
+from itm.training.freezing import in_steps
 from itm.training.step import Step
 from itm.training.switches import build_step
 from pipelines.training.course import Course
@@ -37,6 +42,7 @@ class Rank:
     state: State
     clock: Stopwatch
     problems: Problems
+    teachers: OnlineTeachers
     tracker: Tracker | None
     unsaved: Tensor
     waited: float = 0.0
@@ -50,7 +56,11 @@ class Rank:
         job.course.plan.check_digest(state.position, state.digest, f"checkpoint {state.position.step} of {job.folder}")
         # The ranks that are there: a resized worker group has others than the recipe names. They see the same pairs in the same order.
         course = job.course.taken_up(state.position, world_size())
-        step = build_step(build_method(job.recipe, job.inputs), job.recipe.train, course.rate, job.recipe.seed, device)
+        method = build_method(job.recipe, job.inputs)
+        if job.recipe.data.cache_features and not job.recipe.train.compile:
+            for encoder in method.matcher.layers():
+                remember_captions(cast(Encoder, encoder), job.manifest.captions)
+        step = build_step(method, in_steps(job.recipe.train, course.plan.steps_per_epoch), course.rate, job.recipe.seed, device)
         if state.position.step:
             load_checkpoint(job.checkpoints, state, step)
         return cls(
@@ -60,6 +70,7 @@ class Rank:
             state,
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
+            OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
             _tracker(job) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )

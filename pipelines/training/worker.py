@@ -88,7 +88,7 @@ def batches(here: Rank) -> Iterator[Batch]:
             _count_roots(here, here.job.manifest, n, [problem is None for problem in columns["problem"]])
         _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
         here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
-        yield to_batch(columns)
+        yield here.teachers.taught(to_batch(columns), columns)
 
 
 def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:
@@ -115,7 +115,7 @@ def columns_of(here: Rank) -> Iterator[Columns]:
     """The same batches as columns: through Ray Data, or read by threads of this process."""
     job, course, data = here.job, here.course, here.job.recipe.data
     items = work_of(rank(), here.first, course.steps, course.train.accumulate)
-    pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores)
+    pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores, here.teachers.prepare)
     threads = decoders(data.decode_workers, course.train.use_gpu)
     pairs.buffers = Buffers(threads + BESIDE)
     return stream(pairs, items, data.decode, threads) if course.train.workers else stream_here(pairs, items, threads)

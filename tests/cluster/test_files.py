@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from pipelines.cli import RECIPES, STAGES
-from pipelines.submit import EXCLUDES
 from tests.support import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -203,11 +202,6 @@ def test_the_image_copies_what_exists_and_both_packages():
     }
     assert {"itm", "pipelines", "constraints.txt"} <= copied
     assert all((ROOT / name).exists() for name in copied)
-
-
-def test_a_job_leaves_the_same_things_at_home_however_it_is_submitted():
-    ignored = [line for line in (ROOT / ".rayignore").read_text().splitlines() if line and not line.startswith("#")]
-    assert set(EXCLUDES) <= set(ignored)
 
 
 def test_the_tracking_server_of_compose_is_the_pinned_mlflow():

@@ -38,7 +38,8 @@ def world(here: Path, registry: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Packed scenes with a store of image statistics, a trained matcher's folder, a champion in the registry, a photo."""
     monkeypatch.chdir(here)
     pack(here / "data" / "shards", scenes(6))
-    teach.teach(recipe(here / "data" / "shards", image={"kind": "statistics"}))
+    text = {"kind": "scenes_text", "options": {"world": "tiny"}}
+    teach.teach(recipe(here / "data" / "shards", {"kind": "statistics"}, text))
     for form, output in (("parquet", "exported"), ("webdataset", "exported/train")):
         stage_main("export", ["teachers", "data/shards/train", "--to", form, "-o", output])
     folder = matcher_folder(here / "runs" / "my-photos" / "matcher")
@@ -69,3 +70,21 @@ def test_a_store_is_read_without_this_code(here: Path) -> None:
     block = "import sys; sys.modules['itm'] = sys.modules['pipelines'] = None\n" + example + "print(len(vectors))\n"
     done = subprocess.run([sys.executable, "-c", block], cwd=here, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "4"), done.stderr
+
+
+def test_an_export_trains_elsewhere(here: Path) -> None:
+    """The three examples of the page on exporting, in a process that cannot import itm; ten lines each but the loop of open_clip's kind."""
+    pack(here / "data" / "shards", scenes(10))
+    truth = {side: {"kind": f"scenes_{side}", "options": {"world": "tiny"}} for side in ("image", "text")}
+    teach.teach(recipe(here / "data" / "shards", **truth))
+    for form, output in (("parquet", "exported"), ("webdataset", "exported/train")):
+        assert stage_main("export", ["teachers", str(here / "data/shards/train"), "--to", form, "-o", str(here / output)]) == 0
+    examples = fenced(ROOT / "docs" / "exporting.md", "python")
+    assert len(examples) == 3
+    assert all(len([line for line in example.splitlines() if line]) <= 10 for example in examples[:2])
+    for example in examples:
+        moved = "assert torch.isfinite(loss) and all(torch.isfinite(p).all() for g in optimizer.param_groups for p in g['params'])\n"
+        steps = "assert max(state['step'] for state in optimizer.state.values()) >= 2, 'it took no steps'\n"
+        block = "import sys; sys.modules['itm'] = sys.modules['pipelines'] = None\n" + example + moved + steps
+        done = subprocess.run([sys.executable, "-c", block], cwd=here, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

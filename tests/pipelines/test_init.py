@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from itm.config import load_recipe
+from itm.packaged import have_real
 from pipelines.cli import stage_main
-from pipelines.contract import splits_of
+from pipelines.contract import splits_of, stages_of
 from pipelines.estimates import split_of, training_of
+from pipelines.featuring import encoder_of
 from pipelines.init import init
 from tests.support.hub_models import SIDE, tiny
 from tests.support.own_photos import scenes, table, walk_world, write_photos
@@ -93,6 +95,19 @@ def test_a_pretrained_model_is_fine_tuned_at_its_own_sizes(tmp_path: Path) -> No
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert (recipe.model.kind, recipe.data.image_size, recipe.text.kind) == ("hf_dual", SIDE, "hf")
     assert training_of(recipe, split_of(recipe, "train")).trained > 0
+
+
+@pytest.mark.skipif(not have_real(), reason="the optional extra itm[real] is not installed")
+def test_the_towers_of_the_extra_real_are_proposed_and_taken_where_asked_for(tmp_path: Path) -> None:
+    folder = LAYOUTS["csv_with_header"](tmp_path)
+    assert any(line.startswith("better    --model real") for line in init([str(folder)], "small.yaml", {}))
+    said = init([str(folder)], "recipe.yaml", {}, model="real")
+    assert not any(line.startswith("better") for line in said)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert [contract.stage for contract in stages_of(recipe)][:3] == ["pack", "features", "train"]
+    assert (recipe.data.cache_features, recipe.data.image_size) == (True, 224)
+    assert encoder_of(recipe).kind == "efficientnet_lite0"
+    assert recipe.features.photos != recipe.data.root
 
 
 def test_field_case_07_punctuation_only_captions_are_told_and_the_recipe_trains_as_it_is(tmp_path: Path) -> None:

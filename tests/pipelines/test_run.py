@@ -72,4 +72,4 @@ def test_a_recipe_asks_only_for_the_stages_that_it_can_do(tmp_path: Path) -> Non
     assert [c.stage for c in stages_of(whole)] == every == ["pack", "teach", "train", "evaluate", "register", "report"]
     assert [c.stage for c in stages_of(small(tmp_path))] == ["train", "evaluate", "register", "report"]
     ensemble = small(tmp_path, evaluation={"ensemble": ["a/matcher", "b/matcher"]})
-    assert [c.stage for c in stages_of(ensemble)] == ["evaluate", "report"]
+    assert [c.stage for c in stages_of(ensemble)] == ["evaluate", "register", "report"]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import itm
-from itm.config import Part
+from itm.config import Part, Recipe
 from itm.tracking.addresses import DeadTracking, local_path
 from itm.tracking.registry import find_version
 from itm.tracking.runs import client
@@ -97,7 +97,7 @@ def test_the_run_of_a_pack_covers_its_work_and_fails_with_it(registry: Path, tmp
     choices = recipe(tmp_path)
     choices = choices.model_copy(update={"data": choices.data.model_copy(update={"source": recipe_source()})})
 
-    def here(jobs: list[packing.Job], title: str) -> dict[str, packing.Receipt]:
+    def here(recipe: Recipe, jobs: list[packing.Job], title: str) -> dict[str, packing.Receipt]:
         if title == "pack test":
             raise ValueError("a worker died")
         return {job.uri: packing.Receipt.model_validate_json(packing.pack_shard(job)) for job in jobs}

@@ -16,15 +16,14 @@ from safetensors.torch import load_file
 import itm
 from itm.config import Recipe, load_recipe, overridden, parse_recipe
 from itm.data.records import Problem
-from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.evaluation.metrics import retrieval_metrics
 from itm.matchers.folder import load_matcher_folder
 from pipelines.train import train
 from pipelines.training import moments
 from pipelines.training.group import check_room
 from pipelines.training.worker import LOST, ended_with_its_device
-from tests.support.noise_split import every_sample, small_split, world
-from tests.support.small_training import die_at, final, recipe, same, splits
+from tests.support.noise_split import small_split
+from tests.support.small_training import die_at, final, recipe, same, splits, teach_noise
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -197,23 +196,6 @@ def test_an_unknown_recipe_key_names_the_near_one(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("name: x\nmodel: {kind: dual}\ntrain: {bach_size: 3}\n")
     with pytest.raises(ValueError, match=r"'train\.bach_size'; did you mean 'batch_size'"):
         load_recipe(tmp_path / "r.yaml")
-
-
-def teach_noise(root: Path) -> dict[str, Any]:
-    """Stores of random vectors for the shards of `splits`; returns the recipe's choice of teachers."""
-    pairs = world(root / "same")  # the same shards once more, to list their rows
-    stores = f"{root}/shards/train/teachers"
-    for modality in ("image", "text"):
-        identity = {"kind": "noise", "of": modality}
-        headers = {}
-        for info, samples in zip(pairs.fetch.manifest.shards, every_sample(pairs), strict=True):
-            rows = [(s.key, c.id) for s in samples for c in s.captions] if modality == "text" else [(s.key, "") for s in samples]
-            uri = sidecar_uri(f"{stores}/{teacher_id(identity)}", info.name)
-            header = Header(identity, modality, "fp32", info.name, info.sha256)
-            captions = [c for _, c in rows] if modality == "text" else None
-            headers[info.name] = write_sidecar(uri, header, [k for k, _ in rows], torch.randn(len(rows), 4).numpy(), captions)
-        write_store(stores, {"modality": modality, "kind": "noise", "options": {}, "dtype": "fp32"}, headers, identity)
-    return {"dtype": "fp32", "image": {"kind": "noise"}, "text": {"kind": "noise"}}
 
 
 @pytest.mark.e2e

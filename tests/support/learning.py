@@ -35,7 +35,9 @@ CUSA: dict[str, Any] = {"kind": "cusa", "options": {"itc": {"tau": 0.07, "reduct
 TRUE: dict[str, Any] = {side: {"kind": f"scenes_{side}"} for side in ("image", "text")}
 SHUFFLED: dict[str, Any] = {side: {"kind": "shuffled", "options": {"of": TRUE[side], "seed": 7}} for side in ("image", "text")}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"base": (BASE, {}), "cusa": (CUSA, TRUE), "shuffled": (CUSA, SHUFFLED)}
-TRIPLET: dict[str, Any] = {"margin": 0.2, "official": True, "reduction": "mean", "warmup_steps": 100}
+TRIPLET: dict[str, Any] = {"margin": 0.2, "official": True, "reduction": "mean"}
+MINED_AT = {"published": 100, "all": 300}  # steps of all negatives before the hardest; in a run of 300 steps: none mined at all
+SHARP: dict[str, Any] = {"student": 0.1, "teacher": 0.1}
 SOFT_OF = {"sgr": ({"weight": 0.6}, {"weight": 0.75}), "saf": ({"weight": 1.0}, {"weight": 0.75})}  # as recipes cusa-{sgr,saf}-*
 STEPS = {"dual": 400, "scan": 300, "sgr": 300, "saf": 300, "uarda": 300, "uniter": 500}
 BATCH = {"dual": 128, "scan": 64, "sgr": 32, "saf": 32, "uarda": 64, "uniter": 32}
@@ -70,27 +72,34 @@ def iais(weight: float) -> dict[str, Any]:
     return {"kind": "iais", "options": {"alignment": "singular", "weight": weight, "steps": STEPS["uniter"], "ranking": ranking}}
 
 
-def published(kind: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def published(kind: str, how: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """The combination of the recipes cusa-sgr-* and cusa-saf-*: triplet loss and soft labels, temperatures and weights as there. All
-    negatives come first, as so short a run from scratch needs it."""
+    negatives come first, as so short a run from scratch needs it.
+
+    how: `published`, or `all`, which never mines, and has the soft labels at a temperature of 0.1 beside those of the recipes.
+    """
     csa, usa = SOFT_OF[kind]
-    soft = {"kind": "cusa", "options": {"triplet": TRIPLET, "csa": csa, "usa": usa}}
-    return {
-        "base": ({"kind": "matching", "options": {"loss": "triplet", **TRIPLET}}, {}),
+    triplet = TRIPLET | {"warmup_steps": MINED_AT[how]}
+    soft = {"kind": "cusa", "options": {"triplet": triplet, "csa": csa, "usa": usa}}
+    sharp = {"kind": "cusa", "options": {"triplet": triplet, "csa": csa | SHARP, "usa": usa | SHARP}}
+    variants = {
+        "base": ({"kind": "matching", "options": {"loss": "triplet", **triplet}}, {}),
         "cusa": (soft, TRUE),
         "shuffled": (soft, SHUFFLED),
     }
+    return variants if how == "published" else variants | {"cusa, tau .1": (sharp, TRUE), "shuffled, tau .1": (sharp, SHUFFLED)}
 
 
 def variants_of(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    if model.endswith("-published"):
-        return published(model.removesuffix("-published"))
+    kind, _, how = model.partition("-")
+    if how:
+        return published(kind, how)
     return {"base": (iais(0.0), {}), "iais": (iais(8.0), {})} if model == "uniter" else VARIANTS
 
 
 def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
     method, teachers = variants_of(model)[variant]
-    name, model = f"{model}-{variant}-{seed}", model.removesuffix("-published")
+    name, (model, _, how) = f"{model}-{variant}-{seed}".replace(", tau .", "-tau"), model.partition("-")
     # Every pair of a single-stream matcher is a forward pass: a smaller test set.
     sizes = {"n_val": 40, "n_test": 100} if model == "uniter" else {"n_val": 60, "n_test": 600}
     world = {"kind": "scenes", "options": {"world": "equiv", "regions": True, **sizes}}
@@ -118,7 +127,7 @@ def recipe_of(output: str, model: str, variant: str, seed: int) -> Recipe:
             "warmup_steps": 50,
             "clip_norm": 2.0,
             "validate_every": STEPS[model],
-            "log_shares": len(teachers) > 0 and name.startswith(f"{model}-published"),
+            "log_shares": len(teachers) > 0 and how != "",
         },
         "registry": {"experiment": "learning"},
     }
@@ -201,6 +210,28 @@ def thresholds(output: str, seeds: list[int]) -> list[str]:
     return lines
 
 
+def shares(output: str, model: str, seeds: list[int]) -> list[str]:
+    """What part of the gradient each loss had: means over the seeds at the first and the last logged step, and over all of them."""
+    lines: list[str] = []
+    for variant, (_, teachers) in variants_of(model).items():
+        if not teachers:
+            continue
+        logs = [Path(recipe_of(output, model, variant, seed).folder, "losses.jsonl").read_text().splitlines() for seed in seeds]
+        told = [
+            [{k.removeprefix("share_"): v for k, v in json.loads(line).items() if k.startswith("share_")} for line in log] for log in logs
+        ]
+        if not lines:
+            lines = ["", f"| {model}, share of the gradient | " + " | ".join(told[0][0]) + " |", "|---" * (1 + len(told[0][0])) + "|"]
+        for when, rows in (
+            ("first", [log[0] for log in told]),
+            ("mean", [row for log in told for row in log]),
+            ("last", [log[-1] for log in told]),
+        ):
+            means = [statistics.fmean(row[name] for row in rows) for name in told[0][0]]
+            lines.append(f"| {variant}, {when} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return lines
+
+
 def cell(values: list[float]) -> str:
     """mean ± half the range."""
     digits = 3 if max(values) <= 1 else 1
@@ -223,6 +254,10 @@ def main() -> None:
     for model, more in (("uniter", distances), ("uarda", thresholds)):
         if model in args.models:
             lines += (rows_of_it := more(str(Path(args.output).absolute()), args.seeds))
+            print("\n".join(rows_of_it))
+    for model in args.models:
+        if "-" in model:
+            lines += (rows_of_it := shares(str(Path(args.output).absolute()), model, args.seeds))
             print("\n".join(rows_of_it))
     if args.write:
         Path(args.write).write_text("\n".join([head(len(args.seeds)), *lines]) + "\n")

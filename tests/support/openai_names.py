@@ -1,7 +1,12 @@
-"""A tiny CLIP and its state dict under OpenAI's names."""
+"""A tiny CLIP and its state dict under OpenAI's names, and OpenAI's own class."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
@@ -38,3 +43,15 @@ def tiny_clip() -> CLIPModel:
         projection_dim=24,
     )
     return CLIPModel(config).eval()
+
+
+def openai_class() -> Any:
+    """The model class of the package openai-clip, whose own import may need packages that are gone."""
+    found = importlib.util.find_spec("clip")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("openai-clip is not installed")
+    spec = importlib.util.spec_from_file_location("openai_clip_model", Path(found.submodule_search_locations[0]) / "model.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CLIP

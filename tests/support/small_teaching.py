@@ -46,10 +46,11 @@ def samples(root: Path) -> list[Sample]:
     return [s for shard in read_manifest(str(root / "train")).shards for s in read_samples(str(root / "train" / shard.name))]
 
 
-def score_here(job, uri, todo, identity, *, prepare):
+def score_here(job, uri, todo, identity, *, prepare, skip=None):
     """The two operators without Ray between them."""
     for shard in todo:
         row = {"shard": [f"{job.split_uri}/{shard.name}"], "header": [json.dumps(vars(job.header(shard, identity)))]}
+        row |= {} if skip is None else {"skip": [skip[shard.name]]}
         actor = Score(job.part, job.modality, uri, 3)
         (written,) = actor(Prepare(job.modality, prepare)(pa.table(row))).to_pylist()
         if error := written.pop("error"):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from itm.config import Recipe, parse_recipe
+from itm.data.sidecar import Header, sidecar_uri, teacher_id, write_sidecar, write_store
 from itm.training.step import Step
-from tests.support.noise_split import small_split
+from tests.support.noise_split import every_sample, small_split, world
 
 
 def recipe(root: Path, method: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **given: Any) -> Recipe:
@@ -52,3 +53,20 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(self, batches, number)
 
     monkeypatch.setattr(Step, "__call__", dying)
+
+
+def teach_noise(root: Path, **given: bool) -> dict[str, Any]:
+    """Stores of random vectors for the shards of `splits`; returns the recipe's choice of teachers."""
+    pairs = world(root / "same", **given)  # the same shards once more, to list their rows
+    stores = f"{root}/shards/train/teachers"
+    for modality in ("image", "text"):
+        identity = {"kind": "noise", "of": modality}
+        headers = {}
+        for info, samples in zip(pairs.fetch.manifest.shards, every_sample(pairs), strict=True):
+            rows = [(s.key, c.id) for s in samples for c in s.captions] if modality == "text" else [(s.key, "") for s in samples]
+            uri = sidecar_uri(f"{stores}/{teacher_id(identity)}", info.name)
+            header = Header(identity, modality, "fp32", info.name, info.sha256)
+            captions = [c for _, c in rows] if modality == "text" else None
+            headers[info.name] = write_sidecar(uri, header, [k for k, _ in rows], torch.randn(len(rows), 4).numpy(), captions)
+        write_store(stores, {"modality": modality, "kind": "noise", "options": {}, "dtype": "fp32"}, headers, identity)
+    return {"dtype": "fp32", "image": {"kind": "noise"}, "text": {"kind": "noise"}}

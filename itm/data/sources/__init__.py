@@ -22,6 +22,9 @@ SOURCES: Kinds[Source] = Kinds(
         "csv": "itm.data.sources.csv:CsvPairs",
         "precomp": "itm.data.sources.precomp:Precomp",
         "uniter_db": "itm.data.sources.uniter_db:UniterDb",
+        "flickr30k_entities": "itm.data.sources.flickr30k_entities:Flickr30kEntities",
+        "winoground": "itm.data.sources.winoground:Winoground",
+        "labelled": "itm.data.sources.labelled:Labelled",
         "bua_tsv": "itm.data.sources.bua_tsv:BuaTsv",
     },
 )

@@ -119,9 +119,13 @@ class ListedImages(Source):
         for row, key in zip(self.listings[split], self._keys[split], strict=True):
             yield {"key": key, "image_id": key, "filename": row.path, **row.meta}
 
+    def place_of(self, split: str, row: Listing) -> str:
+        """The file of a listed image, a URI."""
+        return below(self.image_root.replace("{split}", split), row.path)
+
     def item(self, split: str, index: int) -> Record | Problem:
         row, key = self.listings[split][index], self._keys[split][index]
-        uri = below(self.image_root.replace("{split}", split), row.path)
+        uri = self.place_of(split, row)
         try:
             image = read_file(uri)
         except ValueError as error:

@@ -19,12 +19,18 @@ class Encoder(nn.Module):
 
     width: of `parts`, vector_width: of `vector`, 0 where it does not offer that view. options: what rebuilds it, without a network where
     it came from a path; None = the options it was given. unit_parts: its parts are normalised as its own options say (the SCAN family).
+    frozen: its weights never learn. reads_features: it also takes, from `Images.regions`, the parts that it gave earlier.
     """
 
     width: int
     vector_width: int
     options: Options | None = None
     unit_parts: bool = False
+    frozen: bool = False
+
+    @property
+    def reads_features(self) -> bool:
+        return False
 
     if TYPE_CHECKING:
 
@@ -37,6 +43,7 @@ IMAGE_ENCODERS: Kinds[Encoder] = Kinds(
         "conv": "itm.matchers.encoders.towers:ConvTower",
         "hf_vision": "itm.matchers.encoders.towers:HFVision",
         "regions": "itm.matchers.encoders.regions:RegionProjection",
+        "efficientnet_lite0": "itm.matchers.encoders.efficientnet:EfficientNetLite0",
     },
 )
 TEXT_ENCODERS: Kinds[Encoder] = Kinds(

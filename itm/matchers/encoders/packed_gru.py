@@ -29,7 +29,7 @@ def read_packed(rnn: nn.GRU, words: Tensor, lengths: Tensor) -> Tensor:
     x = take(words.flatten(0, 1), places)
     sides = ("", "_reverse") if rnn.bidirectional else ("",)
     weights = [[getattr(rnn, f"{name}_l0{side}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")] for side in sides]
-    states = torch.cat([_Direction.apply(x, sizes, bool(side), *own) for side, own in zip(sides, weights, strict=True)], 1)
+    states = torch.cat([_Direction.apply(x, _steps(sizes, bool(side)), *own) for side, own in zip(sides, weights, strict=True)], 1)
     return states.new_zeros(len(words) * words.shape[1], states.shape[1]).index_copy(0, places, states).view(*words.shape[:2], -1)
 
 
@@ -45,7 +45,7 @@ def _steps(sizes: list[int], backwards: bool) -> list[tuple[int, slice]]:
 class _Direction(torch.autograd.Function):
     """r = sig(x_r + h_r), z = sig(x_z + h_z), n = tanh(x_n + r h_n), h' = n + z (h - n), x_. = W_ih x + b_ih, h_. = W_hh h + b_hh.
 
-    x (M,D): rows of all steps, step by step, the longest captions first -> states (M,H).
+    x (M,D): rows of all steps, step by step, the longest captions first; steps in the order of reading -> states (M,H).
     """
 
     @staticmethod
@@ -53,8 +53,8 @@ class _Direction(torch.autograd.Function):
         width = w_hh.shape[1]
         gates = torch.addmm(b_ih, x, w_ih.T)
         before, hidden, states = (x.new_empty(len(x), width) for _ in range(3))
-        h = x.new_zeros(sizes[0], width)
-        for n, rows in _steps(sizes, backwards):
+        h = x.new_zeros(max(n for n, _ in steps), width)
+        for n, rows in steps:
             own, now = gates[rows], h[:n]
             before[rows] = now
             given = torch.addmm(b_hh, now, w_hh.T)
@@ -63,7 +63,7 @@ class _Direction(torch.autograd.Function):
             new = own[:, 2 * width :].addcmul_(own[:, :width], hidden[rows]).tanh_()
             torch.lerp(new, now, own[:, width : 2 * width], out=states[rows])
             now.copy_(states[rows])
-        ctx.sizes, ctx.backwards = sizes, backwards
+        ctx.steps = steps
         ctx.save_for_backward(x, w_ih, w_hh, gates, hidden, before)
         return states
 
@@ -75,8 +75,8 @@ class _Direction(torch.autograd.Function):
         r, z, new = gates.split(width, 1)
         to_r, to_z, to_new = hidden * r * (1 - r), (before - new) * z * (1 - z), (1 - z) * (1 - new * new)
         slopes = x.new_empty(len(x), 4 * width)  # of x_r and h_r, x_z and h_z, x_n, h_n
-        dh = x.new_zeros(ctx.sizes[0], width)
-        for n, rows in reversed(_steps(ctx.sizes, ctx.backwards)):
+        dh = x.new_zeros(max(n for n, _ in ctx.steps), width)
+        for n, rows in reversed(ctx.steps):
             now, own = dh[:n].add_(grad[rows]), slopes[rows]
             to_x = torch.mul(now, to_new[rows], out=own[:, 2 * width : 3 * width])
             torch.mul(to_x, to_r[rows], out=own[:, :width])
@@ -87,4 +87,4 @@ class _Direction(torch.autograd.Function):
         to_w_hh = torch.cat([gated.T @ before, last.T @ before])
         to_b_hh = torch.cat([gated.sum(0), last.sum(0)])
         to_x = read @ w_ih if ctx.needs_input_grad[0] else None
-        return to_x, None, None, read.T @ x, to_w_hh, read.sum(0), to_b_hh
+        return to_x, None, read.T @ x, to_w_hh, read.sum(0), to_b_hh

@@ -6,6 +6,7 @@ what rebuilds the same architecture without a network connection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from itm.data.text import brief
 from itm.device import send
 from itm.matchers.encoders import packed_gru
 from itm.matchers.encoders.build import Encoder
+from itm.matchers.encoders.cells import averaged, read_back
 from itm.matchers.norms import masked_mean
+from itm.packaged import located
 from itm.types import Captions, Encoded, Images, Options
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -99,6 +102,8 @@ class HFVision(Encoder):
 
     parts = patch tokens without class or register tokens, or the cells of a convolutional grid; vector = the model's pooled output,
     else the mean of the parts. `mean` and `std` default to the preprocessor_config.json of `path`, else to ImageNet's.
+    layer: -1 is the final output, k the k-th hidden state. cells: the parts are averaged to a grid of so many a side, and the vector is
+    their mean; frozen, such a tower also takes features that `itm features` stored, in place of pixels.
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class HFVision(Encoder):
         freeze: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        layer: int = -1,
+        cells: int | None = None,
     ) -> None:
         """Raises ValueError unless exactly one of `path` and `config` is given."""
         super().__init__()
@@ -117,30 +124,46 @@ class HFVision(Encoder):
         mean, std = tuple(mean or known_mean), tuple(std or known_std)
         self.normalise = Normalise(mean, std)
         self.frozen = freeze
-        self.options = {"config": as_config(self.model), "freeze": freeze, "mean": list(mean), "std": list(std)}
+        self.layer, self.cells = layer, cells
+        chosen = {name: value for name, value, usual in (("layer", layer, -1), ("cells", cells, None)) if value != usual}
+        self.options = {"config": as_config(self.model), "freeze": freeze, "mean": list(mean), "std": list(std)} | chosen
         self.model.requires_grad_(not freeze)
+        if freeze:
+            self.model.eval()
         widths = getattr(self.model.config, "hidden_sizes", None)
         self.width = self.vector_width = int(widths[-1] if widths else self.model.config.hidden_size)
 
+    @property
+    def reads_features(self) -> bool:
+        return self.frozen and self.cells is not None
+
     def train(self, mode: bool = True) -> HFVision:
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode  # the model stays as in evaluation; to tell its hundreds of modules so at every step takes 20 ms
         return self
 
     def forward(self, images: Images) -> Encoded:
         """Raises ValueError when the backbone cannot take this image size."""
+        if self.reads_features and images.pixels is None and images.regions is not None:
+            return read_back(images, self.width)
         pixels = self.normalise(images)
         try:
-            out = self.model(pixel_values=pixels)
+            out = self.model(pixel_values=pixels, **({} if self.layer == -1 else {"output_hidden_states": True}))
         except ValueError as error:
             wanted = getattr(self.model.config, "image_size", None)
             raise ValueError(f"vision backbone refuses {tuple(pixels.shape[-2:])} pixels; set data.image_size={wanted} ({error})") from None
-        hidden = out.last_hidden_state
+        hidden = out.last_hidden_state if self.layer == -1 else self._hidden(out.hidden_states)
         parts = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, self._extra_tokens(hidden, pixels) :]
-        pooled = out.get("pooler_output")
+        parts = averaged(parts, self.cells)
+        pooled = out.get("pooler_output") if self.layer == -1 and self.cells is None else None
         vector = parts.mean(1) if pooled is None else pooled.flatten(1)
         return Encoded(vector=vector, parts=parts, mask=parts.new_ones(parts.shape[:2], dtype=torch.bool))
+
+    def _hidden(self, states: Sequence[Tensor]) -> Tensor:
+        if not -len(states) <= self.layer < len(states):
+            raise ValueError(f"layer={self.layer}: this vision backbone has hidden states 0 to {len(states) - 1}")
+        return states[self.layer]
 
     def _extra_tokens(self, hidden: Tensor, pixels: Tensor) -> int:
         """Class and register tokens stand before the patches: what the patch grid does not explain."""
@@ -174,22 +197,28 @@ class HFText(Encoder):
         self.model = load_backbone(path, config, "text_config", "text encoder hf_text")
         check_vocabulary(vocab_size, self.model.config.vocab_size)
         self.frozen, self.pool = freeze, pool
+        self.memory: Any = None  # of captions that were read before (`features.remember_captions`)
         self.options = {"config": as_config(self.model), "freeze": freeze, "pool": pool}
         self.padded = padded_length(self.model.config)
         for name, parameter in self.model.named_parameters():
             pooling = "pooler" in name or (self.padded is not None and "head." in name)
             parameter.requires_grad_(not freeze and (pool == "pooler" or not pooling))
+        if freeze:
+            self.model.eval()
         self.width = self.vector_width = int(self.model.config.hidden_size)
 
     def train(self, mode: bool = True) -> HFText:
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
+        if not self.frozen:
+            return super().train(mode)
+        self.training = mode  # the model stays as in evaluation; to tell its hundreds of modules so at every step takes 20 ms
         return self
 
     def forward(self, captions: Captions) -> Encoded:
         """Raises ValueError as `check_tokens`."""
         check_tokens(captions, self.model.config.vocab_size)
+        if self.memory is not None and self.training:
+            parts = self.memory.read(captions, lambda alone: self._read(alone).last_hidden_state)
+            return Encoded(vector=pool_tokens(parts, captions.mask, self.pool), parts=parts, mask=captions.mask)
         out = self._read(captions)
         parts = out.last_hidden_state[:, : captions.tokens.shape[1]]
         if self.pool != "pooler":
@@ -235,6 +264,7 @@ def load_backbone(path: str | None, config: Options | None, inner: str, what: st
         except ValueError as error:
             raise ValueError(f"{what}: config={brief(ValueError(config), 120)} makes no model: {brief(error)}") from None
     assert path is not None
+    path = located(path)
     try:
         found = AutoConfig.from_pretrained(path)
         found = getattr(found, inner, found)

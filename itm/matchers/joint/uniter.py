@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar, TypedDict, Unpack
 
 import torch
@@ -27,7 +28,7 @@ class UNITEROptions(TypedDict, total=False):
     """`image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
     tokens of one joint forward in `score`, hence its memory; `recompute` runs those chunks again in the backward pass instead of keeping
     them. `intermediate` defaults to 4 x hidden; `init_std` 0.02 is BERT's, too small to train a narrow model (hidden < 256) from scratch:
-    there take about hidden^-0.5.
+    there take about hidden^-0.5. `relation_layer`: whose attention IAIS and ISD read, 1 to `layers`; None: the last one.
     """
 
     hidden: int
@@ -41,6 +42,7 @@ class UNITEROptions(TypedDict, total=False):
     score_tokens: int
     recompute: bool
     init_std: float
+    relation_layer: int | None
 
 
 DEFAULTS: UNITEROptions = {
@@ -55,6 +57,7 @@ DEFAULTS: UNITEROptions = {
     "score_tokens": 32768,
     "recompute": False,
     "init_std": 0.02,
+    "relation_layer": None,
 }
 
 
@@ -64,6 +67,7 @@ class UNITER(Matcher):
     kind: ClassVar[str] = "uniter"
     joint: ClassVar[bool] = True
     regions: int = 100
+    needs_boxes: ClassVar[bool] = True
 
     def __init__(self, *, vocab_size: int, **options: Unpack[UNITEROptions]) -> None:
         """Raises ValueError for an unknown option, a hidden size that the heads do not divide, an image encoder without patch tokens."""
@@ -79,7 +83,7 @@ class UNITER(Matcher):
             o["region_dim"] = self.image_encoder.width
             o["image"] = {"kind": image["kind"], **options_of(self.image_encoder, {})}
         self.options = {**o}
-        self.region_dim, self.positions = o["region_dim"], o["positions"]
+        self.region_dim, self.positions, self.relation_layer = o["region_dim"], o["positions"], _relation_layer(o)
         self.score_tokens, self.recompute = o["score_tokens"], o["recompute"]
         self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads
         config = BertConfig(
@@ -94,31 +98,35 @@ class UNITER(Matcher):
         )
         config._attn_implementation = "sdpa"
         self.dropped: list[str] = []  # keys of an imported checkpoint that belong to pre-training only
-        self.uniter = _Body(config, self.region_dim)
+        self.uniter = _Body(config, functools.partial(self.region_embeddings, config, self.region_dim))
         self.itm_output = nn.Linear(hidden, 2)
         self.rank_output = nn.Linear(hidden, 1)
         for module in (self.uniter, self.itm_output, self.rank_output):
             module.apply(functools.partial(_initialise, std=o["init_std"]))
-        # Neither takes part in retrieval: without this, DDP would wait for gradients that never come.
-        self.itm_output.requires_grad_(False)
-        self.uniter.img_embeddings.mask_embedding.requires_grad_(False)
+        self.itm_output.requires_grad_(False)  # takes no part in retrieval: DDP would wait for gradients that never come
+
+    @staticmethod
+    def region_embeddings(config: BertConfig, region_dim: int) -> nn.Module:
+        """Makes (N,R,H) of regions (N,R,D), their boxes (N,R,7) or None, and the embeddings of the text."""
+        return ImageEmbeddings(config, region_dim)
 
     def layers(self) -> list[nn.Module]:
         own = [] if self.image_encoder is None else [self.image_encoder]
         return [*own, *self.uniter.encoder.layer]
 
     def encode_images(self, images: Images) -> Encoded:
-        """parts (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1), mask (N,R), cut to the largest region count."""
-        regions, boxes, mask = region_inputs(images) if self.image_encoder is None else patch_inputs(self.image_encoder(images))
+        """parts (N,R,H) of `region_embeddings`, mask (N,R), cut to the largest region count."""
+        name, patches = type(self).__name__, self.image_encoder
+        regions, boxes, mask = patch_inputs(patches(images)) if patches else region_inputs(images, name, self.needs_boxes)
         if regions.shape[-1] != self.region_dim:
-            raise ValueError(f"regions are {regions.shape[-1]} wide, this UNITER takes {self.region_dim}: set model.options.region_dim")
+            raise ValueError(f"regions are {regions.shape[-1]} wide, this {name} takes {self.region_dim}: set model.options.region_dim")
         known = images.host.mask if mask is images.mask else mask
         assert known is not None
         width = int(known.sum(1).max())
-        regions, boxes, mask = regions[:, :width], boxes[:, :width], mask[:, :width]
         dtype = self.rank_output.weight.dtype
-        kind = self.uniter.embeddings.token_type_embeddings.weight[1]
-        return Encoded(parts=self.uniter.img_embeddings(regions.to(dtype), boxes.to(dtype), kind), mask=mask)
+        boxes = None if boxes is None else boxes[:, :width].to(dtype)
+        parts = self.uniter.img_embeddings(regions[:, :width].to(dtype), boxes, self.uniter.embeddings)
+        return Encoded(parts=parts, mask=mask[:, :width])
 
     def encode_captions(self, captions: Captions) -> Encoded:
         """parts (N,L,H) = LN(word + position + type 0), mask (N,L), cut to the longest caption; start and end stay in."""
@@ -148,11 +156,11 @@ class UNITER(Matcher):
         return scores[flat.argsort()].view(len(images), n_captions)
 
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
-        """Row-aligned pairs: scores (N,), and the relation blocks of the last layer for the rows `relations_of` (G,) int64."""
+        """Row-aligned pairs: scores (N,), and the relation blocks of `relation_layer` for the rows `relations_of` (G,) int64."""
         joint, mask = joint_sequence(images, captions)
         if relations_of is None:
             return Pairs(self._rank(*compact(joint, mask)))
-        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of)
+        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of, self.relation_layer)
         masks = parts_of(captions)[1][relations_of], parts_of(images)[1][relations_of]
         return Pairs(self._head(hidden), relation_blocks(products, masks, masks[0].shape[1]))
 
@@ -174,14 +182,23 @@ class UNITER(Matcher):
         return self.rank_output(self.uniter.pooler(hidden)).squeeze(-1)
 
 
-def region_inputs(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """(regions (N,R,D), boxes (N,R,7), mask (N,R)). Raises ValueError for images without, or with boxes of another form."""
-    if images.regions is None or images.boxes is None:
-        raise ValueError("UNITER takes regions with boxes: set data.image=regions, or model.options.image to an image encoder")
-    if images.boxes.shape[-1] != 7:
+def _relation_layer(o: UNITEROptions) -> int:
+    number = o["layers"] if o["relation_layer"] is None else o["relation_layer"]
+    if not 1 <= number <= o["layers"]:
+        raise ValueError(f"model.options.relation_layer={number} is none of the layers 1 to {o['layers']}")
+    return number
+
+
+def region_inputs(images: Images, name: str = "UNITER", boxes: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(regions (N,R,D), boxes (N,R,7) or None, mask (N,R)). Raises ValueError, naming the matcher, for images without regions or,
+    where it needs `boxes`, without these, or with boxes of another form."""
+    if images.regions is None or (boxes and images.boxes is None):
+        wanted = "regions with boxes" if boxes else "regions"
+        raise ValueError(f"{name} takes {wanted}: set data.image=regions, or model.options.image to an image encoder")
+    if boxes and images.boxes is not None and images.boxes.shape[-1] != 7:
         raise ValueError(f"a UNITER box has 7 numbers (x1 y1 x2 y2 w h w*h, each relative to the image), not {images.boxes.shape[-1]}")
     mask = images.mask if images.mask is not None else images.regions.new_ones(images.regions.shape[:2], dtype=torch.bool)
-    return images.regions, images.boxes, mask
+    return images.regions, images.boxes if boxes else None, mask
 
 
 def patch_inputs(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,10 +234,10 @@ class _Layers(nn.Module):
 class _Body(nn.Module):
     """The part of the authors' state dict that is called `uniter`."""
 
-    def __init__(self, config: BertConfig, region_dim: int):
+    def __init__(self, config: BertConfig, region_embeddings: Callable[[], nn.Module]):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
-        self.img_embeddings = ImageEmbeddings(config, region_dim)
+        self.img_embeddings = region_embeddings()
         self.encoder = _Layers(config)
         self.pooler = BertPooler(config)
 
@@ -230,16 +247,18 @@ class _Body(nn.Module):
             joint, _ = layer(joint, mask)
         return joint
 
-    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the `scaled_products` of the last layer for some rows."""
-        *before, last = self.encoder.layer
-        for layer in before:
-            joint, _ = layer(joint, mask)
-        return last(joint, mask, rows)
+    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same, and the `scaled_products` of one layer, counted from 1, for some rows."""
+        products = None
+        for n, layer in enumerate(self.encoder.layer, 1):
+            joint, found = layer(joint, mask, rows if n == number else None)
+            products = found if n == number else products
+        assert products is not None
+        return joint, products
 
 
 class ImageEmbeddings(nn.Module):
-    """regions (N,R,D), boxes (N,R,7), type vector (H,) -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + type), dropout."""
+    """regions (N,R,D), boxes (N,R,7), embeddings of the text -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + their type 1), dropout."""
 
     def __init__(self, config: BertConfig, region_dim: int):
         super().__init__()
@@ -249,10 +268,12 @@ class ImageEmbeddings(nn.Module):
         self.pos_layer_norm = nn.LayerNorm(hidden, eps=eps)
         self.pos_linear = nn.Linear(7, hidden)
         self.mask_embedding = nn.Embedding(2, region_dim, padding_idx=0)  # of masked-region pre-training
+        self.mask_embedding.requires_grad_(False)
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, regions: Tensor, boxes: Tensor, kind: Tensor) -> Tensor:
+    def forward(self, regions: Tensor, boxes: Tensor, text: BertEmbeddings) -> Tensor:
+        kind = text.token_type_embeddings.weight[1]
         embedded = self.img_layer_norm(self.img_linear(regions)) + self.pos_layer_norm(self.pos_linear(boxes)) + kind
         return self.dropout(self.LayerNorm(embedded))
 

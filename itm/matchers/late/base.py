@@ -102,6 +102,9 @@ class LateInteraction(Matcher):
     def layers(self) -> list[nn.Module]:
         return [self.text, self.image]
 
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"image": self.image, "text": self.text}
+
     def encode_images(self, images: Images) -> Encoded:
         return _finish(self.image(images), self.image_parts, images, "image", "region")
 

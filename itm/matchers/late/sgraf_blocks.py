@@ -1,4 +1,4 @@
-"""SGR and SAF scores with gradient: images against a chunk of captions, or chosen pairs."""
+"""How SGR and SAF score with gradient: the attention of words to regions, similarity vectors of all pairs, scores of chosen ones."""
 
 from __future__ import annotations
 
@@ -8,45 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itm.matchers.late.base import attended_norm, gram, raw_scores
+from itm.matchers.late.base import attended_norm
 from itm.matchers.late.pairs import PairRows
 from itm.matchers.late.sgraf_nodes import unit_nodes
 from itm.matchers.late.sgraf_tiles import LAMBDA
-from itm.matchers.norms import EPS, full, l2
+from itm.matchers.norms import EPS, l2
 
 
-class Judge(Protocol):
-    """What is used of SGR and SAF."""
+class Reader(Protocol):
+    """What is used of SGR."""
 
     sim_tranloc_w: nn.Linear
     sim_tranglo_w: nn.Linear
-    sim_eval_w: nn.Linear
 
-    def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-def block_scores(judge: Judge, images: tuple[Tensor, ...], captions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """All images against one chunk of captions, each as (parts, mask, global vectors): (I,T) and statistics (T,2).
-
-    Equations: docs/methods/sgraf.md#similarity-vectors.
-    """
-    (parts, mask, whole), (words, word_mask, whole_words) = images, captions
-    weights = unit_weights(raw_scores(words, parts), mask, gram(parts))
-    if packs(parts):
-        own = word_mask.flatten().nonzero().squeeze(1)
-        chosen = weights.flatten(1, 2).index_select(1, own), parts, words.flatten(0, 1).index_select(0, own)
-        glob = l2(judge.sim_tranglo_w((whole[:, None] - whole_words[None]).square()))
-        return concluded(judge, unit_nodes(*chosen, judge.sim_tranloc_w, word_mask, glob), word_mask)
-    attended = (weights.flatten(1, 2) @ parts).view(len(parts), *words.shape)
-    return judged(judge, attended - words, whole[:, None] - whole_words[None], word_mask)
+    def read(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def chosen_scores(judge: Judge, whole_images: Tensor, whole_captions: Tensor, grams: Tensor, pairs: PairRows) -> Tensor:
-    """(n,). The first three of all rows."""
+def chosen_scores(matcher: Reader, whole_images: Tensor, whole_captions: Tensor, grams: Tensor, pairs: PairRows) -> Tensor:
+    """(n,). Global vectors (I,D), (T,D) and grams (I,R,R) of all rows."""
     weights = unit_weights(pairs.raw, pairs.region_mask, grams.index_select(0, pairs.image)).squeeze(1)
     local = weights @ pairs.regions - pairs.words
     glob = whole_images.index_select(0, pairs.image) - whole_captions.index_select(0, pairs.caption)
-    return judged(judge, local[:, None], glob[:, None], pairs.word_mask[:, None])[0].squeeze(1)
+    nodes = torch.cat([l2(matcher.sim_tranglo_w(glob.square())).unsqueeze(1), l2(matcher.sim_tranloc_w(local.square()))], 1)
+    return matcher.read(nodes.unsqueeze(1), F.pad(pairs.word_mask, (1, 0), value=True).unsqueeze(1))[0].squeeze(1)
 
 
 def packs(parts: Tensor) -> bool:
@@ -54,17 +38,11 @@ def packs(parts: Tensor) -> bool:
     return parts.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def judged(judge: Judge, local: Tensor, glob: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of words (I,T,L,D) and of whole pairs (I,T,D), mask (T,L) or (I,T,L): (I,T) and statistics (T,2)."""
-    local, glob = l2(judge.sim_tranloc_w(local.square())), l2(judge.sim_tranglo_w(glob.square()))
-    return concluded(judge, torch.cat([glob.unsqueeze(2), local], 2), word_mask)
-
-
-def concluded(judge: Judge, nodes: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes (I,T,1+L,S), the global one first: (I,T) and statistics (T,2)."""
-    vectors, statistics = judge.reason(nodes, F.pad(word_mask, (1, 0), value=True))
-    with torch.autocast(vectors.device.type, enabled=False):  # a bfloat16 score has 8 bits: many pairs would tie
-        return judge.sim_eval_w(full(vectors)).squeeze(-1).sigmoid(), statistics
+def packed_nodes(weights: Tensor, parts: Tensor, words: Tensor, mask: Tensor, layer: nn.Linear, glob: Tensor) -> Tensor:
+    """(I,T,1+L,S): `unit_nodes` of padded weights (I,T,L,R) and words (T,L,D), with the global ones (I,T,S) first."""
+    own = mask.flatten().nonzero().squeeze(1)
+    chosen = weights.flatten(1, 2).index_select(1, own), parts, words.flatten(0, 1).index_select(0, own)
+    return unit_nodes(*chosen, layer, mask, glob)
 
 
 def attend(raw: Tensor, mask: Tensor) -> Tensor:

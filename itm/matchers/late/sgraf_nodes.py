@@ -30,9 +30,8 @@ def unit_nodes(weights: Tensor, regions: Tensor, words: Tensor, layer: nn.Linear
 
 class _Nodes(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weights: Tensor, regions: Tensor, words: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, glob: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        weights, regions, words, weight, bias, mask, glob = given
         nodes = words.new_zeros(len(weights), *mask.shape, len(weight))
         nodes[:, :, 0] = glob
         found, places = nodes.flatten(1, 2), mask.flatten().nonzero().squeeze(1)

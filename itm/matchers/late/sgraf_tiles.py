@@ -38,10 +38,9 @@ class Scorer(Protocol):
     fuse_tiles: bool
     sim_tranloc_w: nn.Linear
     sim_tranglo_w: nn.Linear
-    sim_eval_w: nn.Linear
 
-    def reason_unmasked(self, nodes: Tensor) -> Tensor:
-        """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> score vectors (P,S)."""
+    def read_unmasked(self, nodes: Tensor) -> Tensor:
+        """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> scores (P,) at least float32."""
         ...
 
 
@@ -61,7 +60,7 @@ def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded, whole_imag
                 local = block.local(texts.to(kind), attended, rows, max(1, WORDS.get(device, 1024) // len(texts)))
                 glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
                 nodes = _nodes(block.glob(glob), local, length, len(chosen))
-                scores[rows, chosen] = block.reason(nodes).view(-1, len(chosen)).to(scores.dtype)
+                scores[rows, chosen] = matcher.read_unmasked(nodes).view(-1, len(chosen)).to(scores.dtype)
     return scores
 
 
@@ -92,11 +91,6 @@ class _Block:
                 torch.mm(own, parts, out=out).sub_(texts).square_()
             found.append(linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
         return torch.cat(found).view(len(weights), len(texts), -1)
-
-    def reason(self, nodes: Tensor) -> Tensor:
-        """nodes (P,K,S), the global one first -> scores (P,) at least float32."""
-        vectors, last = self.matcher.reason_unmasked(nodes), self.matcher.sim_eval_w
-        return F.linear(vectors.to(last.weight.dtype), last.weight, last.bias).squeeze(-1).sigmoid()
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -88,35 +88,43 @@ def equal_lengths(mask: Tensor, most_words: int) -> Iterator[tuple[Tensor, int]]
             yield chosen, length
 
 
-def tiled_relevance(images: Encoded, captions: Encoded, direction: str, relate: Relate) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def tiled_relevance(
+    images: Encoded, captions: Encoded, direction: str, relate: Relate, context_first: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """(image rows, caption rows, related (...,Nc,Nq,Q), query mask (Nq,Q)) of every tile; t2i: words ask regions, i2t: regions ask words.
 
     relate(raw (Nc,C,Q,Nq), grams (Nc,C,C), context mask (Nc,C) or None when all are real) -> related (...,Nc,Q,Nq).
+    context_first: raw lies (C,Nc,Q,Nq), so that a query item is one column of a matrix, in tiles of few contexts with many queries each.
     """
     (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
     device, kind, t2i = regions.device.type, product_dtype(regions), direction == "t2i"
-    block = math.ceil(len(images) / math.ceil(len(images) / IMAGES.get(device, 32)))  # no small rest
+    block = _even(len(images), IMAGES.get(device, 32) // (2 if context_first and t2i else 1))
     most = max(1, TILE_SCORES.get(device, 1 << 18) // (block * regions.shape[1]))
     with torch.autocast(device, enabled=False):
         image_grams = gram(regions) if t2i else regions
         seen = None if bool(region_mask.all()) else region_mask
-        narrow = regions.to(kind)
+        blocks = [(slice(i, i + block), part) for i, part in zip(range(0, len(images), block), regions.to(kind).split(block), strict=True)]
+        if context_first or not t2i:  # turned once, and not for every tile
+            blocks = [(rows, part.transpose(0, 1).contiguous()) for rows, part in blocks]
         for chosen, length in equal_lengths(word_mask, most):
-            texts = words.transpose(0, 1)[:length, chosen] if t2i else words[chosen, :length]
+            texts = words[chosen, :length]
             grams = None if t2i else gram(texts)
+            texts = texts.transpose(0, 1) if t2i or context_first else texts
             flat = texts.to(kind).flatten(0, 1)
-            for start in range(0, len(images), block):
-                rows = slice(start, start + block)
-                ours = narrow[rows]
+            for rows, ours in blocks:
                 if t2i:
                     raw = product(ours.flatten(0, 1), flat).to(regions.dtype).view(*ours.shape[:2], length, len(chosen))
                     found = relate(raw, image_grams[rows], None if seen is None else seen[rows])
                     yield rows, chosen, found.mT, word_mask[chosen, :length]
                 else:
                     assert grams is not None
-                    turned = ours.transpose(0, 1).flatten(0, 1)
-                    raw = product(flat, turned).to(regions.dtype).view(len(chosen), length, ours.shape[1], ours.shape[0])
+                    raw = product(flat, ours.flatten(0, 1)).to(regions.dtype).view(*texts.shape[:2], *ours.shape[:2])
                     yield rows, chosen, relate(raw, grams, None).mT, region_mask[rows]
+
+
+def _even(rows: int, most: int) -> int:
+    """The size of the blocks, at most `most`, that leave no small rest of the rows."""
+    return math.ceil(rows / math.ceil(rows / most))
 
 
 def attended_squares(weights: Tensor, grams: Tensor) -> Tensor:

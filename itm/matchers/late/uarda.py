@@ -21,10 +21,10 @@ from itm.kinds import refuse_unknown
 from itm.matchers.late.base import LateInteraction, Towers, gram, parts_of, raw_scores
 from itm.matchers.late.naaf import walked_scores
 from itm.matchers.late.pairs import score_pairs
-from itm.matchers.late.tiles import can_tile, form_of
-from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, chosen_scores, observed_relevance, tile_relevance, tiled_direction
+from itm.matchers.late.tiles import can_tile, form_of, tiled_relevance
+from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, chosen_scores, observed_relevance, pooled_tiles, tile_relevance
 from itm.matchers.late.uarda_pruned import Pruning
-from itm.matchers.late.uarda_separation import Observed, SeparationOptions, samples, separation_loss
+from itm.matchers.late.uarda_separation import Observed, SeparationOptions, followed_threshold, samples, separation_loss
 from itm.matchers.late.uarda_threshold import RelevanceThreshold, ThresholdOptions, relevance_threshold
 from itm.types import Encoded, Options, SplitScore
 
@@ -36,6 +36,7 @@ Model = TypeVar("Model", bound=Strict)
 class Choices(TypedDict, total=False):
     """direction: t2i (words ask), i2t (regions ask), both (sum, one threshold each). eval_threshold: `t`, `t_safe` or a number.
 
+    threshold_grad: constant, or implicit (needs expm1 weights): the ranking loss moves the distributions by way of t as well.
     `threshold` holds ThresholdOptions, `separation` SeparationOptions.
     """
 
@@ -43,6 +44,7 @@ class Choices(TypedDict, total=False):
     lambda_softmax: float
     weights: Literal["softmax", "expm1", "scan"]
     eval_threshold: Literal["t", "t_safe"] | float
+    threshold_grad: Literal["constant", "implicit"]
     threshold: Options | None
     separation: Options | None
 
@@ -56,6 +58,7 @@ DEFAULTS: Choices = {
     "lambda_softmax": 20.0,
     "weights": "softmax",
     "eval_threshold": "t_safe",
+    "threshold_grad": "constant",
     "threshold": None,
     "separation": None,
 }
@@ -74,16 +77,10 @@ class UARDA(LateInteraction):
         refuse_unknown(options, UARDAOptions.__annotations__, "UARDA")
         o: UARDAOptions = {**DEFAULTS, **options}
         super().__init__(vocab_size=vocab_size, image=o.get("image"), text=o.get("text"))
-        direction, weights, eval_threshold = o["direction"], o["weights"], o["eval_threshold"]
-        if direction not in ("t2i", "i2t", "both") or weights not in ("softmax", "expm1", "scan"):
-            raise ValueError(f"UARDA: direction is t2i, i2t or both and weights softmax, expm1 or scan, not {direction!r} and {weights!r}")
-        if isinstance(eval_threshold, str) and eval_threshold not in ("t", "t_safe"):
-            raise ValueError(f"UARDA: eval_threshold is t, t_safe or a number, not {eval_threshold!r}")
         self.rule, self.separation = _read(ThresholdOptions, o["threshold"]), _read(SeparationOptions, o["separation"])
-        if self.rule.mode == "naaf_compat" and direction != "t2i":
-            raise ValueError("UARDA: threshold.mode=naaf_compat knows direction=t2i only")
-        self.attend = Attention(weights, o["lambda_softmax"])
-        self.eval_threshold = eval_threshold
+        _check(o, self.rule)
+        direction, self.eval_threshold, self.implicit = o["direction"], o["eval_threshold"], o["threshold_grad"] == "implicit"
+        self.attend = Attention(o["weights"], o["lambda_softmax"])
         directions = ("t2i", "i2t") if direction == "both" else (direction,)
         self.thresholds = nn.ModuleDict({d: RelevanceThreshold(self.rule) for d in directions})
         self.observed: dict[str, Observed] = {}
@@ -98,7 +95,7 @@ class UARDA(LateInteraction):
     def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
         """None where the pairs depend on each other: thresholds that move within the batch, and the separating loss."""
         with torch.no_grad():
-            if self.rule.mode != "batch" or self.separation.weight or not self._can_tile(captions):
+            if self.rule.mode != "batch" or self.separation.weight or self.implicit or not self._can_tile(captions):
                 return None
             scores = _sum(self.thresholds, images, captions, functools.partial(self._tiled, observe=self.training))
         known = {d: (gram(parts_of(images if d == "t2i" else captions)[0]), self._threshold(d)) for d in self.thresholds}
@@ -107,26 +104,34 @@ class UARDA(LateInteraction):
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         t = self._threshold(direction)
-        if self.pruning is not None and self._prunes():
-            return self.pruning.scores(direction, query, context, self.attend, t)
         if self.cuts_tiles(query if direction == "t2i" else context):
             return self._tiled(direction, query, context)
+        if self.pruning is not None and self._prunes():
+            return self.pruning.scores(direction, query, context, self.attend, t)
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw, grams = raw_scores(queries, items), gram(items)
-        observing = self.training and torch.is_grad_enabled()
-        if observing and self.rule.mode == "naaf_compat":
-            scores = walked_scores(self.attend, self._state(direction), self.rule.alpha, raw, grams, (query_mask, context_mask))
-        else:
-            relevance = self.attend.relevance(raw, grams, context_mask, t)
-            scores = (relevance * query_mask).sum(-1) / query_mask.sum(-1)
-        if observing:
-            maxima = raw.masked_fill(~context_mask[:, None, None, :], -torch.inf).amax(-1)
-            self.observed[direction] = Observed(maxima, query_mask, scores.detach())
+        observing, masks = self.training and torch.is_grad_enabled(), (query_mask, context_mask)
+        if not observing:
+            return self._pooled(raw, grams, masks, t)
+        maxima = raw.masked_fill(~context_mask[:, None, None, :], -torch.inf).amax(-1)
+        if self.implicit:
+            with torch.no_grad():
+                first = self._pooled(raw, grams, masks, t)
+            t = followed_threshold(self._state(direction), Observed(maxima, query_mask, first), self.rule.mismatch)
+        walk = (self.attend, self._state(direction), self.rule.alpha, raw, grams, masks)
+        scores = walked_scores(*walk) if self.rule.mode == "naaf_compat" else self._pooled(raw, grams, masks, t)
+        self.observed[direction] = Observed(maxima, query_mask, scores.detach())
         return scores
 
+    def _pooled(self, raw: Tensor, grams: Tensor, masks: tuple[Tensor, Tensor], t: Tensor | float) -> Tensor:
+        """(Nc,Nq): mean of r over the valid query items."""
+        query_mask, context_mask = masks
+        relevance = self.attend.relevance(raw, grams, context_mask, t)
+        return (relevance * query_mask).sum(-1) / query_mask.sum(-1)
+
     def cuts_tiles(self, captions: Encoded) -> bool:
-        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient or pruning."""
-        return not self.training and not self._prunes() and self._can_tile(captions)
+        """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
+        return not self.training and self._can_tile(captions)
 
     def _can_tile(self, captions: Encoded) -> bool:
         if self.attend.weights != "softmax" or not can_tile(captions):
@@ -138,9 +143,14 @@ class UARDA(LateInteraction):
 
     def _tiled(self, direction: str, query: Encoded, context: Encoded, observe: bool = False) -> Tensor:
         """(Nc,Nq), the same scores without gradient. observe: keep for `training_terms` what they are made of."""
+        t2i, t = direction == "t2i", self._threshold(direction)
+        images, captions = (context, query) if t2i else (query, context)
         form = form_of(observed_relevance if observe else tile_relevance, self.fuse_tiles)
-        relate = functools.partial(form, t=float(self._threshold(direction)), smooth=self.attend.lambda_softmax)
-        scores, maxima = tiled_direction(direction, query, context, relate, observe)
+        attend = functools.partial(form, t=float(t), smooth=self.attend.lambda_softmax)
+        tiles = tiled_relevance(images, captions, direction, attend)
+        if self.pruning is not None and not observe:
+            tiles = self.pruning.tiles(images, captions, direction, float(t), self.attend.lambda_softmax)
+        scores, maxima = pooled_tiles(direction, query, context, tiles, observe)
         if maxima is not None:
             self.observed[direction] = Observed(maxima, parts_of(query)[1], scores)
         return scores
@@ -184,6 +194,20 @@ def _sum(directions: Iterable[str], images: Encoded, captions: Encoded, scores: 
     """(I,T) of scores(direction, query, context) (Nc,Nq) of every direction."""
     found = [scores(d, captions, images) if d == "t2i" else scores(d, images, captions).T for d in directions]
     return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+
+def _check(o: Choices, rule: ThresholdOptions) -> None:
+    direction, weights, at, grad = o["direction"], o["weights"], o["eval_threshold"], o["threshold_grad"]
+    if direction not in ("t2i", "i2t", "both") or weights not in ("softmax", "expm1", "scan"):
+        raise ValueError(f"UARDA: direction is t2i, i2t or both and weights softmax, expm1 or scan, not {direction!r} and {weights!r}")
+    if isinstance(at, str) and at not in ("t", "t_safe"):
+        raise ValueError(f"UARDA: eval_threshold is t, t_safe or a number, not {at!r}")
+    if rule.mode == "naaf_compat" and direction != "t2i":
+        raise ValueError("UARDA: threshold.mode=naaf_compat knows direction=t2i only")
+    if grad not in ("constant", "implicit"):
+        raise ValueError(f"UARDA: threshold_grad is constant or implicit, not {grad!r}")
+    if grad == "implicit" and (weights, rule.mode) != ("expm1", "batch"):
+        raise ValueError("UARDA: threshold_grad=implicit needs weights=expm1, as t cancels in softmax weights, and threshold.mode=batch")
 
 
 def _read(model: type[Model], options: Options | None) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from itm.matchers.late.base import parts_of
 from itm.matchers.late.pairs import PairRows
-from itm.matchers.late.tiles import Relate, attended_squares, tiled_relevance
+from itm.matchers.late.tiles import attended_squares
 from itm.matchers.norms import l2
 from itm.types import Encoded
 
@@ -21,10 +22,28 @@ def tile_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: f
     """r (Nc,Q,Nq) with softmax weights, of a tile of `itm.matchers.late.tiles`: raw (Nc,C,Q,Nq). smooth (1 - t) is below MOST_GROWTH."""
     if context_mask is not None:
         raw = raw.masked_fill(~context_mask[:, :, None, None], t)
-    # Relative to the weight of exactly t, what passes weighs more than 1: no row maximum is needed, and the weight itself is the mask.
-    e = F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
+    e = weights_above(raw, t, smooth)
     square = attended_squares(e, grams)
     return torch.where(square > 0, e.mul_(raw).sum(1) / square.sqrt(), 0.0)
+
+
+def packed_tile_relevance(raw: Tensor, grams: Tensor, alive: Tensor, t: float, smooth: float) -> Tensor:
+    """The same of the query items `alive` (Nc,Q,Nq), 0 for all others. raw (C,Nc,Q,Nq) is context first, so that an item is one column."""
+    chosen = alive.flatten().nonzero().squeeze(1)
+    columns = raw.flatten(1).index_select(1, chosen)
+    e = weights_above(columns, t, smooth)
+    counts = alive.flatten(1).sum(1).tolist()
+    turned = torch.cat([own @ part for own, part in zip(grams.unbind(0), e.split(counts, 1), strict=True)], 1)
+    square = turned.mul_(e).sum(0).clamp_(min=0)
+    relevance = raw.new_zeros(alive.shape)
+    relevance.view(-1)[chosen] = torch.where(square > 0, e.mul_(columns).sum(0) / square.sqrt(), 0.0)
+    return relevance
+
+
+def weights_above(raw: Tensor, t: float, smooth: float) -> Tensor:
+    """exp(smooth (s - t)) where s > t, else 0: relative to the weight of exactly t, what passes weighs more than 1, so that no row maximum
+    is needed and the weight itself is the mask."""
+    return F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
 
 
 def observed_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
@@ -33,13 +52,16 @@ def observed_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, 
     return torch.stack([tile_relevance(raw, grams, context_mask, t, smooth), top])
 
 
-def tiled_direction(direction: str, query: Encoded, context: Encoded, relate: Relate, observed: bool) -> tuple[Tensor, Tensor | None]:
-    """Scores (Nc,Nq) by tiles, and with `observed`, where `relate` is `observed_relevance`, row maxima (Nc,Nq,Q)."""
-    t2i, query_mask, items = direction == "t2i", parts_of(query)[1], parts_of(context)[0]
+Tile = tuple[slice, Tensor, Tensor, Tensor]
+
+
+def pooled_tiles(direction: str, query: Encoded, context: Encoded, tiles: Iterator[Tile], observed: bool) -> tuple[Tensor, Tensor | None]:
+    """Scores (Nc,Nq) of tiles of relevance, and with `observed`, where they are of `observed_relevance`, row maxima (Nc,Nq,Q)."""
+    query_mask, items = parts_of(query)[1], parts_of(context)[0]
     scores = items.new_empty(len(context), len(query))
     maxima = items.new_full((len(context), *query_mask.shape), -torch.inf) if observed else None
-    for rows, chosen, related, mask in tiled_relevance(context if t2i else query, query if t2i else context, direction, relate):
-        place: tuple[slice | Tensor, ...] = (rows, chosen) if t2i else (chosen, rows)
+    for rows, chosen, related, mask in tiles:
+        place: tuple[slice | Tensor, ...] = (rows, chosen) if direction == "t2i" else (chosen, rows)
         if maxima is not None:
             maxima[(*place, slice(mask.shape[1]))] = related[1]
         relevance = related if maxima is None else related[0]

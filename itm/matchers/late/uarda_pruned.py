@@ -8,14 +8,17 @@ gain (docs/methods/uarda.md#pruned-share).
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from itm.matchers.late import Prune
 from itm.matchers.late.base import gram, parts_of, raw_scores
-from itm.matchers.late.uarda_attention import Attention
+from itm.matchers.late.tiles import tiled_relevance
+from itm.matchers.late.uarda_attention import Attention, packed_tile_relevance, tile_relevance
 from itm.types import Encoded, Options
 
 # Pruned share from which packing the survivors costs less than computing all. Measured on a CPU at 36 x 1024 regions, 8 to 14 words:
@@ -39,6 +42,7 @@ class Pruning:
         self.fragments = self.pruned = 0
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._since = 0.0
+        self._alive = torch.zeros(0, dtype=torch.bool)
 
     def scores(self, direction: str, query: Encoded, context: Encoded, attention: Attention, t: Tensor | float) -> Tensor:
         """(Nc,Nq): mean of r over the valid query items, pruned ones included."""
@@ -52,7 +56,7 @@ class Pruning:
         self.fragments += valid
         self.pruned += valid - kept
         self._spent("survivors")
-        if self._engine(direction, 1 - kept / valid, attention) == "packed":
+        if self._engine(direction, 1 - kept / valid, attention.weights) == "packed":
             relevance = torch.zeros(alive.shape, dtype=raw.dtype, device=raw.device)
             relevance[alive] = packed_relevance(raw, grams, context_mask, alive, attention, t)
         else:
@@ -61,6 +65,33 @@ class Pruning:
         scores = (relevance * query_mask).sum(-1) / query_mask.sum(-1)
         self._spent("pooling")
         return scores
+
+    def tiles(
+        self, images: Encoded, captions: Encoded, direction: str, t: float, smooth: float
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """What `tiled_relevance` gives of softmax weights, computed for the surviving fragments of a tile only."""
+        self._since = time.process_time()
+        relate = functools.partial(self._relate, direction, t, smooth)
+        for tile in tiled_relevance(images, captions, direction, relate, context_first=True):
+            yield tile
+            mask = tile[3].T
+            self.fragments += len(self._alive) * int(mask.sum())
+            self.pruned += int((mask & ~self._alive).sum())
+            self._spent("pooling")
+
+    def _relate(self, direction: str, t: float, smooth: float, raw: Tensor, grams: Tensor, context_mask: Tensor | None) -> Tensor:
+        self._spent("similarity")
+        if context_mask is not None:
+            raw = raw.masked_fill(~context_mask.T[..., None, None], t)
+        self._alive = raw.amax(0) > t
+        share = 1 - float(self._alive.sum()) / self._alive.numel()
+        self._spent("survivors")
+        if self._engine(direction, share, "softmax") == "packed":
+            relevance = packed_tile_relevance(raw, grams, self._alive, t, smooth)
+        else:
+            relevance = tile_relevance(raw.transpose(0, 1), grams, None, t, smooth)
+        self._spent("attention")
+        return relevance
 
     def report(self) -> Options:
         """engine {direction: packed | all}, p (pruned share of all fragments), share_of_time {part: share of CPU time}."""
@@ -73,11 +104,11 @@ class Pruning:
             "share_of_time": shares,
         }
 
-    def _engine(self, direction: str, share: float, attention: Attention) -> str:
+    def _engine(self, direction: str, share: float, weights: str) -> str:
         if direction not in self.engines:
             packs = self.prune == "on" or (self.prune == "auto" and share >= BREAK_EVEN)
             # `scan` weights are normalised over the words of a caption: no row can be computed alone.
-            self.engines[direction] = "packed" if packs and attention.weights != "scan" else "all"
+            self.engines[direction] = "packed" if packs and weights != "scan" else "all"
         return self.engines[direction]
 
     def _spent(self, part: str) -> None:

@@ -89,6 +89,37 @@ def test_isda_without_annotation_or_with_positions_outside_the_pair_is_refused(t
         isd_of_split(matcher, split, annotated=True)
 
 
+def test_spans_of_characters_are_the_words_of_the_tokenizer_and_what_is_without_a_region_is_left_out(tmp_path):
+    def spans(n, k):
+        text = TEXTS[(n + k) % len(TEXTS)]
+        first, last = text.split()[0], text.split()[-1]
+        edges = [[0, len(first)], [len(text) - len(last), len(text)]]
+        return [
+            {"spans": [edges[0]], "regions": [0]},
+            {"spans": [edges[1]], "regions": [1, 99]},
+            {"spans": [[0, len(text)]], "regions": []},
+        ]
+
+    matcher, split = world(tmp_path, "uniter")
+    write_split(Path(split), [said(row, spans) for row in records()])
+    got = isd_of_split(matcher, split, annotated=True, batch_size=4)
+    write_split(Path(split), [said(row, lambda n, k: words_of(TEXTS[(n + k) % len(TEXTS)])) for row in records() if row.key != "im1"])
+    want = isd_of_split(matcher, split, annotated=True, batch_size=4)
+    assert got.metrics == pytest.approx(want.metrics, rel=1e-5)
+    # Image 1 has one region: of its two captions the second entity falls away as well, and with it the caption.
+    assert got.counts == {"pairs": 10, "left_out": 2, "rejected": 0, "entities_left_out": 14}
+    assert matcher.inputs.tokenizer.truncated == 0
+
+
+def said(row: Record, entities) -> Record:
+    n = int(row.key[2:])
+    return replace(row, captions=[replace(c, meta={"entities": entities(n, k)}) for k, c in enumerate(row.captions)])
+
+
+def words_of(text: str) -> list[dict]:
+    return [{"words": [0], "regions": [0]}, {"words": [len(text.split()) - 1], "regions": [1]}]
+
+
 def test_a_broken_region_file_is_counted_and_left_out(tmp_path):
     matcher, split = world(tmp_path, "scan")
     rows = records()

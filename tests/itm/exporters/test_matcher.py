@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from itm.matchers.folder import build_matcher, save_matcher
 from pipelines.cli import stage_main
 from tests.support.every_matcher import CLIP_TOWERS, SCAN_TOWERS, captions_of, images_of
 
+RESNET = {"layers": [1, 1, 1, 1], "width": 2, "heads": 2, "image_size": 32}
 TEXTS = ["a red circle on the left", "blue", "two small green squares under a circle"]
 WORDS = WordVocabulary.from_captions(TEXTS)
 
@@ -63,7 +65,7 @@ def vectors(session, **given):
     return session.run(None, {name: tensor.numpy() for name, tensor in given.items()})[0]
 
 
-@pytest.mark.parametrize("kind", ["dual of pixels", "dual of regions", "clip", "cusa"])
+@pytest.mark.parametrize("kind", ["dual of pixels", "dual of regions", "clip", "cusa on a resnet"])
 def test_onnx_graphs_give_the_vectors_of_the_matcher_for_any_number_of_rows(kind, letters, tmp_path):
     ort = pytest.importorskip("onnxruntime", reason="needs the extra `onnx`")
     regions = {"image": {"kind": "regions", **SCAN_TOWERS["image"]}, "text": {"kind": "gru", **SCAN_TOWERS["text"]}, "width": 8}
@@ -71,12 +73,15 @@ def test_onnx_graphs_give_the_vectors_of_the_matcher_for_any_number_of_rows(kind
         "dual of pixels": lambda: saved(tmp_path, "dual", {"width": 8, "heads": {"uni": True}}, WORDS),
         "dual of regions": lambda: saved(tmp_path, "dual", regions, WORDS, ImageInput(kind="regions", max_regions=4)),
         "clip": lambda: saved(tmp_path, "clip", clip_options(letters), letters),
-        "cusa": lambda: saved(tmp_path, "clip", clip_options(letters, cross=True, uni=True), letters),
+        "cusa on a resnet": lambda: saved(
+            tmp_path, "clip", clip_options(letters, cross=True, uni=True) | {"resnet": RESNET}, letters, ImageInput(size=32)
+        ),
     }[kind]()
     assert export(tmp_path, "onnx") == 0
     image, text = (ort.InferenceSession(str(tmp_path / "out" / f"{side}.onnx")) for side in ("image", "text"))
     for rows, tokens in ((1, [4]), (5, [3, 9, 4, 5, 6])):
         images, captions = images_of(rows), captions_of(tokens)
+        images = replace(images, pixels=images.pixels.repeat(1, 1, 2, 2)) if "resnet" in kind else images
         given = {i.name: getattr(images, i.name) for i in image.get_inputs()}
         with torch.no_grad():
             assert np.abs(vectors(image, **given) - matcher.encode_images(images).vector.numpy()).max() < 1e-5

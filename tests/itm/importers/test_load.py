@@ -232,3 +232,17 @@ def test_field_case_08_an_option_that_a_family_does_not_read_is_refused(tmp_path
     for case, option in (("sgr", "cross_attn"), ("scan_t2i_lse", "heads")):
         with pytest.raises(ValueError, match=f"unknown option {option}: a SC?A?N?G?R?A?F? checkpoint takes"):
             load_official(SGRAF / case / "model_best.pth.tar", **{option: 1})
+
+
+@pytest.mark.parametrize("what", ["threshold", "glove"])
+def test_a_checkpoint_of_naaf_is_no_scan(tmp_path: Path, what: str):
+    content = torch.load(SGRAF / "scan_t2i_lse" / "model_best.pth.tar", weights_only=False)
+    if what == "threshold":
+        content["opt"].thres, content["opt"].thres_safe = 0.1, 0.2
+    else:
+        content["model"][1]["embed.glove.weight"] = content["model"][1].pop("embed.weight")
+    torch.save(content, tmp_path / "naaf.pth.tar")
+    with pytest.raises(
+        ValueError, match=r"naaf\.pth\.tar: this is a checkpoint of NAAF.*recipes uarda-\* train its positive feature branch"
+    ):
+        load_official(tmp_path / "naaf.pth.tar")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import pickle
@@ -16,7 +15,7 @@ from torch import nn
 
 from itm.importers.load import load_official, read_checkpoint
 from itm.types import Captions, Images
-from tests.support.openai_names import openai_names, tiny_clip
+from tests.support.openai_names import openai_class, openai_names, tiny_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*TorchScript.*", "ignore::torch.jit.TracerWarning")
 
@@ -72,18 +71,6 @@ def test_an_archive_under_openais_names_gives_hugging_faces_features(tmp_path: P
     torch.testing.assert_close(got, nn.functional.normalize(want, dim=-1), atol=1e-5, rtol=1e-5)
 
 
-def openai_class() -> Any:
-    """The model class of the package openai-clip, whose own import may need packages that are gone."""
-    found = importlib.util.find_spec("clip")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("openai-clip is not installed")
-    spec = importlib.util.spec_from_file_location("openai_clip_model", Path(found.submodule_search_locations[0]) / "model.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CLIP
-
-
 def test_a_traced_openai_model_gives_its_own_features(tmp_path: Path):
     sizes = {"embed_dim": 24, "image_resolution": 32, "vision_layers": 2, "vision_width": 64, "vision_patch_size": 16}
     sizes |= {"context_length": 9, "vocab_size": 60, "transformer_width": 64, "transformer_heads": 1, "transformer_layers": 2}
@@ -98,13 +85,6 @@ def test_a_traced_openai_model_gives_its_own_features(tmp_path: Path):
         got = matcher.encode_images(images).vector, matcher.encode_captions(Captions(tokens, tokens > 0, torch.arange(2))).vector
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, nn.functional.normalize(theirs, dim=-1), atol=1e-5, rtol=1e-5)
-
-
-def test_a_resnet_clip_is_refused_with_the_reason(tmp_path: Path):
-    names = ("visual.conv1.weight", "visual.attnpool.positional_embedding", "token_embedding.weight", "text_projection")
-    path = archive(tmp_path / "RN50.pt", tree({name: torch.zeros(2, 2) for name in names}))
-    with pytest.raises(ValueError, match=r"ResNet CLIP.*Use ViT-B-32"):
-        load_official(path)
 
 
 class Hostile:

@@ -71,3 +71,21 @@ def test_wrong_sizes_and_a_wrong_tokenizer_are_named(tmp_path):
         CLIP(vocab_size=60, path=str(tmp_path))
     with pytest.raises(ValueError, match="holds no CLIP model"):
         CLIP(vocab_size=50, path=str(tmp_path / "nothing"))
+
+
+def test_bare_uni_vectors_are_the_features_that_the_cross_head_hides(tmp_path):
+    saved(tmp_path)
+    images = pairs()[0]
+    bare = CLIP(vocab_size=50, path=str(tmp_path)).eval()
+    model = CLIP(vocab_size=50, path=str(tmp_path), heads={"cross": True, "uni": "bare"}).eval()
+    assert {name.split(".")[1] for name in model.state_dict() if "heads" in name} == {"cross"}
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_images(images).uni, bare.encode_images(images).vector)
+        assert not torch.allclose(model.encode_images(images).vector, bare.encode_images(images).vector)
+
+
+@pytest.mark.parametrize("heads", [{"uni": "raw"}, {"cross": "bare"}, {"cross": 1.5}])
+def test_a_choice_of_heads_that_there_is_not_is_refused_with_those_there_are(tmp_path, heads):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"heads takes cross \(true or false\) and uni \(true, false or bare\), not"):
+        CLIP(vocab_size=50, path=str(tmp_path), heads=heads)

@@ -67,7 +67,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     save_matcher(build_matcher(DUAL, inputs()), tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ValueError, match="format 99, this version reads up to 1"):
+    with pytest.raises(ValueError, match="format 99, this version reads up to 2"):
         load_matcher_folder(tmp_path / "m")
 
 

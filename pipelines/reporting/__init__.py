@@ -1,0 +1,1 @@
+"""What `itm report` and `itm explain` read for their pictures."""
