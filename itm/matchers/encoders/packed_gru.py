@@ -49,7 +49,7 @@ class _Direction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], backwards: bool, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, steps: list[tuple[int, slice]], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
         width = w_hh.shape[1]
         gates = torch.addmm(b_ih, x, w_ih.T)
         before, hidden, states = (x.new_empty(len(x), width) for _ in range(3))

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from itm.matchers.late.base import parts_of
 from itm.matchers.rows import take
-from itm.types import Encoded
+from itm.types import Encoded, SplitScore
 
 WORDS = 4096  # of one chunk of pairs, padded ones included; each is as wide as the parts in every tensor that is kept
 
@@ -45,6 +45,11 @@ class PairRows(NamedTuple):
         """(n,1,L,R) inner products of the words of a pair with its regions: the form of `base.raw_scores`, one query row each."""
         found: Tensor = _Products.apply(self.words, self.regions)
         return found.unsqueeze(1)
+
+
+def split_by(scores: Tensor, score: Callable[[PairRows], Tensor], images: Encoded, captions: Encoded, again: bool) -> SplitScore:
+    """All scores, and `score` of chosen pairs; see `score_pairs`."""
+    return SplitScore(scores, lambda rows, columns: score_pairs(score, images, captions, rows, columns, again))
 
 
 def score_pairs(

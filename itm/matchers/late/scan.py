@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from itm.kinds import refuse_unknown
 from itm.matchers.late.base import LateInteraction, Towers, attended_norm, gram, parts_of, raw_scores, zero_padding
-from itm.matchers.late.pairs import PairRows, score_pairs
+from itm.matchers.late.pairs import PairRows, split_by
 from itm.matchers.late.tiles import attended_squares, can_tile, form_of, tiled_relevance
 from itm.matchers.norms import EPS, guarded_norm, l1, l2
 from itm.types import Encoded, SplitScore
@@ -115,11 +115,7 @@ class SCAN(LateInteraction):
                 return None
             scores = self._tiled(images, captions)
         grams = gram(parts_of(images if self.cross_attn == "t2i" else captions)[0])
-
-        def of_pairs(rows: Tensor, columns: Tensor) -> Tensor:
-            return score_pairs(functools.partial(self._pair_scores, grams), images, captions, rows, columns, self.recompute)
-
-        return SplitScore(scores, of_pairs)
+        return split_by(scores, functools.partial(self._pair_scores, grams), images, captions, self.recompute)
 
     def _pair_scores(self, grams: Tensor, pairs: PairRows) -> Tensor:
         """(n,). grams (N,C,C) of all contexts."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from itm.matchers.late.base import LateInteraction, gram, parts_of, raw_scores
-from itm.matchers.late.pairs import like_length, score_pairs
+from itm.matchers.late.pairs import like_length, split_by
 from itm.matchers.late.sgraf_blocks import attend, chosen_scores, packed_nodes, packs, unit_weights
 from itm.matchers.late.sgraf_modules import (
     AttentionFiltration,
@@ -257,7 +257,7 @@ class SGR(SimilarityMatcher):
         with torch.no_grad():
             scores = tiled_scores(self, images, captions, whole_images, whole_captions)
         score = functools.partial(chosen_scores, self, whole_images, whole_captions, gram(parts_of(images)[0]))
-        return SplitScore(scores, lambda rows, columns: score_pairs(score, images, captions, rows, columns, self.recompute))
+        return split_by(scores, score, images, captions, self.recompute)
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         vectors = graph_reasoned(self.SGR_module, nodes, mask, whole=self.kept_nodes != "local")

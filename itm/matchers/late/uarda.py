@@ -20,7 +20,7 @@ from itm.config import Strict
 from itm.kinds import refuse_unknown
 from itm.matchers.late.base import LateInteraction, Towers, gram, parts_of, raw_scores
 from itm.matchers.late.naaf import walked_scores
-from itm.matchers.late.pairs import score_pairs
+from itm.matchers.late.pairs import split_by
 from itm.matchers.late.tiles import can_tile, form_of, tiled_relevance
 from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, chosen_scores, observed_relevance, pooled_tiles, tile_relevance
 from itm.matchers.late.uarda_pruned import Pruning
@@ -93,14 +93,12 @@ class UARDA(LateInteraction):
         return _sum(self.thresholds, images, captions, self._directed)
 
     def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
-        """None where the pairs depend on each other: thresholds that move within the batch, and the separating loss."""
-        with torch.no_grad():
+        with torch.no_grad():  # none where thresholds move within the batch or have a gradient, or maxima of all pairs have one
             if self.rule.mode != "batch" or self.separation.weight or self.implicit or not self._can_tile(captions):
                 return None
             scores = _sum(self.thresholds, images, captions, functools.partial(self._tiled, observe=self.training))
         known = {d: (gram(parts_of(images if d == "t2i" else captions)[0]), self._threshold(d)) for d in self.thresholds}
-        score = functools.partial(chosen_scores, self.attend, known)
-        return SplitScore(scores, lambda rows, columns: score_pairs(score, images, captions, rows, columns, self.recompute))
+        return split_by(scores, functools.partial(chosen_scores, self.attend, known), images, captions, self.recompute)
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         t = self._threshold(direction)
@@ -157,10 +155,8 @@ class UARDA(LateInteraction):
 
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
         t2i = "t2i" in self.thresholds
-        query, context = (caption, image) if t2i else (image, caption)
-        raw = raw_scores(parts_of(query)[0], parts_of(context)[0])
-        e = self.attend.unnormalised(raw, parts_of(context)[1], self._threshold("t2i" if t2i else "i2t"))[0]
-        shares = e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+        (queries, _), (items, mask) = (parts_of(rows) for rows in ((caption, image) if t2i else (image, caption)))
+        shares = self.attend.shares(raw_scores(queries, items), mask, self._threshold("t2i" if t2i else "i2t"))[0]
         return shares if t2i else shares.mT
 
     def _state(self, direction: str) -> RelevanceThreshold:

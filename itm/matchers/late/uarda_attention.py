@@ -88,6 +88,11 @@ class Attention:
         alive = square > 1e-16
         return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
 
+    def shares(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
+        """(Nc,Nq,Q,C) the weights such that a row sums to 1, or to 0 where nothing passes t."""
+        e = self.unnormalised(raw, context_mask, t)
+        return e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+
     def unnormalised(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
         """e (Nc,Nq,Q,C) >= 0: weights up to a factor a row, 0 for s <= t. The row maximum is taken out, so that e <= 1."""
         keep = (raw > t) & context_mask[:, None, None, :]
