@@ -97,7 +97,7 @@ def _read_index(uri: str, shards: str) -> EncodedSplit:
 
 
 def _encoded(table: pa.Table) -> Encoded:
-    tensors = {}
+    tensors: Any = {}
     for field in FIELDS:
         if field in table.column_names:
             array = table[field].combine_chunks()
