@@ -139,7 +139,7 @@ class UARDA(LateInteraction):
         scores = parts_of(context)[0].new_empty(len(context), len(query))
         attend = functools.partial(form_of(tile_relevance, self.fuse_tiles), t=float(t), smooth=self.attend.lambda_softmax)
         tiles = tiled_relevance(images, captions, direction, attend)
-        if self.pruning is not None:
+        if self.pruning is not None and self.pruning.engines.get(direction) != "all":
             tiles = self.pruning.tiles(images, captions, direction, float(t), self.attend.lambda_softmax)
         for rows, chosen, relevance, mask in tiles:
             found = (relevance * mask).sum(-1) / mask.sum(-1)
