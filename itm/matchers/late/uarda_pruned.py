@@ -21,8 +21,8 @@ from itm.matchers.late.tiles import tiled_relevance
 from itm.matchers.late.uarda_attention import Attention, packed_tile_relevance, tile_relevance
 from itm.types import Encoded, Options
 
-# Pruned share from which packing the survivors costs less than computing all: between 0.5 and 0.7 at 36 x 1024 regions on a CPU, near
-# 0.8 at 6 x 128, where a tile has little to pack.
+# Pruned share from which packing the survivors costs less than computing all: 0.7 at 36 x 1024 regions on a CPU, near 0.8 at 6 x 128,
+# where a tile has little to pack (docs/methods/uarda.md#pruned-share).
 BREAK_EVEN = 0.7
 PARTS = ("similarity", "survivors", "attention", "pooling")
 
