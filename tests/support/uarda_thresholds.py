@@ -12,17 +12,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipelines.on_ray.options import threshold_of
 from tests.support.learning import learn, recipe_of
 
-THRESHOLDS: tuple[Any, ...] = (-1.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, "t_safe", "t")
+THRESHOLDS: tuple[Any, ...] = (-0.9, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, "t_safe", "t")
 
 
-def rows(output: str, seed: int, rounds: int) -> list[str]:
+def rows(output: str, seed: int, rounds: int, thresholds: Sequence[Any] = THRESHOLDS) -> Iterator[str]:
     import itm
     from itm.data import files
     from itm.data.shards import read_manifest
@@ -41,8 +43,9 @@ def rows(output: str, seed: int, rounds: int) -> list[str]:
     seen = encode(matcher, split, manifest, recipe)
     relevance = exact_relevance(manifest.source, seen.names)
     state = matcher.thresholds["t2i"]
-    lines = ["| threshold | words pruned, p | i2t R@1, 5, 10 | t2i R@1, 5, 10 | CPU s | pruned | ratio |", "|---" * 7 + "|"]
-    for given in THRESHOLDS:
+    yield f"{len(seen.images)} images, {len(seen.captions)} captions"
+    yield from ("| threshold | words pruned, p | i2t R@1, 5, 10 | t2i R@1, 5, 10 | CPU s | pruned | ratio |", "|---" * 7 + "|")
+    for given in thresholds:
         matcher.eval_threshold = given
         spans: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(rounds + 1):
@@ -57,9 +60,7 @@ def rows(output: str, seed: int, rounds: int) -> list[str]:
         plain, pruned = statistics.median(spans[False]), statistics.median(spans[True])
         name = f"{given:g}" if isinstance(given, float) else f"`{given}` = {float(getattr(state, given)):.3f}"
         p = matcher.pruning.report()["p"]
-        lines.append(f"| {name} | {p:.1%} | {' | '.join(recalls)} | {plain:.3f} | {pruned:.3f} | {pruned / plain:.2f} |")
-        print(lines[-1], flush=True)
-    return lines
+        yield f"| {name} | {p:.1%} | {' | '.join(recalls)} | {plain:.2f} | {pruned:.2f} | {pruned / plain:.2f} |"
 
 
 def main() -> None:
@@ -67,8 +68,11 @@ def main() -> None:
     parser.add_argument("--output", default="runs/learning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--thresholds", nargs="+", default=THRESHOLDS, help="t, t_safe or numbers")
     args = parser.parse_args()
-    print("\n".join(rows(str(Path(args.output).absolute()), args.seed, args.rounds)))
+    asked = [threshold_of(str(given)) for given in args.thresholds]
+    for line in rows(str(Path(args.output).absolute()), args.seed, args.rounds, asked):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

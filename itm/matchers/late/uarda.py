@@ -146,7 +146,7 @@ class UARDA(LateInteraction):
         form = form_of(observed_relevance if observe else tile_relevance, self.fuse_tiles)
         attend = functools.partial(form, t=float(t), smooth=self.attend.lambda_softmax)
         tiles = tiled_relevance(images, captions, direction, attend)
-        if self.pruning is not None and not observe:
+        if self.pruning is not None and not observe and self.pruning.engines.get(direction) != "all":
             tiles = self.pruning.tiles(images, captions, direction, float(t), self.attend.lambda_softmax)
         scores, maxima = pooled_tiles(direction, query, context, tiles, observe)
         if maxima is not None:

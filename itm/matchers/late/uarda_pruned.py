@@ -1,9 +1,9 @@
 """UARDA's scoring without the fragments that the threshold prunes: what a word no region passes adds is exactly 0, so it is not computed.
 
 Which words those are depends on the image, so the similarities come first, in one product for all. From the same similarities as the
-unpruned engine, the rest (weights, w' G w, pooling) is computed for the surviving rows only, packed together: see
-docs/methods/uarda.md#pruned-inference. The similarities take most of the time of this engine: report p, the pruned share, with every
-gain (docs/methods/uarda.md#pruned-share).
+unpruned engine, the rest (weights, w' G w) is computed for the survivors only, packed together within a tile: see
+docs/methods/uarda.md#pruned-inference. The similarities take four fifths of the time and are never saved: report p, the pruned share,
+with every gain (docs/methods/uarda.md#pruned-share, `itm bench pruning`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from itm.matchers.late.tiles import tiled_relevance
 from itm.matchers.late.uarda_attention import Attention, packed_tile_relevance, tile_relevance
 from itm.types import Encoded, Options
 
-# Pruned share from which packing the survivors costs less than computing all. Measured on a CPU at 36 x 1024 regions, 8 to 14 words:
-# at par at 0 (words ask) and 0.4 (regions ask); 23 % of all time saved at 0.9, where the similarities are 0.9 of what is left.
-BREAK_EVEN = 0.3
+# Pruned share from which packing the survivors costs less than computing all: 0.7 at 36 x 1024 regions on a CPU, near 0.8 at 6 x 128,
+# where a tile has little to pack (docs/methods/uarda.md#pruned-share).
+BREAK_EVEN = 0.7
 PARTS = ("similarity", "survivors", "attention", "pooling")
 
 
 class Pruning:
-    """What `matcher.pruning` does in evaluation, and what it saw. auto: packs from a pruned share of BREAK_EVEN in the first block on.
+    """What `matcher.pruning` does in evaluation, and what it saw. auto: packs from a pruned share of BREAK_EVEN in the first tile on.
 
+    Once it has chosen to compute all, tiles are those of the unpruned engine, and their fragments are no longer counted.
     Scores are those of the unpruned engine up to the rounding of another product shape (1e-6); the mask is from the same similarities.
     """
 
