@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,13 @@ class Pairs:
     relations: Relations | None = None
 
 
+class SplitScore(NamedTuple):
+    """`Matcher.score` in two passes: scores (I,T) without gradient, and of_pairs(image rows (P,), caption rows (P,)) -> (P,) with it."""
+
+    scores: Tensor
+    of_pairs: Callable[[Tensor, Tensor], Tensor]
+
+
 class ImageForm(Protocol):
     """What a matcher sees of an image; `itm.data.preprocess.ImageInput` is the one there is."""
 
@@ -181,7 +188,31 @@ class Pruning(Protocol):
     def report(self) -> dict[str, Any]: ...
 
 
-class Matcher(nn.Module):
+class Prepared(nn.Module):
+    """A module that carries the preparation of what it reads."""
+
+    _inputs: MatcherInputs | None = None
+
+    @property
+    def inputs(self) -> MatcherInputs:
+        """How raw images and texts become inputs. Raises ValueError for a matcher that was made without."""
+        if self._inputs is None:
+            raise ValueError("this matcher was made without inputs; itm.load_matcher and build_matcher give them, or set matcher.inputs")
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: MatcherInputs) -> None:
+        self._inputs = copy.copy(inputs)  # its target is this matcher's own, and whoever gave it prepares where it did before
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `cpu` of this module or of one around it come to: the inputs follow the weights."""
+        moved = super()._apply(fn, recurse)
+        if self._inputs is not None:
+            self._inputs.target = next((p.device for p in self.parameters()), self._inputs.target)
+        return moved
+
+
+class Matcher(Prepared):
     """Encode, encode, score. A kind of matcher subclasses this; whatever is asked of a matcher from outside is declared here.
 
     `encode_images`, `encode_captions` and `score` must be given, and `options`, from which `type(matcher)(vocab_size=..., **options)`
@@ -226,7 +257,6 @@ class Matcher(nn.Module):
     """A method sets this where it reads `whole` after `score`, which then keeps what it made of the same rows in training."""
     fuse_tiles: bool = False
     """Without gradient, run what `score` does to a tile as torch.compile makes it."""
-    _inputs: MatcherInputs | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,6 +275,10 @@ class Matcher(nn.Module):
     def training_scores(self, images: Encoded, captions: Encoded) -> Sequence[Tensor]:
         """Matrices (I,T) whose ranking losses a method adds up: the score, but for a matcher that trains several scores at once."""
         return [self.score(images, captions)]
+
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        """In the place of `score` where a loss reaches few pairs. None where pairs depend on each other, or it would save nothing."""
+        return None
 
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs."""
@@ -301,24 +335,6 @@ class Matcher(nn.Module):
         """(N,L,K): for row-aligned pairs, the weight of each image part for each word; None where nothing attends."""
         return None
 
-    @property
-    def inputs(self) -> MatcherInputs:
-        """How raw images and texts become inputs. Raises ValueError for a matcher that was made without."""
-        if self._inputs is None:
-            raise ValueError("this matcher was made without inputs; itm.load_matcher and build_matcher give them, or set matcher.inputs")
-        return self._inputs
-
-    @inputs.setter
-    def inputs(self, inputs: MatcherInputs) -> None:
-        self._inputs = copy.copy(inputs)  # its target is this matcher's own, and whoever gave it prepares where it did before
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and `cpu` of this module or of one around it come to: the inputs follow the weights."""
-        moved = super()._apply(fn, recurse)
-        if self._inputs is not None:
-            self._inputs.target = next((p.device for p in self.parameters()), self._inputs.target)
-        return moved
-
 
 def _with_uni(encode: Callable[[Any, Any], Encoded], side: str) -> Callable[[Any, Any], Encoded]:
     """`encode` of a matcher's class, then its uni heads; once, where a subclass calls the `encode` of its base."""
@@ -339,6 +355,8 @@ class Method(nn.Module):
     matcher: Matcher
     needs_teacher: tuple[str, ...] = ()
     """Modalities, of image and text, whose teacher vectors a batch must hold."""
+    hardest_pairs: bool = True
+    """Where a loss reaches few pairs, the others are scored without gradient (`train.hardest_pairs`)."""
 
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by name. step: optimiser steps taken; chunk: rows that are encoded at a time (`train.cache_chunk`)."""

@@ -1,8 +1,9 @@
 """Scoring speed against the published loops of SCAN, SGRAF and NAAF, and the time of a COCO 5K evaluation, measured here and now.
 
-    itm bench                                          # both, one CPU thread
+    itm bench                                          # everything, one CPU thread
     itm bench scoring --kinds SGR SAF --rounds 7 --json bench.json --plot bench.svg
     itm bench scoring --device cuda --images 1000 --captions 5000 --every 100
+    itm bench pruning --captions 1000                  # UARDA with and without pruning, at several shares of pruned words
 
 Needs `itm/` only: `python -m itm.benchmarks.scoring` is the same.
 """

@@ -5,6 +5,7 @@
     itm evaluate -c coco.yaml --protocol coco-1k-5fold
     itm evaluate -c sgraf-f30k                                 # an ensemble: the mean of the scores of evaluation.ensemble
     itm evaluate -c sgr-f30k --matcher runs/sgr-f30k/matcher --matcher runs/saf-f30k/matcher     # the same
+    itm evaluate -c sgr-f30k --matcher models:/sgraf-f30k@champion      # the same, registered as one matcher, or its folder
     itm evaluate --model openai/clip-vit-base-patch32 --shards data/shards/test      # zero-shot, without a recipe
     itm evaluate --model openai/clip-vit-base-patch32 --model models:/itm-matcher@champion --shards data/shards/test     # side by side
     itm evaluate --scores scores.npy --truth ids.json          # (images, captions) scores of a foreign model

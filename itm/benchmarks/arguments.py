@@ -7,11 +7,17 @@ import argparse
 from itm.arguments import written_to
 
 KINDS = ("SCAN t2i", "SCAN i2t", "SGR", "SAF", "UARDA")
-WHATS = ("scoring", "metrics", "all")
+WHATS = ("scoring", "metrics", "pruning", "all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=WHATS, default="all", help="scoring against published loops, metrics at COCO 5K size")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=WHATS,
+        default="all",
+        help="scoring against published loops, metrics at COCO 5K size, UARDA with and without pruning",
+    )
     parser.add_argument("--images", type=int, default=100, help="images that are scored")
     parser.add_argument("--captions", type=int, default=500, help="captions that are scored")
     parser.add_argument("--every", type=int, default=5, help="the peer scores every n-th caption: by default 100 x 100, as published")

@@ -25,6 +25,7 @@ from itm.data.records import Problem
 from itm.data.shards import Sample, copy_samples, read_manifest, read_samples
 from itm.data.sidecar import Store, open_store
 
+_SAME = 0.02  # two vectors of one image, scored in other batches and rounded, differ by less
 TYPES: dict[str, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -138,7 +139,13 @@ def _npy_of(store: Store, manifest: Manifest, split_uri: str, uri: str, dtype: t
                 for text, vector in there:
                     held.setdefault(text, vector.astype(dtype))
             elif there:
-                held.setdefault(_image_id(sample), _mean([vector for _, vector in there]).astype(dtype)[None])
+                vector = _mean([vector for _, vector in there]).astype(dtype)[None]
+                known = held.setdefault(_image_id(sample), vector)
+                if np.abs(known.astype(np.float32) - vector).max() > _SAME:
+                    raise ValueError(
+                        f"{shard.name}: two images of the id {_image_id(sample)!r} have different vectors, and npy holds one an id: "
+                        "export parquet or webdataset, or give the images different ids"
+                    )
     with files.atomic_stream(uri) as stream:
         np.save(stream, np.array(held, dtype=object), allow_pickle=True)
     return Exported(uri, len(held), without)

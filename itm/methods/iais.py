@@ -7,14 +7,15 @@ one caption and many images, with the relations among words as the anchor (L). W
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from itm.config import Strict
+from itm.kinds import refuse_unknown
 from itm.losses.relation import COUNTERPARTS, KINDS, relation_alignment_loss
 from itm.losses.triplet import triplet_loss
 from itm.matchers.chunked import seen_by_checkpoint, slices
@@ -31,6 +32,8 @@ class Ranking(Strict):
     loss "softmax" (extension): cross entropy of the positive within its group, for training from scratch, where sigmoids of a fresh
     head are too flat for the hinge to move; random_steps (extension): so many first steps draw negatives at random, because the hardest
     ones make fresh scores collapse to a constant. The authors need neither: they start from a pre-trained UNITER.
+    pools: shared, both halves take positives and negatives from the whole batch; two, as the authors: the image-anchored half from the
+    first half of it and the text-anchored one from the rest, a pool each (of 800 pairs for their 400).
     """
 
     loss: Literal["hinge", "softmax"] = "hinge"
@@ -38,44 +41,58 @@ class Ranking(Strict):
     hard_negatives: int = Field(31, ge=1)
     positives: int | None = Field(None, ge=1)
     random_steps: int = Field(0, ge=0)
+    pools: Literal["shared", "two"] = "shared"
+
+
+class Choices(TypedDict, total=False):
+    alignment: str
+    weight: float
+    schedule: str
+    steps: int
+    counterpart: str
+    anchors: Sequence[str]
+    ranking: Options | None
+
+
+DEFAULTS: Choices = {
+    "alignment": "singular",
+    "weight": 8.0,
+    "schedule": "exp",
+    "steps": 5000,
+    "counterpart": "softmax",
+    "anchors": ("V", "L"),
+    "ranking": None,
+}
 
 
 class IAIS(Method):
     """`alignment` = singular | distributed | soft, weighted by `weight` x tau(step) over `steps` steps (`schedule`).
 
     weight 8 reproduces the released code, which divides the ranking loss, but not this one, by its 8 accumulated micro-steps; 0 switches
-    the alignment off. `ranking`: fields of `Ranking`. `counterpart`: see `itm.losses.relation.relation_distances`.
+    the alignment off. `anchors`: V aligns in the image-anchored half, L in the text-anchored one; the half of one that is left out ranks
+    only. `ranking`: fields of `Ranking`. `counterpart`: see `itm.losses.relation.relation_distances`.
     With a single-stream matcher negatives are mined in evaluation mode and every kept pair goes through the joint encoder; extension:
     any other matcher with parts takes the hinge triplet loss (hardest negative) and relations from cosines of its parts.
     Raises ValueError for an unknown choice, or a matcher without words and regions to relate.
     """
 
-    def __init__(
-        self,
-        matcher: Matcher,
-        *,
-        alignment: str = "singular",
-        weight: float = 8.0,
-        schedule: str = "exp",
-        steps: int = 5000,
-        counterpart: str = "softmax",
-        ranking: Options | None = None,
-    ) -> None:
+    def __init__(self, matcher: Matcher, **options: Unpack[Choices]) -> None:
         super().__init__()
         matcher.check_relations()
+        refuse_unknown(options, Choices.__annotations__, "IAIS")
+        o: Choices = {**DEFAULTS, **options}
+        for name, known in (("alignment", KINDS), ("schedule", SCHEDULES), ("counterpart", COUNTERPARTS)):
+            if o[name] not in known:  # type: ignore[literal-required]
+                raise ValueError(f"method.options.{name}: unknown {o[name]!r}; known: {', '.join(known)}")  # type: ignore[literal-required]
         self.matcher = matcher
-        self.alignment, self.weight, self.schedule, self.steps, self.counterpart = alignment, weight, schedule, steps, counterpart
-        self.ranking = read_options(Ranking, ranking or {}, "method.options.ranking")
-        for name, value, known in (
-            ("alignment", alignment, KINDS),
-            ("schedule", schedule, SCHEDULES),
-            ("counterpart", counterpart, COUNTERPARTS),
-        ):
-            if value not in known:
-                raise ValueError(f"method.options.{name}: unknown {value!r}; known: {', '.join(known)}")
+        self.alignment, self.counterpart, self.anchors = o["alignment"], o["counterpart"], frozenset(o["anchors"])
+        self.weight, self.schedule, self.steps = o["weight"], o["schedule"], o["steps"]
+        if not self.anchors or not self.anchors <= {"V", "L"}:
+            raise ValueError(f"method.options.anchors: a list of V, L or both, not {o['anchors']!r}")
+        self.ranking = read_options(Ranking, o["ranking"] or {}, "method.options.ranking")
 
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
-        """B pairs, negatives from the other pairs of the batch (an extension: the authors draw pools from the whole split).
+        """B pairs, negatives from the other pairs of the batch, or of its half (`Ranking.pools`).
 
         step = optimiser steps already taken. Returns weighted terms: rank_image, rank_text (or triplet), iais_image (V), iais_text (L).
         Raises ValueError when the batch holds one image only. chunk: not of a joint matcher, which keeps what a score needs.
@@ -94,38 +111,42 @@ class IAIS(Method):
         return self.weight * annealing(self.schedule, step, self.steps)
 
     def _mine(self, batch: Batch, step: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per anchor: columns (G,1+K) with the positive first, and which negatives are real (G,K)."""
-        scores = self._pools(batch, step)
-        ids = batch.images.image_id
-        negative = ~positives_from_ids(ids, batch.captions.image_id)
+        """Per anchor: rows of the batch (G,1+K) with the positive first, and which negatives are real (G,K)."""
         mined = {}
-        for anchor, allowed in (("V", negative), ("L", negative.T & first_of_each(ids))):
-            table = scores[anchor]
+        for anchor, (pool, table) in self._pools(batch, step).items():
+            ids = batch.images.image_id[pool]
+            allowed = ~positives_from_ids(ids, batch.captions.image_id[pool])
+            if anchor == "L":
+                allowed = allowed.T & first_of_each(ids)
             columns, real = hardest_in_batch(table, allowed[: len(table)], self.ranking.hard_negatives)
             own = torch.arange(len(table), device=table.device)[:, None]
-            mined[anchor] = torch.cat([own, columns], 1), real
+            mined[anchor] = torch.cat([own, columns], 1) + pool.start, real
         return mined
 
-    def _pools(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Scores of the positives with every pair of the batch, V (G,T) by image and L (G,I) by caption; only these pairs are run."""
-        rows, matcher = slice(self.ranking.positives), self.matcher
+    def _pools(self, batch: Batch, step: int) -> dict[str, tuple[slice, Tensor]]:
+        """The pool of each half, rows of the batch, and scores of its first pairs, the positives, with all of it: V (G,T) by image and
+        L (G,I) by caption; only these pairs are run."""
+        pairs, most, matcher = len(batch.images), self.ranking.positives, self.matcher
+        cut = pairs // 2 if self.ranking.pools == "two" else None
+        first, second = slice(0, cut or pairs), slice(cut or 0, pairs)
         if step < self.ranking.random_steps:
-            scores = torch.rand(len(batch.images), len(batch.captions), device=batch.captions.tokens.device)
-            return {"V": scores[rows], "L": scores.T[rows]}
+            scores = torch.rand(pairs, pairs, device=batch.captions.tokens.device)
+            return {"V": (first, scores[first, first][:most]), "L": (second, scores.T[second, second][:most])}
         with mining_mode(matcher):
             images, captions = matcher.encode_images(batch.images), matcher.encode_captions(batch.captions)
-            if self.ranking.positives is None:
+            if most is None and not cut:
                 scores = matcher.score(images, captions)
-                return {"V": scores, "L": scores.T}
-            return {"V": matcher.score(images[rows], captions), "L": matcher.score(images, captions[rows]).T}
+                return {"V": (first, scores), "L": (second, scores.T)}
+            by_image = matcher.score(images[first][:most], captions[first])
+            return {"V": (first, by_image), "L": (second, matcher.score(images[second], captions[second][:most]).T)}
 
     def _half(self, anchor: str, images: Encoded, captions: Encoded, columns: tuple[Tensor, Tensor], step: int) -> dict[str, Tensor]:
         others, real = columns
         groups, size = others.shape
-        fixed = torch.arange(groups, device=others.device).repeat_interleave(size)
+        fixed = others[:, 0].repeat_interleave(size)
         rows = (images[fixed], captions[others.flatten()]) if anchor == "V" else (images[others.flatten()], captions[fixed])
         first = torch.arange(0, groups * size, size, device=others.device)
-        pairs = self.matcher.pairs(*rows, first if self.weight else None)
+        pairs = self.matcher.pairs(*rows, first if self.weight and anchor in self.anchors else None)
         scores = pairs.scores.view(groups, size)
         ranked = self._ranking_loss(scores if scores.dtype == torch.float64 else scores.float(), real)
         side = "image" if anchor == "V" else "text"
@@ -155,7 +176,7 @@ class IAIS(Method):
         terms = {"triplet": triplet_loss(scores, positives, margin=self.ranking.margin)}
         terms |= matcher_terms(self.matcher, scores, positives, batch)
         if self.weight:
-            for anchor, side in (("V", "image"), ("L", "text")):
+            for anchor, side in (a for a in (("V", "image"), ("L", "text")) if a[0] in self.anchors):
                 terms[f"iais_{side}"] = self._aligned(relations, anchor, step)
         return terms
 

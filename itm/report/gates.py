@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itm.data.formats import Json
 from itm.matchers.late.base import parts_of
-from itm.matchers.late.sgraf import SAF, SGR
+from itm.matchers.late.sgraf import SAF, SGR, SGRAF, SimilarityMatcher
 from itm.matchers.late.sgraf_inside import edges, gates
 from itm.types import Encoded, Matcher
 
@@ -13,8 +13,9 @@ WHOLE, START, END = "whole pair", "start", "end"
 
 def gates_of(matcher: Matcher, image: Encoded, caption: Encoded, spelled: list[str]) -> Json:
     """`nodes`: their names, the whole pair first; `gates`: the share of each in the score vector. Raises ValueError for other kinds."""
-    if not (isinstance(matcher, SAF) and matcher.whole_method):
-        raise ValueError(f"{matcher.kind} has no gates: saf has them")
+    if not isinstance(matcher, SAF | SGRAF):
+        raise ValueError(f"{matcher.kind} has no gates: saf and sgraf have them")
+    _check_whole(matcher)
     found = gates(matcher, image, caption)
     names = nodes_of(caption, spelled)
     return {"nodes": names, "gates": [round(value, 6) for value in found[: len(names)].tolist()]}
@@ -26,8 +27,9 @@ def edges_of(matcher: Matcher, image: Encoded, caption: Encoded, spelled: list[s
     `share`: what the whole pair holds of each node at the end, were the steps edges alone: the product of their matrices.
     Raises ValueError for other kinds.
     """
-    if not (isinstance(matcher, SGR) and matcher.whole_method):
-        raise ValueError(f"{matcher.kind} reasons over no graph: sgr does")
+    if not isinstance(matcher, SGR | SGRAF):
+        raise ValueError(f"{matcher.kind} reasons over no graph: sgr and sgraf do")
+    _check_whole(matcher)
     found = edges(matcher, image, caption)
     names = nodes_of(caption, spelled)
     cut = [step.double().cpu()[: len(names), : len(names)] for step in found]
@@ -36,6 +38,11 @@ def edges_of(matcher: Matcher, image: Encoded, caption: Encoded, spelled: list[s
         share = share @ step
     steps = [[[round(value, 6) for value in row] for row in step.tolist()] for step in cut]
     return {"nodes": names, "steps": steps, "share": [round(value, 6) for value in share[0].tolist()]}
+
+
+def _check_whole(matcher: SimilarityMatcher) -> None:
+    if not matcher.whole_method:
+        raise ValueError(f"this {matcher.kind} was made with nodes={matcher.kept_nodes} and readout={matcher.readout}, an ablation")
 
 
 def nodes_of(caption: Encoded, spelled: list[str]) -> list[str]:

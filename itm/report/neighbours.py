@@ -9,6 +9,7 @@ from torch import Tensor
 
 from itm.evaluation.dataset import Names
 from itm.evaluation.protocols import Scored
+from itm.evaluation.uni_modal import uni_vectors
 from itm.types import Encoded
 
 QUERIES, NEAREST = 6, 5
@@ -47,10 +48,11 @@ def labels_of(names: Names) -> Tensor | None:
 
 
 def _vectors(rows: Encoded | None) -> Tensor | None:
-    if rows is None:
+    """(N,U) unit rows; None for a matcher without."""
+    try:
+        return torch.nn.functional.normalize(uni_vectors(rows, "image or caption"), dim=1)
+    except ValueError:
         return None
-    vectors = rows.vector if rows.uni is None else rows.uni
-    return None if vectors is None else torch.nn.functional.normalize(vectors.float(), dim=1)
 
 
 def _nearest(vectors: Tensor | None, labels: Tensor | None) -> list[Query]:

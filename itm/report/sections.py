@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from itm.report.charts import curves
 from itm.report.pictures import Drawn, Inside, distances, fit_drawings, inside_of, lacks_of, likeness, maxima_drawing
+from itm.report.shown import Page
 from itm.report.side_by_side import found_by_rank, score_curves
-
-if TYPE_CHECKING:
-    from itm.report.page import Page
 
 WAYS = {"t2i": "text to image", "i2t": "image to text"}
 
@@ -74,7 +72,10 @@ def sections_of(page: Page, runs: Mapping[str, Mapping[str, Any]]) -> Sections:
 
 def training_charts(page: Page) -> dict[str, str]:
     """Title -> figure of what is measured in training for a picture alone."""
-    return {"distance of relations (ISD), validation": distances(page.validations)}
+    return {
+        "distance of relations (ISD), validation": distances(page.validations),
+        "the same by annotated entities (ISDa), validation": distances(page.validations, annotated=True),
+    }
 
 
 def _thresholds(pictures: Mapping[str, Any]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from itm.config import Part, Teachers
@@ -29,7 +30,9 @@ class Online:
 
     @classmethod
     def of(cls, teachers: Teachers, modality: Modality) -> Online:
-        """Builds the teacher once, for its id. Raises ValueError as `build_teacher`."""
+        """Builds the teacher once, for its id. Raises ValueError as `build_teacher`, and where one of several views is to be read."""
+        if modality == "image" and teachers.views == "one":
+            raise ValueError("teachers.views=one reads the views of a store: take image out of teachers.online, or read the mean")
         part: Part = getattr(teachers, modality)
         part = part.model_copy(update={"options": {name: _found(name, value) for name, value in part.options.items()}})
         return cls(part, modality, teacher_id(build_teacher(part, modality).identity))
@@ -70,7 +73,17 @@ class OnlineTeachers:
         if not self.teachers:
             return batch
         vectors = {
-            str(modality): torch.from_numpy(embed_in_batches(teacher, columns[f"online_{modality}"], self.batch_size))
+            str(modality): torch.from_numpy(
+                _of_samples(embed_in_batches(teacher, columns[f"online_{modality}"], self.batch_size), teacher.views)
+            )
             for modality, teacher in self.teachers.items()
         }
-        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), **vectors))
+        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), each=(), **vectors))
+
+
+def _of_samples(vectors: np.ndarray, views: int) -> np.ndarray:
+    """(B, D): of several views the mean of their unit vectors, as it is read from a store."""
+    if views == 1:
+        return vectors
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit.reshape(-1, views, vectors.shape[1]).mean(1)

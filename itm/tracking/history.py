@@ -9,7 +9,8 @@ from mlflow.exceptions import MlflowException
 
 from itm.tracking.runs import client
 
-CURVES = ("rsum", "t2i_r1", "i2t_r1", *(f"isd_{anchor}_{kind}" for anchor in ("L", "V") for kind in ("singular", "distributed")))
+RELATED = ("isda_sum", "isda_mean")
+CURVES = ("rsum", "t2i_r1", "i2t_r1", *(f"isd_{anchor}_{kind}" for anchor in ("L", "V") for kind in ("singular", "distributed")), *RELATED)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from itm.data.formats import Json
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
 from itm.evaluation.protocols import MatcherProtocol, Outcome, Question
+from itm.matchers.mean import Mean
 from itm.matchers.weights import weights_hash
 from itm.types import Matcher
 from pipelines.evaluating import FORMAT
@@ -24,18 +25,17 @@ from pipelines.on_ray.gpus import at_gpu, gpus_elsewhere
 def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: MatcherProtocol) -> Json:
     """Writes the result and returns its content. Raises ValueError when what the protocol needs is not named."""
     uris, by_pairs = list(args.matcher or []), protocol.reads == "pairs"
-    if len(uris) > 1:
-        raise ValueError(f"protocol {name} is of one matcher, not of an ensemble: name one --matcher")
     if by_pairs != bool(args.pairs):
         raise ValueError(f"protocol {name} needs --pairs FILE" if by_pairs else f"--pairs is for --protocol sts, {name} reads a split")
     if recipe is None and not (uris and (by_pairs or args.shards)):
         raise ValueError(f"protocol {name} needs -c RECIPE or --matcher FOLDER" + " with --shards FOLDER" * (not by_pairs))
-    uri = uris[0] if uris or recipe is None else files.join(recipe.folder, "matcher")
+    members = uris if uris or recipe is None else recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
     output = args.output if recipe is None else output_of(recipe, uris, _split(args, recipe), name)
     if recipe is None and by_pairs and not output:
         output = args.pairs[0].rstrip("/") + f".{name}" * (name != "sts") + ".evaluation.json"
-    matcher = itm.load_matcher(uri, allow=args.allow if recipe is None else recipe.allowed)
-    identity = {"format": FORMAT, "matcher_hash": weights_hash(matcher), "protocol_name": name, "matcher": uri}
+    loaded = [itm.load_matcher(uri, allow=args.allow if recipe is None else recipe.allowed) for uri in members]
+    matcher = loaded[0] if len(loaded) == 1 else Mean.of(loaded, members)
+    identity = {"format": FORMAT, "matcher_hash": weights_hash(matcher), "protocol_name": name, "matcher": " + ".join(members)}
     asked, about = _question(args, recipe, name, protocol)
     identity |= protocol.identity() | about
     if output and (done := stored(output, identity)):

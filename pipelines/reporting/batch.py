@@ -17,6 +17,7 @@ from itm.data.records import Caption
 from itm.data.shards import Sample, index_shard, read_manifest, read_range
 from itm.data.sidecar import Sidecar
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
+from itm.evaluation.uni_modal import uni_vectors
 from itm.kinds import find_part
 from itm.losses.soft_label import cosine_matrix, mixed_similarity
 from itm.matchers.late.uarda import UARDA
@@ -136,10 +137,9 @@ def _scored(matcher: Matcher, pairs: Drawn, device: torch.device) -> tuple[Encod
 
 def _within(rows: Encoded) -> Tensor | None:
     """Cosines of the vectors that the matcher compares within a side: the uni-modal head, else its vector, else the mean of its parts."""
-    vectors = rows.vector if rows.uni is None else rows.uni
-    if vectors is None and rows.parts is not None:
-        vectors = masked_mean(rows.parts, rows.mask)
-    return None if vectors is None else cosine_matrix(vectors)
+    if rows.uni is None and rows.vector is None:
+        return None if rows.parts is None else cosine_matrix(masked_mean(rows.parts, rows.mask))
+    return cosine_matrix(uni_vectors(rows, "batch"))
 
 
 def _cosines(recipe: Recipe, split: str, modality: str, pairs: Drawn) -> Tensor:

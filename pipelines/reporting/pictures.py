@@ -55,9 +55,17 @@ def _made(recipe: Recipe, evaluation: Json, shown: Json, losses: Sequence[Mappin
 
 
 def named(matchers: Mapping[str, Matcher]) -> dict[str, Matcher]:
-    """The matchers by the last words of their URIs that tell them apart."""
+    """The matchers by the last words of their URIs that tell them apart; of a mean, its members."""
     short = {uri: uri.rstrip("/").removesuffix("/matcher").rsplit("/", 1)[-1] for uri in matchers}
-    return {short[uri] if list(short.values()).count(short[uri]) == 1 else uri: matcher for uri, matcher in matchers.items()}
+    apart = {short[uri] if list(short.values()).count(short[uri]) == 1 else uri: matcher for uri, matcher in matchers.items()}
+    found: dict[str, Matcher] = {}
+    for name, matcher in apart.items():
+        members = matcher.averaged
+        kinds = [member.kind for member in members]
+        for number, member in enumerate(members, 1):
+            apart_from = f" {number}" if kinds.count(member.kind) > 1 else ""
+            found[f"{name}: {member.kind}{apart_from}" if len(members) > 1 else name] = member
+    return found
 
 
 def steps_per_epoch(recipe: Recipe, trained: Json) -> float | None:

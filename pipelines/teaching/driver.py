@@ -91,7 +91,7 @@ def _make_store(job: Job) -> str:
         identity = stored_identity(teacher, job.recipe.teachers.dtype)
         work = partial(_score, prepare=teacher.prepare)
         if job.modality == "text" and job.recipe.teachers.equal_captions == "split":
-            work = partial(equal_captions.score_once, prepare=teacher.prepare, score=_score)
+            work = partial(_score_once, prepare=teacher.prepare)
         del teacher  # its weights would lie beside those of the actors
     uri = files.join(job.root, sidecar.teacher_id(identity))
     with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
@@ -218,6 +218,16 @@ def _permute(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, base:
         target = sidecar.sidecar_uri(uri, name)
         done = sidecar.write_sidecar(target, job.header(shards[name], identity), rows.keys, rows.vectors, rows.captions, rows.problems)
         yield Written(done.rows)
+
+
+def _score_once(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Callable[..., bytes]) -> Iterator[Written]:
+    """As `_score`, with equal captions of the split embedded once."""
+
+    def score(parts: str, missing: list[ShardInfo], skip: Mapping[str, list[int]]) -> Iterator[Written]:
+        return _score(job, parts, missing, identity, prepare=prepare, skip=skip)
+
+    split = equal_captions.Split(job.split_uri, job.manifest.shards, prepare)
+    return equal_captions.score_once(split, uri, todo, identity, score)
 
 
 def _score(

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +23,13 @@ from itm.data.records import Caption
 from itm.data.shards import Sample, read_samples
 from pipelines.teaching.actors import Written
 
-if TYPE_CHECKING:
-    from pipelines.teaching.driver import Job
-
 COUNTS = "equal_captions.json"
 PARTS = "parts"
 _DIGESTS = pa.schema({"shard": pa.string(), "digests": pa.list_(pa.uint64()), "error": pa.string()})
 Place = tuple[str, int]
 """(shard name, row in its sidecar)."""
-Score = Callable[..., Iterator[Written]]
+Score = Callable[[str, list[ShardInfo], Mapping[str, list[int]]], Iterator[Written]]
+"""(folder, shards, rows of each that are left without a vector) -> the shards' sidecars, written there."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,14 @@ class Digests:
             return 0
 
 
-def digests_of(job: Job, prepare: Callable[[Sample | Caption], bytes]) -> Iterator[Json]:
-    """`Digests` of all shards of the split, in any order."""
+def digests_of(split_uri: str, shards: list[ShardInfo], prepare: Callable[[Sample | Caption], bytes]) -> Iterator[Json]:
+    """`Digests` of the shards, in any order."""
     import ray
 
     from pipelines.on_ray.session import connect, core
 
     connect()
-    rows = [{"uri": files.join(job.split_uri, s.name), "name": s.name, "sha256": s.sha256} for s in job.manifest.shards]
+    rows = [{"uri": files.join(split_uri, s.name), "name": s.name, "sha256": s.sha256} for s in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map_batches(Digests(prepare), batch_size=None, batch_format="pyarrow", num_cpus=core()).iter_rows()
 
@@ -83,22 +80,31 @@ def borrowed(shards: list[ShardInfo], digests: Mapping[str, list[int]]) -> dict[
     return found
 
 
-def score_once(job: Job, uri: str, todo: list[ShardInfo], identity: Json, *, prepare: Any, score: Score) -> Iterator[Written]:
-    """As `score`, with equal captions of the split embedded once. score: of the rows of shards that are not in `skip`.
+@dataclass(frozen=True)
+class Split:
+    """What is taught: the folder of the shards, all of them in order, and how the teacher reads a caption."""
+
+    uri: str
+    shards: list[ShardInfo]
+    prepare: Callable[[Sample | Caption], bytes]
+
+
+def score_once(split: Split, uri: str, todo: list[ShardInfo], identity: Json, score: Score) -> Iterator[Written]:
+    """Write the sidecars of the shards `todo` into the store at `uri`, with equal captions of the split embedded once.
 
     Raises ValueError for a shard that cannot be read.
     """
     if not todo:
         return
     digests = {}
-    for said in digests_of(job, prepare):
+    for said in digests_of(split.uri, split.shards, split.prepare):
         if said["error"] is not None:
             raise ValueError(said["error"])
         digests[said["shard"]] = list(said["digests"])
-    lent = borrowed(job.manifest.shards, digests)
+    lent = borrowed(split.shards, digests)
     parts = _parts(uri, lent)
     missing = [shard for shard in todo if not _is_there(parts, shard, identity)]
-    yield from score(job, parts, missing, identity, prepare=prepare, skip={shard.name: list(lent[shard.name]) for shard in missing})
+    yield from score(parts, missing, {shard.name: list(lent[shard.name]) for shard in missing})
     scored = {shard.name for shard in todo}
     for shard in todo:
         _assemble(uri, parts, shard.name, lent[shard.name], scored)

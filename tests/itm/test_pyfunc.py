@@ -19,6 +19,8 @@ import uvicorn
 from PIL import Image
 
 from itm.config import Part
+from itm.matchers.folder import save_matcher
+from itm.matchers.uni_heads import UniHeads, give_heads
 from itm.tracking.runs import Tracker
 from tests.support.ports import free_ports
 from tests.support.registry_world import TEXTS, matcher_folder, picture, register_matcher, tiny_matcher
@@ -33,9 +35,14 @@ def load(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Registers a matcher and loads it as any MLflow user would, with pickle forbidden."""
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
-    def register_and_load(part: Part | None = None, **options: Any):
+    def register_and_load(part: Part | None = None, heads: UniHeads | None = None, **options: Any):
+        folder = matcher_folder(tmp_path / "matcher", 5, part)
+        if heads is not None:
+            matcher = tiny_matcher(5, part)
+            give_heads(matcher, heads)
+            save_matcher(matcher, folder)
         with Tracker.start("tests", "run") as tracker:
-            version = register_matcher(matcher_folder(tmp_path / "matcher", 5, part), "tiny", tracker.run_id, {})
+            version = register_matcher(folder, "tiny", tracker.run_id, {})
         with warnings.catch_warnings(action="ignore"):
             import mlflow.pyfunc
             from mlflow import set_tracking_uri
@@ -63,6 +70,23 @@ def test_the_flavour_gives_the_vectors_and_scores_of_the_matcher(load, tmp_path:
     torch.testing.assert_close(torch.from_numpy(scores), matcher.score(images, captions).detach())
     only = model.predict(pd.DataFrame({"text": TEXTS}))
     torch.testing.assert_close(torch.from_numpy(only), captions.vector.detach())
+
+
+def test_images_and_texts_are_compared_among_themselves_through_the_uni_heads(load):
+    heads = UniHeads("linear", 8)
+    model, matcher = load(heads=heads), tiny_matcher(5)
+    with torch.no_grad():
+        images = matcher.encode_images(matcher.inputs.images(PICTURES)).vector @ heads["image"].weight.T + heads["image"].bias
+        texts = matcher.encode_captions(matcher.inputs.captions(TEXTS)).vector @ heads["text"].weight.T + heads["text"].bias
+    images, texts = (rows / rows.norm(dim=1, keepdim=True) for rows in (images, texts))
+    torch.testing.assert_close(torch.from_numpy(model.predict(TEXTS, params={"output": "t2t"})), texts @ texts.T)
+    torch.testing.assert_close(torch.from_numpy(model.predict(PICTURES, params={"output": "i2i"})), images @ images.T)
+    mixed = model.predict([TEXTS[1], PICTURES[0]], params={"output": "uni"})
+    torch.testing.assert_close(torch.from_numpy(mixed), torch.stack([texts[1], images[0]]))
+    torch.testing.assert_close(torch.from_numpy(model.predict(TEXTS)), expected(TEXTS), msg="plain vectors are as they were")
+    for given, output, message in ((TEXTS, "i2i", "i2i needs at least one image"), (TEXTS, "i2t", "use vectors, scores, uni, i2i or t2t")):
+        with pytest.raises(ValueError, match=message):
+            model.predict(given, params={"output": output})
 
 
 def expected(rows: list[bytes | str]) -> torch.Tensor:
@@ -222,5 +246,5 @@ def test_the_flavour_says_which_row_it_cannot_use(load, tmp_path: Path):
         model.predict([{"image": PICTURES[0], "text": "a red circle"}])
     with pytest.raises(ValueError, match="at least one image and one text"):
         model.predict([{"text": "a red circle"}], params={"output": "scores"})
-    with pytest.raises(ValueError, match="use 'vectors' or 'scores'"):
+    with pytest.raises(ValueError, match="use vectors, scores, uni, i2i or t2t"):
         model.predict([{"text": "a red circle"}], params={"output": "logits"})

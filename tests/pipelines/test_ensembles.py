@@ -24,6 +24,7 @@ from itm.matchers.weights import weights_hash
 from itm.tracking.registry import find_version
 from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
+from pipelines.explain import explain
 from pipelines.on_ray.options import How
 from pipelines.register import register
 from pipelines.report import report
@@ -98,6 +99,36 @@ def test_the_screen_of_an_ensemble_proposes_by_the_mean_cosine_and_scores_exactl
     assert result["screen"]["scored"] == pytest.approx(proposed.float().mean().item())
     torch.testing.assert_close(scores[proposed], wanted[proposed])
     assert scores[~proposed].max() < scores[proposed].min()
+
+
+def test_sentences_are_compared_by_the_mean_cosine_of_the_members(tmp_path: Path) -> None:
+    _, members = ensemble(tmp_path)
+    sentences = ["a red circle", "a red square", "a blue circle above a square", "a green star", "a circle"]
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("\n".join(["sentence1\tsentence2\tscore", *(f"{s}\t{sentences[0]}\t{n}" for n, s in enumerate(sentences))]))
+    cosines = torch.zeros(len(sentences))
+    for uri in members:
+        matcher = itm.load_matcher(uri)
+        with torch.no_grad():
+            vectors = matcher.encode_captions(matcher.inputs.captions(sentences)).vector
+        cosines += torch.cosine_similarity(vectors, vectors[:1]) / 2
+    order = cosines.argsort().argsort().double()
+    asked = ["--protocol", "sts", "--pairs", str(pairs), "--matcher", members[0], "--matcher", members[1]]
+    assert stage_main("evaluate", asked) == 0
+    result = json.loads(Path(f"{pairs}.evaluation.json").read_text())
+    assert result["metrics"]["sts_pairs"] == pytest.approx(100 * np.corrcoef(order, np.arange(len(sentences)))[0, 1])
+    assert result["matcher"] == " + ".join(members)
+
+
+def test_a_mean_is_explained_by_its_members(tmp_path: Path) -> None:
+    recipe, members = ensemble(tmp_path)
+    save_matcher(Mean.of([itm.load_matcher(uri) for uri in members]), tmp_path / "mean")
+    shards = files.join(recipe.data.root, "test")
+    key = next(s.key for s in read_samples(f"{shards}/00000.tar") if isinstance(s, Sample))
+    told, _ = explain([str(tmp_path / "mean")], shards, key)
+    alone, _ = explain(members, shards, key)
+    assert [said["kind"] for said in told["models"].values()] == ["dual", "scan"]
+    assert [said["score"] for said in told["models"].values()] == [said["score"] for said in alone["models"].values()]
 
 
 def test_an_ensemble_of_members_that_read_other_data_is_refused_by_their_names(tmp_path: Path) -> None:

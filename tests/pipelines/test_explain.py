@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from itm.evaluation.scoring import score_matrix
+from itm.matchers.folder import save_matcher
+from itm.matchers.mean import Mean
 from pipelines.cli import stage_main
 from pipelines.explain import explain
 from tests.support import pair_world
@@ -45,7 +47,7 @@ def test_the_numbers_of_a_pair_are_printed_and_the_page_is_made_of_them_alone(wo
     gates = told["models"]["saf"]["gates"]
     chips = re.findall(r'<span class="chip"><b>([^<]+)</b><i>([\d.]+)</i>', text)
     assert chips[: len(gates["nodes"])] == [(n, f"{g:.3f}") for n, g in zip(gates["nodes"], gates["gates"], strict=True)]
-    assert "saf: edges of the reasoning steps: saf reasons over no graph: sgr does" in outline.text
+    assert "saf: edges of the reasoning steps: saf reasons over no graph: sgr and sgraf do" in outline.text
     squares = re.findall(r"<title>whole pair, (\w[\w ]*): ([\d.]+)</title>", text)
     assert squares[: len(gates["nodes"])] == [
         (n, f"{v:.3f}") for n, v in zip(gates["nodes"], told["models"]["sgr"]["edges"]["steps"][0][0], strict=True)
@@ -71,6 +73,15 @@ def test_a_caption_of_another_image_makes_a_pair_too(world):
     told, page = explain([folders["uarda"]], shards, rows[0].key, rows[5].captions[1].id)
     assert told["pair"]["text"] == rows[5].captions[1].text and not told["pair"]["own"]
     assert "of another image" in page
+
+
+def test_a_mean_shows_each_of_its_members(world, tmp_path):
+    rows, shards, folders = world
+    save_matcher(Mean.of([pair_world.matcher_of(kind, rows) for kind in ("saf", "sgr")]), str(tmp_path / "both"))
+    told, _ = explain([str(tmp_path / "both")], shards, rows[2].key)
+    apart, _ = explain([folders["saf"], folders["sgr"]], shards, rows[2].key)
+    assert list(told["models"]) == ["both: saf", "both: sgr"]
+    assert told["models"]["both: saf"] == apart["models"]["saf"] and told["models"]["both: sgr"] == apart["models"]["sgr"]
 
 
 def test_a_matcher_of_vectors_has_a_page_that_says_what_it_cannot_show(world):

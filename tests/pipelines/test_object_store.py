@@ -58,7 +58,7 @@ def recipe(root: str) -> Recipe:
 
 def stages_here(choices: Recipe, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Pack, teach, train (interrupted once) and evaluate in this process."""
-    here = lambda jobs, title: {job.uri: packing.Receipt.model_validate_json(packing.pack_shard(job)) for job in jobs}
+    here = lambda recipe, jobs, title: {job.uri: packing.Receipt.model_validate_json(packing.pack_shard(job)) for job in jobs}
     with monkeypatch.context() as patch:
         patch.setattr(packing, "_run_jobs", here)
         patch.setattr(teaching, "_score", score_here)

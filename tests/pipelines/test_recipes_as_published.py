@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import itm
 from itm.data.manifest import Manifest
 from itm.data.records import Regions
 from itm.data.shards import Sample, read_manifest, read_samples
@@ -35,11 +36,14 @@ def test_a_recipe_of_each_family_runs_as_shipped_on_the_authors_layout(name: str
     assert result["counts"]["captions"] == 5 * TEST
 
 
-def test_an_ensemble_recipe_evaluates_its_members_as_shipped(folder: Path) -> None:
+def test_an_ensemble_recipe_evaluates_and_registers_its_members_as_shipped(folder: Path) -> None:
     for member in ("cusa-sgr-f30k", "cusa-saf-f30k"):
         run(member)
-    _, result, _ = run("cusa-sgraf-f30k")
+    _, result, registered = run("cusa-sgraf-f30k")
     assert result["score_type"] == "mean of SGR + SAF scores, fp32"
+    together = itm.load_matcher(registered.uri)
+    assert [member.kind for member in together.averaged] == ["sgr", "saf"]
+    assert together.encode_captions(together.inputs.captions(["a dog"])).uni is not None, "the uni-modal heads of both came along"
 
 
 def samples(split: str) -> list[Sample]:

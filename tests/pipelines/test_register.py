@@ -8,10 +8,11 @@ import pytest
 import itm
 from itm.config import Recipe, parse_recipe
 from itm.matchers.weights import weights_hash
+from itm.tracking.lookup import version_of
 from itm.tracking.registry import find_version
-from itm.tracking.runs import Tracker
+from itm.tracking.runs import Tracker, client
 from pipelines.cli import stage_main
-from pipelines.register import register
+from pipelines.register import receipt, register
 from tests.support.registry_world import matcher_folder
 
 pytest_plugins = ["tests.support.registry_fixtures"]
@@ -55,6 +56,36 @@ def test_a_better_run_becomes_champion_and_says_where_it_came_from(registry: Pat
     }
     assert lineage.items() <= version.tags.items()
     assert version.tags["rsum"] == "105.0"
+
+
+def test_every_protocol_that_measured_the_weights_has_a_tag_and_a_heading_of_its_own(registry: Path, tmp_path: Path):
+    recipe = finished_run(tmp_path, "one", 100.0, 1)
+    main = json.loads((Path(recipe.folder) / "evaluation.json").read_text())
+    found = {"eccv": {"i2t_eccv_r1": 71.5}, "isd": {"isd_L_singular": 0.25}, "coco-1k-5fold": {"rsum": 400.0}}
+    for name, metrics in found.items():
+        path = Path(recipe.folder) / f"evaluation-{name}.json"
+        path.write_text(json.dumps(main | {"protocol_name": name, "metrics": metrics}))
+    other = main | {"protocol_name": "t2t", "metrics": {"t2t_r1": 1.0}, "matcher_hash": "of other weights"}
+    (Path(recipe.folder) / "evaluation-t2t.json").write_text(json.dumps(other))
+    version = find_version(register(recipe).uri)
+    said = {tag.removeprefix("metrics/test/"): json.loads(text) for tag, text in version.tags.items() if tag.startswith("metrics/")}
+    assert said == found and json.loads(version.tags["metrics"])["rsum"] == version_of("tiny/1").metrics["rsum"] == 100.0
+    assert version_of("tiny/1").others == {f"test/{name}": metrics for name, metrics in found.items()}
+    assert "## test/eccv" in version.description and "| i2t_eccv_r1 | 71.5 |" in version.description
+    known = client().get_run(version.run_id).data.metrics
+    assert (known["test/auto/rsum"], known["test/coco-1k-5fold/rsum"], known["test/isd/isd_L_singular"]) == (100.0, 400.0, 0.25)
+
+
+def test_an_evaluation_after_registering_asks_for_the_stage_again_and_adds_its_tag(registry: Path, tmp_path: Path):
+    recipe = finished_run(tmp_path, "one", 100.0, 1)
+    register(recipe)
+    assert receipt(recipe) is not None
+    main = json.loads((Path(recipe.folder) / "evaluation.json").read_text())
+    sts = main | {"protocol_name": "sts", "split": "sts", "metrics": {"sts_mean": 58.0}}
+    (Path(recipe.folder) / "evaluation-sts.json").write_text(json.dumps(sts))
+    assert receipt(recipe) is None
+    assert register(recipe).version == "1" and receipt(recipe) is not None
+    assert json.loads(find_version("models:/tiny/1").tags["metrics/test/sts"]) == {"sts_mean": 58.0}
 
 
 def test_registering_a_run_twice_changes_nothing(registry: Path, tmp_path: Path):

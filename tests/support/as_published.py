@@ -63,7 +63,7 @@ def working_folder(folder: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        patch.setattr(pack, "_run_jobs", lambda jobs, title: {j.uri: Receipt.model_validate_json(pack.pack_shard(j)) for j in jobs})
+        patch.setattr(pack, "_run_jobs", lambda recipe, jobs, title: {j.uri: Receipt.model_validate_json(pack.pack_shard(j)) for j in jobs})
         patch.setattr(teaching, "_score", score_here)
         for protocol in (Flickr30K, Coco5K, Coco1KFolds):
             patch.setattr(protocol, "images", authors_layouts.TEST)
@@ -74,7 +74,7 @@ def run(name: str) -> tuple[Recipe, Json, Any]:
     """(recipe, content of evaluation.json, what was registered); an ensemble's members must have run."""
     recipe = as_published(name)
     if recipe.evaluation.ensemble:
-        return recipe, evaluate.evaluate(recipe), None
+        return recipe, evaluate.evaluate(recipe), register.register(recipe)
     pack.pack(recipe)
     if recipe.teachers.image:
         teach.teach(recipe)

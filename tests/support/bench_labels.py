@@ -2,7 +2,8 @@
 
 Student, image teacher and text teacher have the widths of the paper's (CLIP ViT-B/32, Unicom ViT-B/32, all-mpnet-base), random weights, and
 3 of their 12 layers in table 13, so that their shares of a step are the paper's and a step takes seconds. Image vectors are 37,632 wide.
-Every row runs in a process of its own. Memory of the device is that of the pretend CUDA device: elements of all tensors that live at once.
+Every row runs in a process of its own, forked from one that has imported everything. Memory of the device is that of the pretend CUDA
+device: elements of all tensors that live at once.
 """
 
 from __future__ import annotations
@@ -235,6 +236,28 @@ def steps(root: Path, source: str, term: str, batch: int, number: int, device: s
     return {"cpu_s": cpu_s, "wall_s": wall_s, "own_mb": memory.uss / 1e6, "resident_mb": memory.rss / 1e6}
 
 
+def all_steps(root: Path, batch: int, number: int) -> dict[str, dict[str, float]]:
+    """`steps` of every row, by `source, term`."""
+    import multiprocessing
+
+    make_models(root, 3)
+    as_dictionaries(root)
+    import transformers.models.bert.modeling_bert
+    import transformers.models.clip.modeling_clip  # noqa: F401  (imported before the fork, as all that is of no row's own)
+
+    forked = multiprocessing.get_context("fork")
+    found = {}
+    for row in names():
+        ours, theirs = forked.Pipe()
+        child = forked.Process(target=lambda row=row, theirs=theirs: theirs.send(steps(root, *row, batch, number)))
+        child.start()
+        theirs.close()
+        found[", ".join(row)] = ours.recv()
+        child.join()
+        print(row, found[", ".join(row)], file=sys.stderr, flush=True)
+    return found
+
+
 def on_device(root: Path, batch: int) -> dict[str, int]:
     """Elements that live at once on the device in the second step, when the optimiser's state is there, by `source, term`."""
     import gc
@@ -298,13 +321,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "device", "parts"])
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--source", choices=SOURCES, default="none")
-    parser.add_argument("--term", choices=TERMS, default="none")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--number", type=int, default=3, help="steps, or rounds")
     args = parser.parse_args()
     if args.what == "steps":
-        found: Any = steps(args.root, args.source, args.term, args.batch, args.number)
+        found: Any = all_steps(args.root, args.batch, args.number)
     elif args.what == "device":
         found = on_device(args.root, args.batch)
     else:

@@ -23,7 +23,9 @@ def recipe(root: Path | str, kind: str, options: Json, **data: Any) -> Recipe:
 def pack_here(choices: Recipe, monkeypatch: pytest.MonkeyPatch, **given: Any) -> dict[str, Manifest]:
     with monkeypatch.context() as patch:
         patch.setattr(
-            packing, "_run_jobs", lambda jobs, title: {j.uri: packing.Receipt.model_validate_json(packing.pack_shard(j)) for j in jobs}
+            packing,
+            "_run_jobs",
+            lambda recipe, jobs, title: {j.uri: packing.Receipt.model_validate_json(packing.pack_shard(j)) for j in jobs},
         )
         patch.setattr(packing, "_tracked", lambda *args: nullcontext(lambda manifest: None))
         return packing.pack(choices, **given)

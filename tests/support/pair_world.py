@@ -22,6 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "scan": LATE,
     "saf": LATE | {"sim_dim": 8, "regions": REGIONS, "dropout": 0.0},
     "sgr": LATE | {"sim_dim": 8, "regions": REGIONS, "dropout": 0.0, "steps": 3},
+    "sgraf": LATE | {"sim_dim": 8, "regions": REGIONS, "dropout": 0.0, "steps": 3},
     "uarda": LATE | {"eval_threshold": "t"},
     "uniter": {"hidden": 12, "layers": 1, "heads": 2, "positions": 32, "region_dim": 358, "init_std": 0.3},
     "dual": {"image": {"kind": "conv", "image_size": 64}, "text": {"kind": "pooled_gru"}, "width": 8},

@@ -28,4 +28,4 @@ def test_a_recipe_runs_as_shipped_on_the_authors_layout(name: str, folder: Path)
     recipe, result, registered = run(name)
     assert math.isfinite(result["metrics"]["rsum"])
     assert (result["protocol_name"], result["split"]) == (recipe.evaluation.protocol, recipe.data.test_split)
-    assert registered is None or registered.name == name
+    assert registered.name == name

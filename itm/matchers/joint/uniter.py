@@ -28,7 +28,7 @@ class UNITEROptions(TypedDict, total=False):
     """`image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
     tokens of one joint forward in `score`, hence its memory; `recompute` runs those chunks again in the backward pass instead of keeping
     them. `intermediate` defaults to 4 x hidden; `init_std` 0.02 is BERT's, too small to train a narrow model (hidden < 256) from scratch:
-    there take about hidden^-0.5.
+    there take about hidden^-0.5. `relation_layer`: whose attention IAIS and ISD read, 1 to `layers`; None: the last one.
     """
 
     hidden: int
@@ -42,6 +42,7 @@ class UNITEROptions(TypedDict, total=False):
     score_tokens: int
     recompute: bool
     init_std: float
+    relation_layer: int | None
 
 
 DEFAULTS: UNITEROptions = {
@@ -56,6 +57,7 @@ DEFAULTS: UNITEROptions = {
     "score_tokens": 32768,
     "recompute": False,
     "init_std": 0.02,
+    "relation_layer": None,
 }
 
 
@@ -81,7 +83,7 @@ class UNITER(Matcher):
             o["region_dim"] = self.image_encoder.width
             o["image"] = {"kind": image["kind"], **options_of(self.image_encoder, {})}
         self.options = {**o}
-        self.region_dim, self.positions = o["region_dim"], o["positions"]
+        self.region_dim, self.positions, self.relation_layer = o["region_dim"], o["positions"], _relation_layer(o)
         self.score_tokens, self.recompute = o["score_tokens"], o["recompute"]
         self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads
         config = BertConfig(
@@ -105,33 +107,26 @@ class UNITER(Matcher):
 
     @staticmethod
     def region_embeddings(config: BertConfig, region_dim: int) -> nn.Module:
-        """How a region is embedded, for `embed_regions`."""
+        """Makes (N,R,H) of regions (N,R,D), their boxes (N,R,7) or None, and the embeddings of the text."""
         return ImageEmbeddings(config, region_dim)
-
-    def embed_regions(self, regions: Tensor, boxes: Tensor | None) -> Tensor:
-        """regions (N,R,D) and boxes (N,R,7) -> (N,R,H) = LN(LN(W_f f) + LN(W_b box) + type 1)."""
-        return self.uniter.img_embeddings(regions, boxes, self.uniter.embeddings.token_type_embeddings.weight[1])
 
     def layers(self) -> list[nn.Module]:
         own = [] if self.image_encoder is None else [self.image_encoder]
         return [*own, *self.uniter.encoder.layer]
 
     def encode_images(self, images: Images) -> Encoded:
-        """parts (N,R,H) of `embed_regions`, mask (N,R), cut to the largest region count."""
-        if self.image_encoder is not None:
-            regions, boxes, mask = patch_inputs(self.image_encoder(images))
-        else:
-            regions, boxes, mask = region_inputs(images, type(self).__name__, self.needs_boxes)
+        """parts (N,R,H) of `region_embeddings`, mask (N,R), cut to the largest region count."""
+        name, patches = type(self).__name__, self.image_encoder
+        regions, boxes, mask = patch_inputs(patches(images)) if patches else region_inputs(images, name, self.needs_boxes)
         if regions.shape[-1] != self.region_dim:
-            raise ValueError(
-                f"regions are {regions.shape[-1]} wide, this {type(self).__name__} takes {self.region_dim}: set model.options.region_dim"
-            )
+            raise ValueError(f"regions are {regions.shape[-1]} wide, this {name} takes {self.region_dim}: set model.options.region_dim")
         known = images.host.mask if mask is images.mask else mask
         assert known is not None
         width = int(known.sum(1).max())
         dtype = self.rank_output.weight.dtype
         boxes = None if boxes is None else boxes[:, :width].to(dtype)
-        return Encoded(parts=self.embed_regions(regions[:, :width].to(dtype), boxes), mask=mask[:, :width])
+        parts = self.uniter.img_embeddings(regions[:, :width].to(dtype), boxes, self.uniter.embeddings)
+        return Encoded(parts=parts, mask=mask[:, :width])
 
     def encode_captions(self, captions: Captions) -> Encoded:
         """parts (N,L,H) = LN(word + position + type 0), mask (N,L), cut to the longest caption; start and end stay in."""
@@ -161,11 +156,11 @@ class UNITER(Matcher):
         return scores[flat.argsort()].view(len(images), n_captions)
 
     def pairs(self, images: Encoded, captions: Encoded, relations_of: Tensor | None = None) -> Pairs:
-        """Row-aligned pairs: scores (N,), and the relation blocks of the last layer for the rows `relations_of` (G,) int64."""
+        """Row-aligned pairs: scores (N,), and the relation blocks of `relation_layer` for the rows `relations_of` (G,) int64."""
         joint, mask = joint_sequence(images, captions)
         if relations_of is None:
             return Pairs(self._rank(*compact(joint, mask)))
-        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of)
+        hidden, products = self.uniter.encode_with_products(joint, mask, relations_of, self.relation_layer)
         masks = parts_of(captions)[1][relations_of], parts_of(images)[1][relations_of]
         return Pairs(self._head(hidden), relation_blocks(products, masks, masks[0].shape[1]))
 
@@ -185,6 +180,13 @@ class UNITER(Matcher):
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.rank_output(self.uniter.pooler(hidden)).squeeze(-1)
+
+
+def _relation_layer(o: UNITEROptions) -> int:
+    number = o["layers"] if o["relation_layer"] is None else o["relation_layer"]
+    if not 1 <= number <= o["layers"]:
+        raise ValueError(f"model.options.relation_layer={number} is none of the layers 1 to {o['layers']}")
+    return number
 
 
 def region_inputs(images: Images, name: str = "UNITER", boxes: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -245,16 +247,18 @@ class _Body(nn.Module):
             joint, _ = layer(joint, mask)
         return joint
 
-    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the `scaled_products` of the last layer for some rows."""
-        *before, last = self.encoder.layer
-        for layer in before:
-            joint, _ = layer(joint, mask)
-        return last(joint, mask, rows)
+    def encode_with_products(self, joint: Tensor, mask: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The same, and the `scaled_products` of one layer, counted from 1, for some rows."""
+        products = None
+        for n, layer in enumerate(self.encoder.layer, 1):
+            joint, found = layer(joint, mask, rows if n == number else None)
+            products = found if n == number else products
+        assert products is not None
+        return joint, products
 
 
 class ImageEmbeddings(nn.Module):
-    """regions (N,R,D), boxes (N,R,7), type vector (H,) -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + type), dropout."""
+    """regions (N,R,D), boxes (N,R,7), embeddings of the text -> LN(LN(W_f f + b_f) + LN(W_b box + b_b) + their type 1), dropout."""
 
     def __init__(self, config: BertConfig, region_dim: int):
         super().__init__()
@@ -268,7 +272,8 @@ class ImageEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(hidden, eps=eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, regions: Tensor, boxes: Tensor, kind: Tensor) -> Tensor:
+    def forward(self, regions: Tensor, boxes: Tensor, text: BertEmbeddings) -> Tensor:
+        kind = text.token_type_embeddings.weight[1]
         embedded = self.img_layer_norm(self.img_linear(regions)) + self.pos_layer_norm(self.pos_linear(boxes)) + kind
         return self.dropout(self.LayerNorm(embedded))
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, VisualBertModel
+from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from itm.matchers.joint.uniter import UNITER, UNITEROptions
 
@@ -37,14 +38,10 @@ class VisualBERT(UNITER):
     def region_embeddings(config: BertConfig, region_dim: int) -> nn.Module:
         return RegionEmbeddings(config, region_dim)
 
-    def embed_regions(self, regions: Tensor, boxes: Tensor | None) -> Tensor:
-        """LN(W f + b + position 0 + type 1), the norm and dropout of the words; regions have no boxes here."""
-        text = self.uniter.embeddings
-        return text.dropout(text.LayerNorm(self.uniter.img_embeddings(regions)))
-
 
 class RegionEmbeddings(nn.Module):
-    """regions (N,R,D) -> W f + b + position 0 + type 1, with the names of Hugging Face's state dict."""
+    """regions (N,R,D) -> LN(W f + b + position 0 + type 1), dropout, with the names of Hugging Face's state dict. Norm and dropout are
+    those of the text; boxes are not read."""
 
     def __init__(self, config: BertConfig, region_dim: int) -> None:
         super().__init__()
@@ -52,8 +49,9 @@ class RegionEmbeddings(nn.Module):
         self.visual_position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.visual_token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
 
-    def forward(self, regions: Tensor) -> Tensor:
-        return self.visual_projection(regions) + self.visual_position_embeddings.weight[0] + self.visual_token_type_embeddings.weight[1]
+    def forward(self, regions: Tensor, boxes: Tensor | None, text: BertEmbeddings) -> Tensor:
+        place, kind = self.visual_position_embeddings.weight[0], self.visual_token_type_embeddings.weight[1]
+        return text.dropout(text.LayerNorm(self.visual_projection(regions) + place + kind))
 
 
 def _sizes(model: VisualBertModel, vocab_size: int) -> UNITEROptions:

@@ -8,6 +8,7 @@ padded. SGRAF is the mean of the scores of one SGR and one SAF, trained apart: `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypedDict, Unpack
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores
+from itm.matchers.late.base import LateInteraction, gram, parts_of, raw_scores
+from itm.matchers.late.pairs import like_length, split_by
+from itm.matchers.late.sgraf_blocks import attend, chosen_scores, packed_nodes, packs, unit_weights
 from itm.matchers.late.sgraf_modules import (
     AttentionFiltration,
     GraphReasoning,
@@ -29,12 +32,9 @@ from itm.matchers.late.sgraf_modules import (
 from itm.matchers.late.sgraf_tiles import tiled_scores
 from itm.matchers.late.tiles import can_tile
 from itm.matchers.norms import full, l2, xavier
-from itm.types import Encoded, Images, Options
+from itm.types import Encoded, Images, Options, SplitScore
 
 __all__ = ["SAF", "SGR", "SGRAF", "AttentionFiltration", "GraphReasoning", "SlotNorm"]
-
-LAMBDA = 9.0
-"""Temperature of the text-to-image attention, fixed in the authors' code."""
 
 Nodes = Literal["all", "local", "global"]
 Readout = Literal["reasoning", "mean"]
@@ -52,16 +52,10 @@ Side = tuple[Tensor, Tensor, Tensor | None]
 """parts, mask and global vectors (None of local nodes alone) of one side."""
 
 
-class SimilarityMatcher(LateInteraction):
-    """The common part of SGR and SAF: attention, similarity vectors, chunking. `regions` is the number of batch-norm slots.
-
-    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
-    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
-    backward pass instead of keeping their activations. Neither changes a number.
-    """
+class SimilarityVectors(LateInteraction):
+    """What SGR and SAF are read from: attention of words to regions, global vectors, and the similarity vectors (nodes) of pairs."""
 
     gru_dropout = 0.4
-    chunk_elements: int = 1 << 24
 
     def __init__(
         self,
@@ -94,8 +88,58 @@ class SimilarityMatcher(LateInteraction):
         """Nothing is ablated."""
         return (self.kept_nodes, self.readout) == ("all", "reasoning")
 
+    def encode_images(self, images: Images) -> Encoded:
+        """Raises ValueError when the number of region slots is not the one the batch norm was built for."""
+        encoded = super().encode_images(images)
+        self._check_slots(encoded)
+        return encoded
+
+    def node_mask(self, words: Tensor) -> Tensor:
+        """Which nodes are real, from the mask of the words: (T,L) -> (T,K)."""
+        if self.kept_nodes == "global":
+            return words.new_ones(len(words), 1)
+        return words if self.kept_nodes == "local" else F.pad(words, (1, 0), value=True)
+
+    def nodes(self, images: Side, captions: Side) -> Tensor:
+        """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors), or those of them
+        that are kept."""
+        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
+        kept = []
+        if whole is not None and whole_words is not None:
+            kept.append(l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square())).unsqueeze(2))
+        if self.kept_nodes == "global":
+            return kept[0]
+        weights = unit_weights(raw_scores(words, parts), mask, gram(parts))
+        if kept and packs(parts):
+            return packed_nodes(weights, parts, words, word_mask, self.sim_tranloc_w, kept[0].squeeze(2))
+        attended = (weights.flatten(1, 2) @ parts).view(len(parts), *words.shape)
+        return torch.cat([*kept, l2(self.sim_tranloc_w((attended - words).square()))], 2)
+
+    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
+        (parts, mask), (words, _) = parts_of(image), parts_of(caption)
+        return attend(raw_scores(words, parts), mask)[0]
+
+    def _check_slots(self, images: Encoded) -> None:
+        assert images.parts is not None
+        if self.kept_nodes != "local" and images.parts.shape[1] != self.regions:
+            raise ValueError(
+                f"{images.parts.shape[1]} regions an image, but the batch norm of {type(self).__name__} has {self.regions} slots: "
+                f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
+            )
+
+
+class SimilarityMatcher(SimilarityVectors):
+    """The common part of SGR and SAF: from similarity vectors to scores, in chunks. `regions` is the number of batch-norm slots.
+
+    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
+    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
+    backward pass instead of keeping their activations. Neither changes a number.
+    """
+
+    chunk_elements: int = 1 << 24
+
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """nodes (I,T,K,S) with the global node first, mask (T,K) -> score vectors (I,T,S) and batch statistics a caption (T,2)."""
+        """nodes (I,T,K,S) with the global node first, mask (T,K) or (I,T,K) -> score vectors (I,T,S), statistics a caption (T,2)."""
         raise NotImplementedError
 
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
@@ -121,12 +165,6 @@ class SimilarityMatcher(LateInteraction):
     def track(self, statistics: Tensor) -> None:
         """Running statistics of a training block; rows are captions, longest first."""
 
-    def encode_images(self, images: Images) -> Encoded:
-        """Raises ValueError when the number of region slots is not the one the batch norm was built for."""
-        encoded = super().encode_images(images)
-        self._check_slots(encoded)
-        return encoded
-
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) in (0,1). In training batch norm sees this block. Raises ValueError for one image in training."""
         return self._scores(images, captions)
@@ -134,19 +172,14 @@ class SimilarityMatcher(LateInteraction):
     def _scores(self, images: Encoded, captions: Encoded) -> Tensor:
         """(...,I,T): what `read` gives of all pairs."""
         (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
-        self._check_slots(images)
-        if self.training and len(images) < 2:
-            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
-        if self.cuts_tiles(captions):
-            return tiled_scores(self, images, captions)
-        whole_images = None if self.kept_nodes == "local" else self.v_global_w(regions, region_mask)
-        whole_captions = None if self.kept_nodes == "local" else self.t_global_w(words, word_mask)
-        if self.training and self.keeps_whole and whole_images is not None and whole_captions is not None:
-            self.kept = {"image": (images, whole_images), "text": (captions, whole_captions)}
+        whole_images, whole_captions = self.both_whole(images, captions)
+        if self.cuts_tiles(captions) and whole_images is not None and whole_captions is not None:
+            return tiled_scores(self, images, captions, whole_images, whole_captions)
+        width = self.sim_eval_w.in_features if packs(regions) else self.width  # of what a chunk keeps
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
         scores, statistics = [], []
-        for chosen in _chunks(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
+        for chosen in like_length(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * width))):
             longest = int(lengths[chosen[0]])
             chunk = words[chosen, :longest], word_mask[chosen, :longest], None if whole_captions is None else whole_captions[chosen]
             inputs = (regions, region_mask, whole_images), chunk
@@ -157,6 +190,18 @@ class SimilarityMatcher(LateInteraction):
         if self.training:
             self.track(torch.cat(statistics))
         return torch.cat(scores, -1)[..., order.argsort()]
+
+    def both_whole(self, images: Encoded, captions: Encoded) -> tuple[Tensor | None, Tensor | None]:
+        """(SGRAF 1) (I,D) and (SGRAF 2) (T,D), once a step, or None where local nodes alone are kept."""
+        self._check_slots(images)
+        if self.training and len(images) < 2:
+            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        if self.kept_nodes == "local":
+            return None, None
+        whole = self.v_global_w(*parts_of(images)), self.t_global_w(*parts_of(captions))
+        if self.training and self.keeps_whole:
+            self.kept = {"image": (images, whole[0]), "text": (captions, whole[1])}
+        return whole
 
     def whole(self, encoded: Encoded, side: str) -> Tensor | None:
         """(SGRAF 1) or (SGRAF 2), None where local nodes alone are kept. In training that of the last `score` where it is of the same rows:
@@ -170,48 +215,9 @@ class SimilarityMatcher(LateInteraction):
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
         return not self.training and self.whole_method and can_tile(captions)
 
-    def _check_slots(self, images: Encoded) -> None:
-        assert images.parts is not None
-        if self.kept_nodes != "local" and images.parts.shape[1] != self.regions:
-            raise ValueError(
-                f"{images.parts.shape[1]} regions an image, but the batch norm of {type(self).__name__} has {self.regions} slots: "
-                f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
-            )
-
     def _block(self, images: Side, captions: Side) -> tuple[Tensor, Tensor]:
         """All images against one chunk of captions, each as (parts, mask, global vectors): (...,I,T) and statistics (T,2)."""
         return self.read(self.nodes(images, captions), self.node_mask(captions[1]))
-
-    def node_mask(self, words: Tensor) -> Tensor:
-        """Which nodes are real, from the mask of the words: (T,L) -> (T,K)."""
-        if self.kept_nodes == "global":
-            return words.new_ones(len(words), 1)
-        return words if self.kept_nodes == "local" else F.pad(words, (1, 0), value=True)
-
-    def nodes(self, images: Side, captions: Side) -> Tensor:
-        """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors), or those of them
-        that are kept."""
-        (parts, mask, whole), (words, _, whole_words) = images, captions
-        kept = []
-        if whole is not None and whole_words is not None:
-            kept.append(l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square())).unsqueeze(2))
-        if self.kept_nodes != "global":
-            kept.append(l2(self.sim_tranloc_w(self._difference(parts, mask, words).square())))
-        return torch.cat(kept, 2)
-
-    def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word. Padded words are zero.
-
-        Equations: docs/methods/sgraf.md#text-to-image-attention.
-        """
-        images, captions, length, width = len(parts), *words.shape
-        weights = attend(parts, mask, words)
-        weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
-        attended = weights.flatten(1, 2) @ parts
-        return attended.view(images, captions, length, width) - words
-
-    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
-        return attend(*parts_of(image), parts_of(caption)[0])[0]
 
 
 def _read_ablations(given: Ablations) -> tuple[Nodes, Readout]:
@@ -222,24 +228,6 @@ def _read_ablations(given: Ablations) -> tuple[Nodes, Readout]:
     if readout not in ("reasoning", "mean"):
         raise ValueError(f"model.options.readout is reasoning or mean, not {readout!r}")
     return nodes, readout
-
-
-def _chunks(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
-    """Rows of `order` (longest first) cut where they would hold more than `budget` words, or padding 15 % of a chunk."""
-    starts = [0]
-    for end, length in enumerate(lengths):
-        longest = lengths[starts[-1]]
-        wide = (end + 1 - starts[-1]) * longest > budget
-        padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
-        if end > starts[-1] and (wide or padded):
-            starts.append(end)
-    return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
-
-def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-    """(I,T,L,R) attention of each word to the regions (docs/methods/sgraf.md#text-to-image-attention)."""
-    attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
-    return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
 
 
 class SGR(SimilarityMatcher):
@@ -263,6 +251,18 @@ class SGR(SimilarityMatcher):
         if self.readout == "reasoning":
             self.SGR_module = nn.ModuleList(GraphReasoning(sim_dim) for _ in range(steps))
         self.options["steps"] = steps
+
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        with torch.no_grad():
+            if not self.whole_method or not can_tile(captions):
+                return None
+        whole_images, whole_captions = self.both_whole(images, captions)
+        if whole_images is None or whole_captions is None:
+            return None
+        with torch.no_grad():
+            scores = tiled_scores(self, images, captions, whole_images, whole_captions)
+        score = functools.partial(chosen_scores, self, whole_images, whole_captions, gram(parts_of(images)[0]))
+        return split_by(scores, score, images, captions, self.recompute)
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         vectors = graph_reasoned(self.SGR_module, nodes, mask, whole=self.kept_nodes != "local")

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from itm.matchers.late.base import parts_of
-from itm.matchers.late.sgraf import SAF, SGR, GraphReasoning, SimilarityMatcher
+from itm.matchers.late.sgraf import SAF, SGR, SGRAF, GraphReasoning, SimilarityMatcher
 from itm.types import Encoded
 
 
 @torch.no_grad()
-def gates(matcher: SAF, image: Encoded, caption: Encoded) -> Tensor:
+def gates(matcher: SAF | SGRAF, image: Encoded, caption: Encoded) -> Tensor:
     """(1+L,) the share of the whole pair, first, and of each token in SAF's sum, as in evaluation; they sum to 1, padding has 0."""
     nodes, mask = _nodes(matcher, image, caption)
     module = matcher.SAF_module
@@ -21,7 +21,7 @@ def gates(matcher: SAF, image: Encoded, caption: Encoded) -> Tensor:
 
 
 @torch.no_grad()
-def edges(matcher: SGR, image: Encoded, caption: Encoded) -> list[Tensor]:
+def edges(matcher: SGR | SGRAF, image: Encoded, caption: Encoded) -> list[Tensor]:
     """One (A,1+L) a step: what node a takes of each node, a row sums to 1. Node 0 is the whole pair; the last step has its row alone."""
     nodes, mask = _nodes(matcher, image, caption)
     z, found = nodes[0], []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itm.config import Strict
 from itm.device import send
-from itm.matchers.late.uarda_threshold import misclassification_cost
+from itm.matchers.late.uarda_threshold import RelevanceThreshold, misclassification_cost
 
 Mismatch = Literal["random", "easiest", "hardest"]
 
@@ -52,6 +52,19 @@ def samples(seen: Observed, own: Tensor, mismatch: Mismatch, step: int) -> tuple
     right = own[best, queries] & ~own.all(0)
     chosen = (seen.mask & right[:, None]).nonzero(as_tuple=True)
     return seen.maxima[best, queries][chosen], seen.maxima[wrong, queries][chosen]
+
+
+def followed_threshold(state: RelevanceThreshold, seen: Observed, mismatch: Mismatch) -> Tensor:
+    """`RelevanceThreshold.followed` by the samples of a batch whose pairs stand on the diagonal of its scores.
+
+    Raises ValueError for scores that are not square.
+    """
+    contexts, queries = seen.scores.shape
+    if contexts != queries:
+        raise ValueError(f"threshold_grad=implicit takes the pairs from the diagonal of the scores, which are {contexts} x {queries} here")
+    own = torch.eye(queries, dtype=torch.bool, device=seen.scores.device)
+    matched, mismatched = samples(seen, own, mismatch, int(state.steps))
+    return state.followed(matched, mismatched) if matched.numel() > 1 else state.t.clone()
 
 
 def separation_loss(matched: Tensor, mismatched: Tensor, t: Tensor, options: SeparationOptions, alpha: float) -> Tensor:

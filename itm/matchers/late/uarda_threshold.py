@@ -135,9 +135,7 @@ class RelevanceThreshold(nn.Module):
         sums = sums if everywhere else all_reduce_sum(sums)
         (n, mp, sp), (_, mn, sn) = _moments(sums[0]), _moments(sums[1])
         enough = n >= max(o.min_words, 2)
-        best = _Threshold.apply(mp, sp, mn, sn, torch.full_like(mp, o.alpha))  # deviations above 0: `_moments` clamps them
-        best = torch.where((best > 0) & (best < 1) & (mp > mn), best, 0.0)
-        best = torch.minimum(best, (mp - o.kappa * sp).clamp(min=0))
+        best = _proposed(mp, sp, mn, sn, o)
         self.steps += 1
         self.updates += enough
         safe = (mp - 3 * sp).clamp(0, 1)
@@ -145,12 +143,29 @@ class RelevanceThreshold(nn.Module):
         self.t_safe.copy_(torch.where(enough, (1 - o.keep) * safe + o.keep * self.t_safe, self.t_safe))
         self.statistics.copy_(torch.where(enough, torch.stack([mp, sp, mn, sn]), self.statistics))
 
+    def followed(self, matched: Tensor, mismatched: Tensor) -> Tensor:
+        """t in force, with the gradient that what `update` makes of these samples has in them: (1 - keep) dt/dx, 0 where t does not move.
+
+        docs/methods/uarda.md#implicit-gradient. matched, mismatched (n,): row maxima of this rank, with gradient.
+        """
+        (n, mp, sp), (_, mn, sn) = _moments(_sums(matched)), _moments(_sums(mismatched))
+        best = (1 - self.options.keep) * _proposed(mp, sp, mn, sn, self.options)
+        moves = (n >= max(self.options.min_words, 2)) & (self.steps >= self.options.warmup_steps)
+        return self.t + torch.where(moves, best - best.detach(), 0.0)
+
     def report(self) -> dict[str, float]:
         """What to log: t, t_safe, mu_pos, sigma_pos, mu_neg, sigma_neg, updates, pruned_matched, pruned_mismatched."""
         names = ("mu_pos", "sigma_pos", "mu_neg", "sigma_neg")
         found = {"t": self.t, "t_safe": self.t_safe, **dict(zip(names, self.statistics, strict=True)), "updates": self.updates}
         found |= {"pruned_matched": self.pruned[0], "pruned_mismatched": self.pruned[1]}
         return {name: float(value) for name, value in found.items()}
+
+
+def _proposed(mp: Tensor, sp: Tensor, mn: Tensor, sn: Tensor, o: ThresholdOptions) -> Tensor:
+    """Step 4 of the update rule: the interior optimum or 0, at most kappa deviations below mu+. Deviations are above 0 (`_moments`)."""
+    best = _Threshold.apply(mp, sp, mn, sn, torch.full_like(mp, o.alpha))
+    best = torch.where((best > 0) & (best < 1) & (mp > mn), best, 0.0)
+    return torch.minimum(best, (mp - o.kappa * sp).clamp(min=0))
 
 
 def _sums(x: Tensor) -> Tensor:

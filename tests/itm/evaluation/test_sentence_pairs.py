@@ -107,7 +107,6 @@ def test_the_command_writes_values_hashes_and_bad_rows_and_computes_them_once(tm
         (["--protocol", "sts", "--pairs", "x.tsv"], "protocol sts needs -c RECIPE or --matcher FOLDER"),
         (["--protocol", "sts", "--matcher", "m"], "protocol sts needs --pairs FILE"),
         (["--protocol", "isd", "--matcher", "m"], "protocol isd needs -c RECIPE"),
-        (["--protocol", "isd", "--matcher", "m", "--matcher", "n"], "is of one matcher, not of an ensemble"),
     ],
 )
 def test_a_protocol_without_what_it_needs_is_refused_in_one_line(capsys, asked, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -114,6 +115,30 @@ def test_int8_and_half_floats_come_out_as_numbers(here, tmp_path):
     vectors = np.array(table["vector"].to_pylist(), np.float32)
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-2)
     assert np.allclose(vectors, np.concatenate([store.sidecar(name).vectors for name in sorted(store.shards)]), atol=1e-3)
+
+
+def test_images_of_one_id_are_one_entry_of_npy_and_different_ones_are_refused(here, tmp_path):
+    first, second, third = scenes(3)
+    same = [replace(record, meta={**record.meta, "image_id": 7}) for record in (first, replace(first, key="again"))]
+    pack(here, [*same, second])
+    stage.teach(recipe(here, IMAGE))
+    (done,) = export_stores("npy", finished_stores(str(here / "train" / "teachers")), str(here / "train"), str(tmp_path))
+    assert sorted(map(str, np.load(done.uri, allow_pickle=True).item())) == ["7", second.key]
+    pack(here, [same[0], replace(third, meta={**third.meta, "image_id": 7}), second])
+    stage.teach(recipe(here, IMAGE))
+    with pytest.raises(ValueError, match=r"00000\.tar: two images of the id 7 have different vectors.*export parquet"):
+        export_stores("npy", finished_stores(str(here / "train" / "teachers")), str(here / "train"), str(tmp_path / "other"))
+    assert not list((tmp_path / "other").glob("*"))
+
+
+def test_a_store_whose_rows_are_of_other_samples_is_not_exported(taught, tmp_path):
+    (store,) = (x for x in finished_stores(str(taught / "train" / "teachers")) if x.modality == "image")
+    rows = store.sidecar("00001.tar")
+    s.write_sidecar(rows.uri, rows.header, [*rows.keys[1:], rows.keys[0]], np.array(rows.vectors, np.float32))
+    with pytest.raises(
+        ValueError, match=rf"00001\.arrow: the row of '{rows.keys[1]}' stands where sample '{rows.keys[0]}' of 00001\.tar is"
+    ):
+        export_stores("parquet", [store], str(taught / "train"), str(tmp_path))
 
 
 def test_what_cannot_be_exported_is_named(taught, tmp_path, capsys):

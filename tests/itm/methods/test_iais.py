@@ -132,6 +132,23 @@ def test_one_positive_a_batch_is_the_authors_step_on_two_pools():
         torch.testing.assert_close(terms[name], value)
 
 
+def test_two_pools_are_the_authors_step_on_either_half_of_the_batch():
+    method = IAIS(uniter(), ranking={"positives": 1, "hard_negatives": 2, "pools": "two"})
+    given = batch(torch.arange(9))
+    first, second = slice(0, 4), slice(4, 9)
+    halves = pool_step(method, given.images[:1], given.captions[first])
+    halves |= pool_step(method, given.images[second], given.captions[second][:1])
+    terms = method(given)
+    assert terms.keys() == halves.keys()
+    for name, value in halves.items():
+        torch.testing.assert_close(terms[name], value)
+    whole = IAIS(method.matcher, ranking={"hard_negatives": 2, "pools": "two"})._mine(given, 0)
+    assert {name: (rows[:, 0].tolist(), int(rows.min()), int(rows.max())) for name, (rows, _) in whole.items()} == {
+        "V": ([0, 1, 2, 3], 0, 3),
+        "L": ([4, 5, 6, 7, 8], 4, 8),
+    }
+
+
 def test_the_weight_grows_as_the_schedule_says():
     method = IAIS(uniter(), weight=8.0, steps=100)
     given = batch()
@@ -143,6 +160,16 @@ def test_the_weight_grows_as_the_schedule_says():
 
 def test_weight_zero_is_the_base_without_alignment():
     assert set(IAIS(uniter(), weight=0.0)(batch())) == {"rank_image", "rank_text"}
+
+
+@pytest.mark.parametrize(("anchors", "left_out"), [(["V"], "iais_text"), (["L"], "iais_image")])
+def test_an_anchor_that_is_left_out_takes_its_term_away_and_nothing_else(anchors, left_out):
+    model = uniter()
+    both, one = IAIS(model)(batch()), IAIS(model, anchors=anchors)(batch())
+    assert set(both) - set(one) == {left_out}
+    assert all(one[name].item() == pytest.approx(both[name].item(), rel=1e-5) for name in one)
+    late = SCAN(vocab_size=30, image={"kind": "regions", "in_width": 6}, text={"kind": "gru", "word_dim": 8, "width": 12})
+    assert left_out not in IAIS(late, anchors=anchors)(batch())
 
 
 @pytest.mark.parametrize("alignment", ["singular", "distributed", "soft"])
@@ -219,7 +246,10 @@ def test_what_has_no_words_and_regions_to_relate_is_refused_with_the_reason():
         ({"alignment": "double"}, "known: singular, distributed, soft"),
         ({"schedule": "cosine"}, "known: exp"),
         ({"counterpart": "x"}, "known: softmax"),
-        ({"ranking": {"margins": 1}}, "loss, margin, hard_negatives, positives, random_steps"),
+        ({"anchors": []}, "a list of V, L or both"),
+        ({"anchors": ["words"]}, "a list of V, L or both, not \\['words'\\]"),
+        ({"anchor": ["V"]}, "no option 'anchor'; did you mean 'anchors'"),
+        ({"ranking": {"margins": 1}}, "loss, margin, hard_negatives, positives, random_steps, pools"),
         ({"ranking": {"hard_negatives": 0}}, "hard_negatives"),
     ],
 )

@@ -85,9 +85,21 @@ def test_edges_of_each_step_are_the_softmax_of_queries_and_keys_and_lead_to_the_
     torch.testing.assert_close(torch.tensor(told["edges"]["share"]), share, atol=3e-6, rtol=0)
 
 
+def test_joint_sgraf_shows_both_and_an_ablated_saf_says_what_it_was_made_with(tmp_path: Path):
+    rows = split(tmp_path / "test")
+    pair = find_pair(str(tmp_path / "test"), rows[3].key)
+    told = explained(matcher_of("sgraf", rows), pair, CPU)
+    assert sum(told["gates"]["gates"]) == pytest.approx(1, abs=1e-4) and len(told["edges"]["steps"]) == 3
+    assert [sum(row) for step in told["edges"]["steps"] for row in step] == pytest.approx(
+        [1] * (2 * len(told["edges"]["nodes"]) + 1), abs=1e-4
+    )
+    lacks = explained(matcher_of("saf", rows, nodes="local"), pair, CPU)["lacks"]
+    assert "gates of the words: this saf was made with nodes=local and readout=reasoning, an ablation" in lacks
+
+
 def test_a_matcher_without_gates_or_graph_says_which_kind_has_them(tmp_path: Path):
     rows = split(tmp_path / "test")
     scan: Matcher = matcher_of("scan", rows)
     lacks = explained(scan, find_pair(str(tmp_path / "test"), rows[0].key), CPU)["lacks"]
-    assert "gates of the words: scan has no gates: saf has them" in lacks
-    assert "edges of the reasoning steps: scan reasons over no graph: sgr does" in lacks
+    assert "gates of the words: scan has no gates: saf and sgraf have them" in lacks
+    assert "edges of the reasoning steps: scan reasons over no graph: sgr and sgraf do" in lacks

@@ -24,6 +24,8 @@ from itm.data.text import WordVocabulary
 from itm.exporters.teachers import export_stores
 from itm.teachers.identity import build_teacher, choice_of
 from itm.teachers.image import StatisticsTeacher
+from itm.teachers.online import Online, OnlineTeachers
+from itm.types import Batch, Captions, Images
 from pipelines.teaching import driver as stage
 from pipelines.teaching.inspection import inspect
 from pipelines.teaching.recompute import verify
@@ -143,6 +145,21 @@ def test_training_reads_one_view_an_epoch_and_the_model_sees_the_crop_of_the_tea
             others = [np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR), float) for crop in crops(sample)]
             assert np.abs(theirs - seen).mean() < 4
             assert np.argmin([np.abs(other - seen).mean() for other in others]) == epoch
+
+
+def test_an_online_teacher_of_views_gives_the_mean_that_a_store_would(here):
+    pack(here, photos(4))
+    wanted = recipe(here, VIEWS)
+    stage.teach(wanted.model_copy(update={"teachers": wanted.teachers.model_copy(update={"dtype": "fp32"})}))
+    online = OnlineTeachers({"image": Online.of(wanted.teachers, "image")}, 64, torch.device("cpu"))
+    payloads = [online.prepare["image"](sample) for sample in samples(here)]
+    empty = Images(torch.arange(4)), Captions(torch.ones(4, 1, dtype=torch.long), torch.ones(4, 1, dtype=torch.bool), torch.arange(4))
+    taught = online.taught(Batch(*empty), {"online_image": payloads}).teacher.image
+    (folder,) = (here / "train" / "teachers").glob("views-*")
+    stored = open_store(str(folder)).sidecar("00000.tar").vectors.reshape(4, 3, -1)
+    assert np.abs(taught.numpy() - stored.mean(1)).max() < 1e-6
+    with pytest.raises(ValueError, match=r"take image out of teachers\.online"):
+        Online.of(wanted.teachers.model_copy(update={"views": "one"}), "image")
 
 
 def test_what_cannot_be_read_one_view_at_a_time_is_refused_by_name(here):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import itm
 from itm.config import Part
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.text import WordVocabulary
@@ -56,6 +57,25 @@ def test_pruned_metrics_are_the_unpruned_ones_and_the_share_the_engine_and_the_t
     assert "pruning" not in plain
 
 
+def test_another_threshold_is_evaluated_under_a_name_of_its_own(tmp_path, capsys):
+    recipe, uri = late_run(tmp_path)
+    plain = evaluate.evaluate(recipe, uri)
+    assert command(recipe, "--matcher", uri, "--eval-threshold", "0.6", "--prune", "on") == 0
+    cut = results(recipe, "evaluation-*-threshold-0.6.json")[0]
+    assert cut["eval_threshold"] == 0.6
+    assert cut["pruning"][0]["p"] > 0
+    changed = Part(kind="uarda", options={**UARDA.options, "eval_threshold": 0.6})
+    inputs = itm.load_matcher(uri).inputs
+    other = build_matcher(changed, inputs)
+    other.load_state_dict(itm.load_matcher(uri).state_dict())
+    save_matcher(other, f"{recipe.folder}/cut")
+    want = evaluate.evaluate(recipe, f"{recipe.folder}/cut")
+    assert cut["metrics"] == want["metrics"]
+    assert evaluate.evaluate(recipe, uri) == json.loads(json.dumps(plain)), "the result of record stands as it was"
+    assert command(recipe, "--matcher", uri, "--eval-threshold", "t") == 0
+    assert results(recipe, "evaluation-*-threshold-t.json")[0]["eval_threshold"] == "t"
+
+
 def test_a_screen_that_proposes_everything_gives_the_exact_metrics_under_a_name_of_its_own(tmp_path, capsys):
     recipe, uri = late_run(tmp_path)
     exact = evaluate.evaluate(recipe, uri)
@@ -82,6 +102,8 @@ def test_auto_keeps_the_wanted_loss_with_the_vectors_of_another_matcher(tmp_path
     ("choice", "message"),
     [
         (["--prune", "on"], "--prune on needs a UARDA matcher"),
+        (["--eval-threshold", "0.3"], "--eval-threshold 0.3 needs a UARDA matcher"),
+        (["--eval-threshold", "high"], "--eval-threshold takes t, t_safe or a number, not 'high'"),
         (["--screen", "many"], "--screen takes a number of candidates or auto, not 'many'"),
         (["--screen", "0"], "--screen takes a number of candidates or auto, not '0'"),
         (["--screen", "auto", "--screen-loss", "2"], "--screen-loss is a share between 0 and 1"),

@@ -50,6 +50,23 @@ def test_padding_of_either_side_changes_no_score():
     torch.testing.assert_close(got, scores(model, *rows()), atol=1e-6, rtol=0)
 
 
+def test_relations_of_a_layer_are_those_of_a_model_that_ends_with_it_and_the_scores_stay():
+    images, captions = rows(lengths=(5, 3, 7))
+    whole, asked = matcher(layers=3), torch.arange(3)
+    encoded = whole.encode_images(images), whole.encode_captions(captions)
+    want = whole.pairs(*encoded, asked)
+    for number in (1, 2, 3):
+        tapped, short = matcher(layers=3, relation_layer=number), matcher(layers=number)
+        tapped.load_state_dict(whole.state_dict())
+        short.load_state_dict({name: value for name, value in whole.state_dict().items() if name in short.state_dict()})
+        found = tapped.pairs(*encoded, asked)
+        torch.testing.assert_close(found.scores, want.scores, atol=0, rtol=0)
+        for ours, theirs in zip(found.relations.blocks, short.pairs(*encoded, asked).relations.blocks, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="relation_layer=4 is none of the layers 1 to 3"):
+        matcher(layers=3, relation_layer=4)
+
+
 def test_a_pair_alone_scores_as_in_the_matrix():
     model, (images, captions) = matcher(), rows()
     matrix = scores(model, images, captions)

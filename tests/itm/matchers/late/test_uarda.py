@@ -221,6 +221,10 @@ def test_unknown_choices_are_named():
         small(threshold={"alfa": 1.0})
     with pytest.raises(ValueError, match="eval_threshold is t, t_safe or a number"):
         small(eval_threshold="safe")
+    with pytest.raises(ValueError, match="threshold_grad=implicit needs weights=expm1, as t cancels in softmax weights"):
+        small(threshold_grad="implicit")
+    with pytest.raises(ValueError, match="threshold_grad is constant or implicit, not 'on'"):
+        small(threshold_grad="on")
     with pytest.raises(ValueError, match="naaf_compat knows direction=t2i only"):
         small(direction="both", threshold={"mode": "naaf_compat"})
 

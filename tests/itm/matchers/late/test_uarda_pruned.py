@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from itm.matchers.late import tiles
 from itm.matchers.late.base import raw_scores
 from itm.matchers.late.uarda import UARDA
 from itm.matchers.late.uarda_pruned import BREAK_EVEN, PARTS, Pruning
@@ -44,6 +45,24 @@ def test_nothing_pruned_and_everything_pruned(t, p):
     assert report["p"] == p
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     assert bool((got == 0).all()) == (p == 1.0)
+
+
+@pytest.mark.parametrize("scores", [1, 40, 1 << 20])
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+def test_tiles_of_any_size_skip_what_is_pruned_and_count_it(direction, scores, monkeypatch):
+    monkeypatch.setitem(tiles.TILE_SCORES, "cpu", scores)
+    monkeypatch.setitem(tiles.IMAGES, "cpu", 4)
+    matcher, left, right = world(direction=direction, eval_threshold=0.3)
+    want = matcher.score(left, right)  # with gradient: neither tiles nor pruning
+    with torch.no_grad():
+        matcher.pruning = Pruning("on")
+        assert matcher.cuts_tiles(right)
+        torch.testing.assert_close(matcher.score(left, right), want.detach(), atol=1e-6, rtol=0)
+    (items, seen), (words, real) = (left.parts, left.mask), (right.parts, right.mask)
+    raw = torch.einsum("ird,tld->itrl", items, words).masked_fill(~(seen[:, None, :, None] & real[None, :, None, :]), -2)
+    top, asked = (raw.amax(2), real[None]) if direction == "t2i" else (raw.amax(3), seen[:, None])
+    cut = ((top <= 0.3) & asked).sum() / asked.expand_as(top).sum()
+    assert matcher.pruning.report()["p"] == pytest.approx(float(cut))
 
 
 def test_a_similarity_that_equals_the_threshold_is_dropped_by_both_engines():
