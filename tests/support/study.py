@@ -337,7 +337,11 @@ the grid cells less the mean of train, and the sentence vector. The shuffled con
 Figures are of the last step, nothing is chosen on the 201 photos; mean ± standard deviation over seeds. Every run trains on kept features
 (`data.cache_features`). These are small models on few photos: rows are compared with each other, not with published figures."""
 DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE, {DUAL_STEPS} steps of {DUAL_BATCH}; CSA and USA with weight 1, the
-student's temperature is that of InfoNCE, the teacher's is tau."""
+student's temperature is that of InfoNCE, the teacher's is tau.
+
+A loop of plain torch with the same losses and 300 steps on the same vectors gave 343.2, 328.4 and 340.8 (2 seeds each) for base, shuffled
+and CUSA with tau 0.1: the order is that of the setting and not of the pipeline. InfoNCE learns its temperature: alone it ends at 0.025,
+with soft labels at 0.05. The true teacher is above its shuffled control; here it is not above no teacher."""
 LATE_ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {LATE_STEPS} steps of {LATE_BATCH}, triplet loss (its mean);
 weights of CSA and USA as published for SGR and SAF, those of SGR for SCAN and UARDA; temperatures begin with {LATE_TAU}."""
 
