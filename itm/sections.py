@@ -203,6 +203,11 @@ class Train(Encoders):
     checkpoint_activations: bool = Field(
         False, description="make the encoders' activations again in the backward pass instead of keeping them: less memory, more time"
     )
+    hardest_pairs: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto = a triplet loss of the hardest negatives keeps activations of the pairs that its gradient reaches alone, where "
+        "pairs do not depend on each other (scan, sgr, uarda); off = of all pairs",
+    )
     shard_weights: bool = Field(
         False, description="FSDP2 instead of DDP: each worker keeps a share of weights, gradients and optimiser state; one worker keeps all"
     )

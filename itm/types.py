@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,13 @@ class Pairs:
 
     scores: Tensor
     relations: Relations | None = None
+
+
+class SplitScore(NamedTuple):
+    """`Matcher.score` in two passes: scores (I,T) without gradient, and of_pairs(image rows (P,), caption rows (P,)) -> (P,) with it."""
+
+    scores: Tensor
+    of_pairs: Callable[[Tensor, Tensor], Tensor]
 
 
 class ImageForm(Protocol):
@@ -269,6 +276,10 @@ class Matcher(Prepared):
         """Matrices (I,T) whose ranking losses a method adds up: the score, but for a matcher that trains several scores at once."""
         return [self.score(images, captions)]
 
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        """In the place of `score` where a loss reaches few pairs. None where pairs depend on each other, or it would save nothing."""
+        return None
+
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs."""
         return False
@@ -344,6 +355,8 @@ class Method(nn.Module):
     matcher: Matcher
     needs_teacher: tuple[str, ...] = ()
     """Modalities, of image and text, whose teacher vectors a batch must hold."""
+    hardest_pairs: bool = True
+    """Where a loss reaches few pairs, the others are scored without gradient (`train.hardest_pairs`)."""
 
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """Weighted losses by name. step: optimiser steps taken; chunk: rows that are encoded at a time (`train.cache_chunk`)."""

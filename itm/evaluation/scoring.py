@@ -115,7 +115,7 @@ def _alone(rows: Raw | Encoded | Sequence[Encoded]) -> Raw | Encoded | Sequence[
 
 
 def _per_member(given: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
-    rows: Raw | Encoded | Sequence[Raw | Encoded] = list(given.each) if isinstance(given, Rows) and given.each else given  # type: ignore[assignment]
+    rows: Raw | Encoded | Sequence[Raw | Encoded] = list(given.each) if isinstance(given, Rows) and given.each else given
     if isinstance(rows, Sequence) and len(rows) != members:
         raise ValueError(f"{members} matchers, but {len(rows)} {what} encodings")
     if isinstance(rows, Encoded) and members > 1:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from itm.methods.encode import batch_positives, encode
-from itm.methods.terms import build_term, matcher_terms, mean_score, ranked
+from itm.methods.hardest_pairs import score_and_loss
+from itm.methods.terms import build_term, matcher_terms
 from itm.types import Batch, Matcher, Method
 
 
@@ -27,7 +28,7 @@ class Matching(Method):
     def forward(self, batch: Batch, step: int = 0, chunk: int | None = None) -> dict[str, Tensor]:
         """{`loss`: scalar}, and what the matcher adds (see `Matcher.training_terms`)."""
         self.term.clamp_()
-        each = self.matcher.training_scores(*encode(self.matcher, batch, self.gather, chunk))
+        encoded = encode(self.matcher, batch, self.gather, chunk)
         positives = batch_positives(batch, self.gather)
-        found = {self.loss: ranked(self.term, each, positives, step)}
-        return found | matcher_terms(self.matcher, mean_score(each), positives, batch)
+        scores, loss = score_and_loss(self.matcher, encoded, self.term, positives, step, self.hardest_pairs)
+        return {self.loss: loss} | matcher_terms(self.matcher, scores, positives, batch)

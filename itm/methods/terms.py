@@ -36,6 +36,10 @@ class Term(nn.Module):
     def clamp_(self) -> None:
         """Bring temperatures back into their range; called at the start of every forward pass of a method."""
 
+    def reaches_few_pairs(self, step: int) -> bool:
+        """Whether most entries of d loss / d scores are 0 at this step, and no parameter of the term has a gradient."""
+        return False
+
     def forward(self, scores: Tensor, positives: Tensor, step: int) -> Tensor:
         """The weighted loss, a scalar. scores (I,T), positives (I,T) bool; step: optimiser steps already taken."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its loss is")

@@ -41,11 +41,13 @@ class TripletTerm(Term):
         self.register_buffer("flat_steps", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reported = False
 
+    def reaches_few_pairs(self, step: int) -> bool:
+        return self.options.hardest and step >= self.options.warmup_steps
+
     def forward(self, scores: Tensor, positives: Tensor, step: int = 0) -> Tensor:
         o = self.options
         self._watch(scores.detach(), step)
-        hardest = o.hardest and step >= o.warmup_steps
-        loss = triplet_loss(scores, positives, margin=o.margin, hardest=hardest, official=o.official)
+        loss = triplet_loss(scores, positives, margin=o.margin, hardest=self.reaches_few_pairs(step), official=o.official)
         return o.weight * (loss if o.reduction == "sum" else loss / len(scores))
 
     def _watch(self, scores: Tensor, step: int) -> None:

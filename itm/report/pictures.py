@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ from markupsafe import Markup
 
 from itm.report.charts import curves, densities, histogram, matrix
 from itm.report.looks import Look, looks
-from itm.report.thresholds import density
 
 BLOCKS = {
     "LL": "S_LL: words to words",
@@ -130,6 +130,11 @@ def _gaussians(state: Told, low: float, high: float) -> dict[str, list[tuple[flo
         "matched": [(x, density(x, state["mu_pos"], state["sigma_pos"])) for x in xs],
         "mismatched": [(x, density(x, state["mu_neg"], state["sigma_neg"])) for x in xs],
     }
+
+
+def density(x: float, mean: float, deviation: float) -> float:
+    """The normal density."""
+    return math.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
 
 
 def likeness(histograms: Mapping[str, Told]) -> list[Drawn]:

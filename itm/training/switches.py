@@ -20,6 +20,7 @@ from itm.types import Method
 def build_step(method: Method, train: Train, rate: Callable[[int], float], seed: int, device: torch.device) -> Step:
     """method: fresh, on the CPU, the same on all ranks. Raises ValueError for what this machine cannot do."""
     freeze(method.matcher, train)
+    method.hardest_pairs = train.hardest_pairs == "auto"
     sharded = train.shard_weights and world_size() > 1
     if train.compile:
         check_compiler(device)

@@ -47,6 +47,6 @@ class WordGRU(Encoder):
         check_tokens(captions, self.embed.num_embeddings)
         parts = read_words(self.rnn, self.dropout(self.embed(captions.tokens)), captions.host.mask.sum(1))
         if self.rnn.bidirectional:
-            parts = (parts[..., : self.width] + parts[..., self.width :]) / 2
+            parts = parts.unflatten(2, (2, self.width)).mean(2)
         parts = l2(parts) if self.normalize else parts
         return Encoded(vector=masked_mean(parts, captions.mask), parts=parts, mask=captions.mask)

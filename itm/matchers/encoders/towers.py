@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from itm.data.text import brief
 from itm.device import send
+from itm.matchers.encoders import packed_gru
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.cells import averaged, read_back
 from itm.matchers.norms import masked_mean
@@ -302,6 +303,8 @@ def read_words(rnn: nn.GRU, words: Tensor, lengths: Tensor) -> Tensor:
 
     As packing with enforce_sorted=False, which would fetch the order of the rows from a GPU again.
     """
+    if packed_gru.serves(rnn, words):
+        return packed_gru.read_packed(rnn, words, lengths)
     longest_first, order = lengths.sort(descending=True)
     there, back = send(order, words.device), send(order.argsort(), words.device)
     packed = pack_padded_sequence(words.index_select(0, there), longest_first, batch_first=True)

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from itm.kinds import refuse_unknown
 from itm.matchers.late.base import LateInteraction, Towers, attended_norm, gram, parts_of, raw_scores, zero_padding
+from itm.matchers.late.pairs import PairRows, split_by
 from itm.matchers.late.tiles import attended_squares, can_tile, form_of, tiled_relevance
 from itm.matchers.norms import EPS, guarded_norm, l1, l2
-from itm.types import Encoded
+from itm.types import Encoded, SplitScore
 
 Direction = Literal["t2i", "i2t"]
 RawNorm = Literal["clipped_l2norm", "l2norm", "clipped", "no_norm", "softmax", "clipped_l1norm", "l1norm"]
@@ -108,19 +109,40 @@ class SCAN(LateInteraction):
             scores[rows, chosen] = found if t2i else found.T
         return scores
 
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        with torch.no_grad():
+            if not self.cuts_tiles(captions):
+                return None
+            scores = self._tiled(images, captions)
+        grams = gram(parts_of(images if self.cross_attn == "t2i" else captions)[0])
+        return split_by(scores, functools.partial(self._pair_scores, grams), images, captions, self.recompute)
+
+    def _pair_scores(self, grams: Tensor, pairs: PairRows) -> Tensor:
+        """(n,). grams (N,C,C) of all contexts."""
+        if self.cross_attn == "t2i":
+            raw, queries, query_mask, context_mask, context = pairs.raw, pairs.words, pairs.word_mask, pairs.region_mask, pairs.image
+        else:
+            raw, queries, query_mask, context_mask, context = pairs.raw.mT, pairs.regions, pairs.region_mask, pairs.word_mask, pairs.caption
+        most = context_mask.shape[1]
+        grams, query_mask = grams[:, :most, :most].index_select(0, context), query_mask.unsqueeze(1)
+        relevance = cosines_of(raw, self._weigh(raw, query_mask, context_mask), guarded_norm(queries).mT, grams)
+        return aggregate(relevance, query_mask, self.agg_func, self.lambda_lse).squeeze(1)
+
     def _relevance(self, query: Encoded, context: Encoded) -> Tensor:
         """r (Nc,Nq,Q): cosine of each query item with the context as it attends to it (docs/methods/scan.md#attention)."""
         raw, weights = self._attend(query, context)
-        norms = guarded_norm(zero_padding(*parts_of(query))).squeeze(-1) * attended_norm(weights, gram(parts_of(context)[0]))
-        return (weights * raw).sum(-1) / norms.clamp(min=EPS)
+        return cosines_of(raw, weights, guarded_norm(zero_padding(*parts_of(query))).squeeze(-1), gram(parts_of(context)[0]))
 
     def _attend(self, query: Encoded, context: Encoded) -> tuple[Tensor, Tensor]:
         """Raw scores and attention weights, each (Nc,Nq,Q,C)."""
         (queries, query_mask), (items, context_mask) = parts_of(query), parts_of(context)
         raw = raw_scores(zero_padding(queries, query_mask), items)
+        return raw, self._weigh(raw, query_mask, context_mask)
+
+    def _weigh(self, raw: Tensor, query_mask: Tensor, context_mask: Tensor) -> Tensor:
         attention = normalise_raw(raw, self.raw_feature_norm, query_mask)
         logits = (self.lambda_softmax * attention).masked_fill(~context_mask[:, None, None, :], -torch.inf)
-        return raw, logits.softmax(-1)
+        return logits.softmax(-1)
 
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
         if self.cross_attn == "t2i":
@@ -132,8 +154,13 @@ class SCAN(LateInteraction):
         return float(self.lambda_softmax)
 
 
+def cosines_of(raw: Tensor, weights: Tensor, norms: Tensor, grams: Tensor) -> Tensor:
+    """(Nc,Nq,Q) of raw scores and weights (Nc,Nq,Q,C), norms of the queries (Nq,Q) or (Nc,1,Q), and grams (Nc,C,C)."""
+    return (weights * raw).sum(-1) / (norms * attended_norm(weights, grams)).clamp(min=EPS)
+
+
 def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:
-    """The raw norm over the query axis, per context item. raw (Nc,Nq,Q,C) with zero rows at padded queries.
+    """The raw norm over the query axis, per context item. raw (Nc,Nq,Q,C) with zero rows at padded queries; mask (Nq,Q) or (Nc,1,Q).
 
     Table: docs/methods/scan.md#attention.
     """
@@ -144,16 +171,16 @@ def normalise_raw(raw: Tensor, kind: RawNorm, query_mask: Tensor) -> Tensor:
     if kind.endswith("l1norm"):
         return l1(raw, dim=2)
     if kind == "softmax":
-        return raw.masked_fill(~query_mask[None, :, :, None], -torch.inf).softmax(2)
+        return raw.masked_fill(~query_mask[..., None], -torch.inf).softmax(2)
     return raw
 
 
 def aggregate(relevance: Tensor, query_mask: Tensor, kind: Aggregation, lambda_lse: float) -> Tensor:
-    """(Nc,Nq,Q) -> (Nc,Nq) over the real query items. LogSumExp = log(sum exp(lambda r)) / lambda.
+    """(Nc,Nq,Q) -> (Nc,Nq) over the real query items, mask (Nq,Q) or (Nc,1,Q). LogSumExp = log(sum exp(lambda r)) / lambda.
 
     Table: docs/methods/scan.md#score.
     """
-    padded = ~query_mask[None]
+    padded = ~query_mask
     if kind == "LogSumExp":
         return (lambda_lse * relevance).masked_fill(padded, -math.inf).logsumexp(-1) / lambda_lse
     if kind == "Max":

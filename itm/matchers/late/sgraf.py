@@ -8,6 +8,7 @@ padded. SGRAF is the mean of the scores of one SGR and one SAF, trained apart: `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypedDict, Unpack
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from itm.matchers.late.base import LateInteraction, attended_norm, gram, parts_of, raw_scores
+from itm.matchers.late.base import LateInteraction, gram, parts_of, raw_scores
+from itm.matchers.late.pairs import like_length, split_by
+from itm.matchers.late.sgraf_blocks import attend, chosen_scores, packed_nodes, packs, unit_weights
 from itm.matchers.late.sgraf_modules import (
     AttentionFiltration,
     GraphReasoning,
@@ -29,12 +32,9 @@ from itm.matchers.late.sgraf_modules import (
 from itm.matchers.late.sgraf_tiles import tiled_scores
 from itm.matchers.late.tiles import can_tile
 from itm.matchers.norms import full, l2, xavier
-from itm.types import Encoded, Images, Options
+from itm.types import Encoded, Images, Options, SplitScore
 
 __all__ = ["SAF", "SGR", "SGRAF", "AttentionFiltration", "GraphReasoning", "SlotNorm"]
-
-LAMBDA = 9.0
-"""Temperature of the text-to-image attention, fixed in the authors' code."""
 
 Nodes = Literal["all", "local", "global"]
 Readout = Literal["reasoning", "mean"]
@@ -103,27 +103,21 @@ class SimilarityVectors(LateInteraction):
     def nodes(self, images: Side, captions: Side) -> Tensor:
         """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors), or those of them
         that are kept."""
-        (parts, mask, whole), (words, _, whole_words) = images, captions
+        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
         kept = []
         if whole is not None and whole_words is not None:
             kept.append(l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square())).unsqueeze(2))
-        if self.kept_nodes != "global":
-            kept.append(l2(self.sim_tranloc_w(self._difference(parts, mask, words).square())))
-        return torch.cat(kept, 2)
-
-    def _difference(self, parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-        """x_w - C_w (I,T,L,D): attended unit image vector of each word minus the word. Padded words are zero.
-
-        Equations: docs/methods/sgraf.md#text-to-image-attention.
-        """
-        images, captions, length, width = len(parts), *words.shape
-        weights = attend(parts, mask, words)
-        weights = weights / (attended_norm(weights, gram(parts)).unsqueeze(-1) + 1e-8)
-        attended = weights.flatten(1, 2) @ parts
-        return attended.view(images, captions, length, width) - words
+        if self.kept_nodes == "global":
+            return kept[0]
+        weights = unit_weights(raw_scores(words, parts), mask, gram(parts))
+        if kept and packs(parts):
+            return packed_nodes(weights, parts, words, word_mask, self.sim_tranloc_w, kept[0].squeeze(2))
+        attended = (weights.flatten(1, 2) @ parts).view(len(parts), *words.shape)
+        return torch.cat([*kept, l2(self.sim_tranloc_w((attended - words).square()))], 2)
 
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
-        return attend(*parts_of(image), parts_of(caption)[0])[0]
+        (parts, mask), (words, _) = parts_of(image), parts_of(caption)
+        return attend(raw_scores(words, parts), mask)[0]
 
     def _check_slots(self, images: Encoded) -> None:
         assert images.parts is not None
@@ -145,7 +139,7 @@ class SimilarityMatcher(SimilarityVectors):
     chunk_elements: int = 1 << 24
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """nodes (I,T,K,S) with the global node first, mask (T,K) -> score vectors (I,T,S) and batch statistics a caption (T,2)."""
+        """nodes (I,T,K,S) with the global node first, mask (T,K) or (I,T,K) -> score vectors (I,T,S), statistics a caption (T,2)."""
         raise NotImplementedError
 
     def reason_unmasked(self, nodes: Tensor) -> Tensor:
@@ -178,19 +172,14 @@ class SimilarityMatcher(SimilarityVectors):
     def _scores(self, images: Encoded, captions: Encoded) -> Tensor:
         """(...,I,T): what `read` gives of all pairs."""
         (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
-        self._check_slots(images)
-        if self.training and len(images) < 2:
-            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
-        if self.cuts_tiles(captions):
-            return tiled_scores(self, images, captions)
-        whole_images = None if self.kept_nodes == "local" else self.v_global_w(regions, region_mask)
-        whole_captions = None if self.kept_nodes == "local" else self.t_global_w(words, word_mask)
-        if self.training and self.keeps_whole and whole_images is not None and whole_captions is not None:
-            self.kept = {"image": (images, whole_images), "text": (captions, whole_captions)}
+        whole_images, whole_captions = self.both_whole(images, captions)
+        if self.cuts_tiles(captions) and whole_images is not None and whole_captions is not None:
+            return tiled_scores(self, images, captions, whole_images, whole_captions)
+        width = self.sim_eval_w.in_features if packs(regions) else self.width  # of what a chunk keeps
         lengths = word_mask.sum(1)
         order = lengths.argsort(descending=True, stable=True)
         scores, statistics = [], []
-        for chosen in _chunks(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * self.width))):
+        for chosen in like_length(order, lengths[order].tolist(), max(1, self.chunk_elements // (len(images) * width))):
             longest = int(lengths[chosen[0]])
             chunk = words[chosen, :longest], word_mask[chosen, :longest], None if whole_captions is None else whole_captions[chosen]
             inputs = (regions, region_mask, whole_images), chunk
@@ -201,6 +190,18 @@ class SimilarityMatcher(SimilarityVectors):
         if self.training:
             self.track(torch.cat(statistics))
         return torch.cat(scores, -1)[..., order.argsort()]
+
+    def both_whole(self, images: Encoded, captions: Encoded) -> tuple[Tensor | None, Tensor | None]:
+        """(SGRAF 1) (I,D) and (SGRAF 2) (T,D), once a step, or None where local nodes alone are kept."""
+        self._check_slots(images)
+        if self.training and len(images) < 2:
+            raise ValueError("batch norm of SGR and SAF needs at least 2 images a training step: raise train.batch_size, or call eval()")
+        if self.kept_nodes == "local":
+            return None, None
+        whole = self.v_global_w(*parts_of(images)), self.t_global_w(*parts_of(captions))
+        if self.training and self.keeps_whole:
+            self.kept = {"image": (images, whole[0]), "text": (captions, whole[1])}
+        return whole
 
     def whole(self, encoded: Encoded, side: str) -> Tensor | None:
         """(SGRAF 1) or (SGRAF 2), None where local nodes alone are kept. In training that of the last `score` where it is of the same rows:
@@ -229,24 +230,6 @@ def _read_ablations(given: Ablations) -> tuple[Nodes, Readout]:
     return nodes, readout
 
 
-def _chunks(order: Tensor, lengths: list[int], budget: int) -> list[Tensor]:
-    """Rows of `order` (longest first) cut where they would hold more than `budget` words, or padding 15 % of a chunk."""
-    starts = [0]
-    for end, length in enumerate(lengths):
-        longest = lengths[starts[-1]]
-        wide = (end + 1 - starts[-1]) * longest > budget
-        padded = (end + 1 - starts[-1]) * longest > 1024 and length < 0.7 * longest
-        if end > starts[-1] and (wide or padded):
-            starts.append(end)
-    return [order[a:b] for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
-
-
-def attend(parts: Tensor, mask: Tensor, words: Tensor) -> Tensor:
-    """(I,T,L,R) attention of each word to the regions (docs/methods/sgraf.md#text-to-image-attention)."""
-    attention = l2(F.leaky_relu(raw_scores(words, parts), 0.1), dim=2)
-    return (LAMBDA * attention).masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
-
-
 class SGR(SimilarityMatcher):
     """Similarity graph reasoning: `steps` graph steps over the nodes; the score is read from the global node, else from their mean."""
 
@@ -268,6 +251,18 @@ class SGR(SimilarityMatcher):
         if self.readout == "reasoning":
             self.SGR_module = nn.ModuleList(GraphReasoning(sim_dim) for _ in range(steps))
         self.options["steps"] = steps
+
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        with torch.no_grad():
+            if not self.whole_method or not can_tile(captions):
+                return None
+        whole_images, whole_captions = self.both_whole(images, captions)
+        if whole_images is None or whole_captions is None:
+            return None
+        with torch.no_grad():
+            scores = tiled_scores(self, images, captions, whole_images, whole_captions)
+        score = functools.partial(chosen_scores, self, whole_images, whole_captions, gram(parts_of(images)[0]))
+        return split_by(scores, score, images, captions, self.recompute)
 
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         vectors = graph_reasoned(self.SGR_module, nodes, mask, whole=self.kept_nodes != "local")

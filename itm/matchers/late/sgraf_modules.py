@@ -95,21 +95,16 @@ class GraphReasoning(nn.Module):
 
     def edges(self, asking: Tensor, nodes: Tensor, mask: Tensor) -> Tensor:
         """(P,A,K) what each of the nodes `asking` (P,A,S) takes of each node; a row sums to 1."""
-        if torch.is_grad_enabled():
-            logits = self.graph_query_w(asking) @ self.graph_key_w(nodes).transpose(1, 2)
-        else:
-            logits = self._queries(asking) @ nodes.transpose(1, 2)
+        logits = F.linear(asking, *self._joined()) @ nodes.transpose(1, 2)
         return full(logits).masked_fill(~mask[:, None], -torch.inf).softmax(-1)
 
-    def _queries(self, asking: Tensor) -> Tensor:
-        """Query and key layer as one: terms constant in a row vanish in the softmax. No gradient for the key bias.
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Query and key layer as one: terms constant in a row vanish in the softmax, so the gradient of the key bias is 0, and said to be.
 
         Item 6 of docs/methods/sgraf.md#exact-transformations.
         """
-        return F.linear(asking, *self._joined())
-
-    def _joined(self) -> tuple[Tensor, Tensor]:
-        return self.graph_key_w.weight.T @ self.graph_query_w.weight, self.graph_query_w.bias @ self.graph_key_w.weight
+        query, key = self.graph_query_w, self.graph_key_w
+        return key.weight.T @ query.weight, query.bias @ key.weight + 0.0 * key.bias
 
     def unmasked(self, nodes: Tensor, last: bool) -> Tensor:
         """The same without gradient, for nodes (P,K,S) that are all real, in their type."""
@@ -182,9 +177,9 @@ class AttentionFiltration(nn.Module):
 
 
 def graph_reasoned(steps: nn.ModuleList, nodes: Tensor, mask: Tensor, whole: bool = True) -> Tensor:
-    """nodes (I,T,K,S), mask (T,K) -> (I,T,S) after the steps: the node of the whole pair, which is the first; without one their mean."""
+    """nodes (I,T,K,S), mask (T,K) or (I,T,K) -> (I,T,S) after the steps: the first node, of the whole pair; without one their mean."""
     images, captions = nodes.shape[:2]
-    z, real = nodes.flatten(0, 1), mask.repeat(images, 1)
+    z, real = nodes.flatten(0, 1), mask.expand(nodes.shape[:3]).flatten(0, 1)
     for k, step in enumerate(steps):
         z = step(z, real, last=whole and k == len(steps) - 1)
     return (z[:, 0] if whole else masked_mean(z, real)).view(images, captions, -1)

@@ -39,34 +39,28 @@ class Scorer(Protocol):
     sim_tranloc_w: nn.Linear
     sim_tranglo_w: nn.Linear
 
-    @property
-    def v_global_w(self) -> nn.Module: ...
-
-    @property
-    def t_global_w(self) -> nn.Module: ...
-
     def read_unmasked(self, nodes: Tensor) -> Tensor:
         """Unit nodes (P,K,S) in the type of the products, all real, the global one first -> scores (P,) at least float32."""
         ...
 
 
-def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded) -> Tensor:
-    """(I,T) of a matcher in evaluation mode."""
+def tiled_scores(matcher: Scorer, images: Encoded, captions: Encoded, whole_images: Tensor, whole_captions: Tensor) -> Tensor:
+    """(I,T) of a matcher whose pairs do not depend on each other, with the global vectors (I,D), (T,D)."""
     (regions, region_mask), (words, word_mask) = parts_of(images), parts_of(captions)
     device, kind = regions.device.type, product_dtype(regions)
-    whole_images, whole_captions = matcher.v_global_w(regions, region_mask), matcher.t_global_w(words, word_mask)
     scores = regions.new_empty(len(images), len(captions))
     with torch.autocast(device, enabled=False):
         block = _Block(matcher, kind, regions, region_mask)
         for chosen, length in equal_lengths(word_mask, WORDS.get(device, 1024)):
             texts = words.transpose(0, 1)[:length, chosen].flatten(0, 1)
             together = max(1, NODES.get(device, 1 << 14) // ((length + 1) * len(chosen)))
-            for rows in torch.arange(len(images)).split(together):
+            for start in range(0, len(images), together):
+                rows = slice(start, min(start + together, len(images)))
                 attended = block.attention(texts, rows, length)
                 local = block.local(texts.to(kind), attended, rows, max(1, WORDS.get(device, 1024) // len(texts)))
                 glob = (whole_images[rows, None] - whole_captions[None, chosen]).square_().to(kind).flatten(0, 1)
                 nodes = _nodes(block.glob(glob), local, length, len(chosen))
-                scores[rows[:, None], chosen] = matcher.read_unmasked(nodes).view(len(rows), len(chosen)).to(scores.dtype)
+                scores[rows, chosen] = matcher.read_unmasked(nodes).view(-1, len(chosen)).to(scores.dtype)
     return scores
 
 
@@ -81,22 +75,22 @@ class _Block:
     def glob(self, x: Tensor) -> Tensor:
         return linear(x, self.matcher.sim_tranglo_w)
 
-    def attention(self, texts: Tensor, rows: Tensor, length: int) -> Tensor:
+    def attention(self, texts: Tensor, rows: slice, length: int) -> Tensor:
         """texts (L*T,D), word by word -> weights (I,L*T,R) such that weights @ regions are unit vectors."""
         ours = self.regions[rows]
         raw = product(ours.flatten(0, 1), texts.to(self.kind)).to(self.grams.dtype).view(*ours.shape[:2], length, -1)
         weights = form_of(unit_weights, self.matcher.fuse_tiles)(raw, self.grams[rows], None if self.mask is None else self.mask[rows])
         return weights.flatten(2).mT.to(self.kind)
 
-    def local(self, texts: Tensor, weights: Tensor, rows: Tensor, together: int) -> Tensor:
+    def local(self, texts: Tensor, weights: Tensor, rows: slice, together: int) -> Tensor:
         """(I,L*T,S): squared differences, projected `together` images at a time."""
         found = []
-        for ours, images in zip(weights.split(together), rows.split(together), strict=True):
-            difference = texts.new_empty(len(images), *texts.shape)
-            for place, row in enumerate(images.tolist()):
-                torch.mm(ours[place], self.regions[row], out=difference[place]).sub_(texts).square_()
+        for ours, regions in zip(weights.split(together), self.regions[rows].split(together), strict=True):
+            difference = texts.new_empty(len(ours), *texts.shape)
+            for own, parts, out in zip(ours, regions, difference, strict=True):
+                torch.mm(own, parts, out=out).sub_(texts).square_()
             found.append(linear(difference.flatten(0, 1), self.matcher.sim_tranloc_w))
-        return torch.cat(found).view(len(rows), len(texts), -1)
+        return torch.cat(found).view(len(weights), len(texts), -1)
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -9,6 +9,7 @@ matched and mismatched fragments, re-estimated while they move. No code was publ
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import ClassVar, Literal, TypedDict, TypeVar, Unpack
 
 import torch
@@ -19,12 +20,13 @@ from itm.config import Strict
 from itm.kinds import refuse_unknown
 from itm.matchers.late.base import LateInteraction, Towers, gram, parts_of, raw_scores
 from itm.matchers.late.naaf import walked_scores
+from itm.matchers.late.pairs import split_by
 from itm.matchers.late.tiles import can_tile, form_of, tiled_relevance
-from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, tile_relevance
+from itm.matchers.late.uarda_attention import MOST_GROWTH, Attention, chosen_scores, observed_relevance, pooled_tiles, tile_relevance
 from itm.matchers.late.uarda_pruned import Pruning
 from itm.matchers.late.uarda_separation import Observed, SeparationOptions, followed_threshold, samples, separation_loss
 from itm.matchers.late.uarda_threshold import RelevanceThreshold, ThresholdOptions, relevance_threshold
-from itm.types import Encoded, Options
+from itm.types import Encoded, Options, SplitScore
 
 __all__ = ["UARDA", "SeparationOptions", "ThresholdOptions", "relevance_threshold"]
 
@@ -88,13 +90,15 @@ class UARDA(LateInteraction):
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T): mean of r over all valid query items, pruned ones included; `both` adds the two directions."""
-        total: Tensor | float = 0.0
-        for direction in self.thresholds:
-            query, context = (captions, images) if direction == "t2i" else (images, captions)
-            scores = self._directed(direction, query, context)
-            total = total + (scores if direction == "t2i" else scores.T)
-        assert isinstance(total, Tensor)
-        return total
+        return _sum(self.thresholds, images, captions, self._directed)
+
+    def split_score(self, images: Encoded, captions: Encoded) -> SplitScore | None:
+        with torch.no_grad():  # none where thresholds move within the batch or have a gradient, or maxima of all pairs have one
+            if self.rule.mode != "batch" or self.separation.weight or self.implicit or not self._can_tile(captions):
+                return None
+            scores = _sum(self.thresholds, images, captions, functools.partial(self._tiled, observe=self.training))
+        known = {d: (gram(parts_of(images if d == "t2i" else captions)[0]), self._threshold(d)) for d in self.thresholds}
+        return split_by(scores, functools.partial(chosen_scores, self.attend, known), images, captions, self.recompute)
 
     def _directed(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
         t = self._threshold(direction)
@@ -125,36 +129,34 @@ class UARDA(LateInteraction):
 
     def cuts_tiles(self, captions: Encoded) -> bool:
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
-        if self.training or self.attend.weights != "softmax" or not can_tile(captions):
+        return not self.training and self._can_tile(captions)
+
+    def _can_tile(self, captions: Encoded) -> bool:
+        if self.attend.weights != "softmax" or not can_tile(captions):
             return False
         return all(self.attend.lambda_softmax * (1 - float(self._threshold(d))) < MOST_GROWTH for d in self.thresholds)
 
     def _prunes(self) -> bool:
         return self.pruning is not None and not self.training and not torch.is_grad_enabled()
 
-    def _tiled(self, direction: str, query: Encoded, context: Encoded) -> Tensor:
-        """(Nc,Nq), the same scores without gradient."""
+    def _tiled(self, direction: str, query: Encoded, context: Encoded, observe: bool = False) -> Tensor:
+        """(Nc,Nq), the same scores without gradient. observe: keep for `training_terms` what they are made of."""
         t2i, t = direction == "t2i", self._threshold(direction)
         images, captions = (context, query) if t2i else (query, context)
-        scores = parts_of(context)[0].new_empty(len(context), len(query))
-        attend = functools.partial(form_of(tile_relevance, self.fuse_tiles), t=float(t), smooth=self.attend.lambda_softmax)
+        form = form_of(observed_relevance if observe else tile_relevance, self.fuse_tiles)
+        attend = functools.partial(form, t=float(t), smooth=self.attend.lambda_softmax)
         tiles = tiled_relevance(images, captions, direction, attend)
-        if self.pruning is not None:
+        if self.pruning is not None and not observe:
             tiles = self.pruning.tiles(images, captions, direction, float(t), self.attend.lambda_softmax)
-        for rows, chosen, relevance, mask in tiles:
-            found = (relevance * mask).sum(-1) / mask.sum(-1)
-            if t2i:
-                scores[rows, chosen] = found
-            else:
-                scores[chosen, rows] = found
+        scores, maxima = pooled_tiles(direction, query, context, tiles, observe)
+        if maxima is not None:
+            self.observed[direction] = Observed(maxima, parts_of(query)[1], scores)
         return scores
 
     def weights(self, image: Encoded, caption: Encoded) -> Tensor:
         t2i = "t2i" in self.thresholds
-        query, context = (caption, image) if t2i else (image, caption)
-        raw = raw_scores(parts_of(query)[0], parts_of(context)[0])
-        e = self.attend.unnormalised(raw, parts_of(context)[1], self._threshold("t2i" if t2i else "i2t"))[0]
-        shares = e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+        (queries, _), (items, mask) = (parts_of(rows) for rows in ((caption, image) if t2i else (image, caption)))
+        shares = self.attend.shares(raw_scores(queries, items), mask, self._threshold("t2i" if t2i else "i2t"))[0]
         return shares if t2i else shares.mT
 
     def _state(self, direction: str) -> RelevanceThreshold:
@@ -182,6 +184,12 @@ class UARDA(LateInteraction):
                 state.update(matched.detach(), mismatched.detach(), everywhere=len(scores) != rows)
         self.observed = {}
         return {"separation": torch.stack(losses).sum()} if losses else {}
+
+
+def _sum(directions: Iterable[str], images: Encoded, captions: Encoded, scores: Callable[[str, Encoded, Encoded], Tensor]) -> Tensor:
+    """(I,T) of scores(direction, query, context) (Nc,Nq) of every direction."""
+    found = [scores(d, captions, images) if d == "t2i" else scores(d, images, captions).T for d in directions]
+    return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 
 def _check(o: Choices, rule: ThresholdOptions) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from itm.matchers.late.base import parts_of
+from itm.matchers.late.pairs import PairRows
 from itm.matchers.late.tiles import attended_squares
 from itm.matchers.norms import l2
+from itm.types import Encoded
 
 MOST_GROWTH = 40  # (exp(40) x regions)^2 is still a float32
 
@@ -42,6 +46,29 @@ def weights_above(raw: Tensor, t: float, smooth: float) -> Tensor:
     return F.threshold((raw - t).mul_(smooth).exp_(), 1.0, 0.0, inplace=True)
 
 
+def observed_relevance(raw: Tensor, grams: Tensor, context_mask: Tensor | None, t: float, smooth: float) -> Tensor:
+    """(2,Nc,Q,Nq): `tile_relevance`, and the largest raw score of each query item."""
+    top = (raw if context_mask is None else raw.masked_fill(~context_mask[:, :, None, None], -torch.inf)).amax(1)
+    return torch.stack([tile_relevance(raw, grams, context_mask, t, smooth), top])
+
+
+Tile = tuple[slice, Tensor, Tensor, Tensor]
+
+
+def pooled_tiles(direction: str, query: Encoded, context: Encoded, tiles: Iterator[Tile], observed: bool) -> tuple[Tensor, Tensor | None]:
+    """Scores (Nc,Nq) of tiles of relevance, and with `observed`, where they are of `observed_relevance`, row maxima (Nc,Nq,Q)."""
+    query_mask, items = parts_of(query)[1], parts_of(context)[0]
+    scores = items.new_empty(len(context), len(query))
+    maxima = items.new_full((len(context), *query_mask.shape), -torch.inf) if observed else None
+    for rows, chosen, related, mask in tiles:
+        place: tuple[slice | Tensor, ...] = (rows, chosen) if direction == "t2i" else (chosen, rows)
+        if maxima is not None:
+            maxima[(*place, slice(mask.shape[1]))] = related[1]
+        relevance = related if maxima is None else related[0]
+        scores[place] = (relevance * mask).sum(-1) / mask.sum(-1)
+    return scores, maxima
+
+
 @dataclass
 class Attention:
     """How a query attends to its context above t. weights: softmax | expm1 (continuous in t) | scan (l2 over queries, lambda 9)."""
@@ -61,6 +88,11 @@ class Attention:
         alive = square > 1e-16
         return torch.where(alive, (e * raw).sum(-1) / torch.where(alive, square, 1.0).sqrt(), 0.0)
 
+    def shares(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
+        """(Nc,Nq,Q,C) the weights such that a row sums to 1, or to 0 where nothing passes t."""
+        e = self.unnormalised(raw, context_mask, t)
+        return e / e.sum(-1, keepdim=True).clamp(min=torch.finfo(e.dtype).tiny)
+
     def unnormalised(self, raw: Tensor, context_mask: Tensor, t: Tensor | float) -> Tensor:
         """e (Nc,Nq,Q,C) >= 0: weights up to a factor a row, 0 for s <= t. The row maximum is taken out, so that e <= 1."""
         keep = (raw > t) & context_mask[:, None, None, :]
@@ -73,3 +105,17 @@ class Attention:
         if self.weights == "expm1":
             e = e - torch.exp(self.lambda_softmax * (t - top).clamp(max=0.0))
         return e * keep
+
+
+def chosen_scores(attend: Attention, known: dict[str, tuple[Tensor, Tensor | float]], pairs: PairRows) -> Tensor:
+    """(n,). known {direction: (grams (N,C,C) of all contexts, threshold of this step)}."""
+    found = []
+    for direction, (grams, t) in known.items():
+        if direction == "t2i":
+            raw, mask, context_mask, context = pairs.raw, pairs.word_mask, pairs.region_mask, pairs.image
+        else:
+            raw, mask, context_mask, context = pairs.raw.mT, pairs.region_mask, pairs.word_mask, pairs.caption
+        most = context_mask.shape[1]
+        relevance = attend.relevance(raw, grams[:, :most, :most].index_select(0, context), context_mask, t).squeeze(1)
+        found.append((relevance * mask).sum(-1) / mask.sum(-1))
+    return torch.stack(found).sum(0)
