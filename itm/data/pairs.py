@@ -92,7 +92,7 @@ class Pairs:
             row_of[sample] = i
             target = {name: array[i] for name, array in columns.items()}
             try:
-                found = self.inputs.image_columns(rows["data"][i], self._draw(epoch, rows["key"][i]), target)
+                found = self.inputs.image_columns(rows["data"][i], crop_of(self.fetch, epoch, rows["key"][i]), target)
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error)).row()
                 continue
@@ -102,13 +102,6 @@ class Pairs:
                 if value is not target.get(name):  # else it was decoded right into its place
                     columns[name][i] = value
         return columns
-
-    def _draw(self, epoch: int, key: str) -> Draw:
-        """The numbers of an image's crop: its own, or those of the view that its teacher vector is of."""
-        store = self.fetch.stores.get("image")
-        if store is None or store.crops is None:
-            return draw(self.fetch.plan.seed, epoch, key)
-        return draw(store.crops, epoch % store.views, key)
 
     def _words(self, rows: Columns) -> Columns:
         """tokens (N, max_length) int64 and token_mask (N, max_length) bool; zero and False in the rows of problems."""
@@ -164,6 +157,14 @@ def _payload(prepare: Payload, rows: Columns, row: int, modality: str) -> bytes 
         return prepare(Caption(rows["caption"][row], rows["text"][row], json.loads(rows["caption_meta"][row])))
     except ValueError as error:
         return str(error)
+
+
+def crop_of(fetch: Fetch, epoch: int, key: str) -> Draw:
+    """The numbers of an image's crop: its own, or those of the view that its teacher vector is of."""
+    store = fetch.stores.get("image")
+    if store is None or store.crops is None:
+        return draw(fetch.plan.seed, epoch, key)
+    return draw(store.crops, epoch % store.views, key)
 
 
 def _take(values: np.ndarray | list[object], rows: np.ndarray) -> np.ndarray | list[object]:

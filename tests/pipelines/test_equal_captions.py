@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,10 +130,14 @@ def test_a_shard_that_is_not_that_of_the_manifest_is_named(here, embedded):
 
 
 @pytest.mark.e2e
-def test_ray_finds_the_same_texts(tmp_path, monkeypatch, ray_local):
-    pack(tmp_path, records(TEXTS))
-    prepare = build_teacher(wanted(tmp_path).teachers.text, "text").prepare
-    asked = str(tmp_path / "train"), read_manifest(str(tmp_path / "train")).shards, prepare
-    found = {said["shard"]: list(said["digests"]) for said in equal_captions.digests_of(*asked)}
-    assert found == {said["shard"]: said["digests"] for said in digests_here(*asked)}
-    assert len(found) == 3
+def test_a_store_made_over_ray_has_the_bytes_of_one_made_here(tmp_path, monkeypatch, ray_local):
+    monkeypatch.setattr(stage, "_tracked", lambda *a: nullcontext())
+    for name in ("there", "here"):
+        pack(tmp_path / name, records(TEXTS))
+    there = Path(stage.teach(wanted(tmp_path / "there"))["text"])
+    monkeypatch.setattr(stage, "_score", score_here)
+    monkeypatch.setattr(equal_captions, "digests_of", digests_here)
+    here = Path(stage.teach(wanted(tmp_path / "here"))["text"])
+    made = {f.name: f.read_bytes() for f in there.glob("*.*")}
+    assert made == {f.name: f.read_bytes() for f in here.glob("*.*")}
+    assert {"00000.arrow", "00001.arrow", "00002.arrow", "store.json", "equal_captions.json"} <= made.keys()
