@@ -188,7 +188,31 @@ class Pruning(Protocol):
     def report(self) -> dict[str, Any]: ...
 
 
-class Matcher(nn.Module):
+class Prepared(nn.Module):
+    """A module that carries the preparation of what it reads."""
+
+    _inputs: MatcherInputs | None = None
+
+    @property
+    def inputs(self) -> MatcherInputs:
+        """How raw images and texts become inputs. Raises ValueError for a matcher that was made without."""
+        if self._inputs is None:
+            raise ValueError("this matcher was made without inputs; itm.load_matcher and build_matcher give them, or set matcher.inputs")
+        return self._inputs
+
+    @inputs.setter
+    def inputs(self, inputs: MatcherInputs) -> None:
+        self._inputs = copy.copy(inputs)  # its target is this matcher's own, and whoever gave it prepares where it did before
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda` and `cpu` of this module or of one around it come to: the inputs follow the weights."""
+        moved = super()._apply(fn, recurse)
+        if self._inputs is not None:
+            self._inputs.target = next((p.device for p in self.parameters()), self._inputs.target)
+        return moved
+
+
+class Matcher(Prepared):
     """Encode, encode, score. A kind of matcher subclasses this; whatever is asked of a matcher from outside is declared here.
 
     `encode_images`, `encode_captions` and `score` must be given, and `options`, from which `type(matcher)(vocab_size=..., **options)`
@@ -233,7 +257,6 @@ class Matcher(nn.Module):
     """A method sets this where it reads `whole` after `score`, which then keeps what it made of the same rows in training."""
     fuse_tiles: bool = False
     """Without gradient, run what `score` does to a tile as torch.compile makes it."""
-    _inputs: MatcherInputs | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,24 +334,6 @@ class Matcher(nn.Module):
     def attention(self, images: Encoded, captions: Encoded) -> Tensor | None:
         """(N,L,K): for row-aligned pairs, the weight of each image part for each word; None where nothing attends."""
         return None
-
-    @property
-    def inputs(self) -> MatcherInputs:
-        """How raw images and texts become inputs. Raises ValueError for a matcher that was made without."""
-        if self._inputs is None:
-            raise ValueError("this matcher was made without inputs; itm.load_matcher and build_matcher give them, or set matcher.inputs")
-        return self._inputs
-
-    @inputs.setter
-    def inputs(self, inputs: MatcherInputs) -> None:
-        self._inputs = copy.copy(inputs)  # its target is this matcher's own, and whoever gave it prepares where it did before
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda` and `cpu` of this module or of one around it come to: the inputs follow the weights."""
-        moved = super()._apply(fn, recurse)
-        if self._inputs is not None:
-            self._inputs.target = next((p.device for p in self.parameters()), self._inputs.target)
-        return moved
 
 
 def _with_uni(encode: Callable[[Any, Any], Encoded], side: str) -> Callable[[Any, Any], Encoded]:

@@ -105,7 +105,7 @@ def _featured(recipe: Recipe, photos: Split) -> Split:
     made, start = {}, time.perf_counter()
     for data in some:
         photo = decode(data, choices.image.exif)
-        pixels = fit(photo, choices.image.size, choices.image.crop)[None]
+        pixels = np.stack([fit(photo, choices.image.size, choices.image.crop)])
         with torch.inference_mode():
             parts = encoder(as_images({"pixels": pixels}, np.zeros(1))).parts
         if parts is None:

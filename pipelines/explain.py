@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from itm.arguments import read_from, written_to
@@ -31,7 +31,6 @@ from pipelines.cli import recipe_arguments, recipe_from, script
 
 if TYPE_CHECKING:
     from itm.data.formats import Json
-    from itm.types import Matcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,20 +92,11 @@ def explain(
 
     where, place = resolve_device(device), files.absolute(shards)
     pair = find_pair(place, image, caption)
-    matchers = named({name: member for uri in models for name, member in _members(uri, itm.load_matcher(uri, allow=allow))})
+    matchers = named({uri: itm.load_matcher(uri, allow=allow) for uri in models})
     about = {"image": pair.image.key, "shard": pair.shard, "caption": pair.caption.id, "text": pair.caption.text, "own": pair.own}
     told: Json = {"format": FORMAT, "shards": shards, "pair": about}
     told["models"] = {name: explained(matcher, pair, where) for name, matcher in matchers.items()}
     return told, render_pair(told, data_uri(pair.image.image, PHOTO) if pair.image.image else "")
-
-
-def _members(uri: str, matcher: Matcher) -> Iterator[tuple[str, Matcher]]:
-    """The matcher by its URI; a mean is explained by its members, each by the URI, its number and its kind."""
-    members = matcher.averaged
-    if len(members) == 1:
-        yield uri, matcher
-    else:
-        yield from ((f"{uri} {number} {member.kind}", member) for number, member in enumerate(members, 1))
 
 
 if __name__ == "__main__":

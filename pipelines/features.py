@@ -72,8 +72,8 @@ def features(recipe: Recipe, splits: list[str] | None = None, overwrite: bool = 
     if unknown := set(splits or []) - set(known):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this recipe; there are: {', '.join(known)}")
     assert recipe.features.photos is not None
-    pairs = {name: (files.join(recipe.features.photos, name), files.join(recipe.data.root, name)) for name in splits or known}
-    return {name: _split(recipe, choices, *map(files.absolute, pair), overwrite) for name, pair in pairs.items()}
+    photos, root = files.absolute(recipe.features.photos), files.absolute(recipe.data.root)
+    return {name: _split(recipe, choices, files.join(photos, name), files.join(root, name), overwrite) for name in splits or known}
 
 
 def check(recipe: Recipe) -> None:

@@ -117,7 +117,7 @@ class FirstRecipe:
             lines.append(f"  root: {_quoted(self.photos)}  # where itm pack writes")
         else:
             lines.append(f"  root: {_quoted(self.finding.root)}  # shards that are there already: nothing is packed")
-        lines += [f"  train_split: {_quoted(self.train)}", *self._judged()]
+        lines += [f"  train_split: {_quoted(self.train)}", *judged(self.finding, self.train)]
         if self.finding.image == "regions":
             lines += ["  image: regions", f"  max_regions: {max(1, seen.regions)}"]
         else:
@@ -137,16 +137,6 @@ class FirstRecipe:
     def photos(self) -> str:
         """Where the shards of photos lie."""
         return f"runs/{self.name}/shards" if self.finding.source is not None else self.finding.root
-
-    def _judged(self) -> list[str]:
-        """The lines of the splits that validate and test."""
-        roles = dict(self.finding.splits)
-        test = roles.get("test") or roles.get("val")
-        val = roles.get("val") if roles.get("test") else None
-        lines = [f"  val_split: {_quoted(val)}" if val else "  val_split: ''  # no images to choose weights by: the last are kept"]
-        if test:
-            return [*lines, f"  test_split: {_quoted(test)}"]
-        return [*lines, f"  test_split: {_quoted(self.train)}  # no other images here: the figures say nothing about new ones"]
 
     @property
     def image_size(self) -> int:
@@ -169,17 +159,7 @@ class FirstRecipe:
             )
         if self.on_towers:
             return REAL
-        longest = max(8, min(64, self.seen.words + 4))
-        wide = 256 if self.machine.gpu else 128
-        image = "{kind: conv}"
-        if self.finding.image == "regions":
-            image = f"{{kind: regions, in_width: {self.seen.region_width}, width: {4 * wide}}}"
-        return (
-            f"text: {{kind: words, max_length: {longest}}}  # a vocabulary of the training captions\n"
-            "model:  # small and from scratch; `itm init --model NAME` fine-tunes a CLIP instead\n"
-            f"  kind: dual\n  options: {{image: {image}, text: {{kind: pooled_gru}}, width: {wide}}}\n"
-            "method: {kind: matching, options: {loss: contrastive, tau: 0.07}}\n"
-        )
+        return small_model(self.finding, self.seen, self.machine)
 
     def _train(self) -> str:
         batch, steps = self._course
@@ -198,6 +178,32 @@ class FirstRecipe:
     @property
     def _course(self) -> tuple[int, int]:
         return course_for(self._pairs, bool(self.machine.gpu), self.pretrained is not None)
+
+
+def small_model(finding: Finding, seen: Survey, machine: Machine) -> str:
+    """The lines of a vocabulary and a small dual encoder that is trained from scratch."""
+    longest = max(8, min(64, seen.words + 4))
+    wide = 256 if machine.gpu else 128
+    image = "{kind: conv}"
+    if finding.image == "regions":
+        image = f"{{kind: regions, in_width: {seen.region_width}, width: {4 * wide}}}"
+    return (
+        f"text: {{kind: words, max_length: {longest}}}  # a vocabulary of the training captions\n"
+        "model:  # small and from scratch; `itm init --model NAME` fine-tunes a CLIP instead\n"
+        f"  kind: dual\n  options: {{image: {image}, text: {{kind: pooled_gru}}, width: {wide}}}\n"
+        "method: {kind: matching, options: {loss: contrastive, tau: 0.07}}\n"
+    )
+
+
+def judged(finding: Finding, train: str) -> list[str]:
+    """The lines of the splits that validate and test."""
+    roles = dict(finding.splits)
+    test = roles.get("test") or roles.get("val")
+    val = roles.get("val") if roles.get("test") else None
+    lines = [f"  val_split: {_quoted(val)}" if val else "  val_split: ''  # no images to choose weights by: the last are kept"]
+    if test:
+        return [*lines, f"  test_split: {_quoted(test)}"]
+    return [*lines, f"  test_split: {_quoted(train)}  # no other images here: the figures say nothing about new ones"]
 
 
 def index_only(recipe: FirstRecipe) -> str:

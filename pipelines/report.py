@@ -24,17 +24,15 @@ from itm.data import files
 from itm.data.formats import Json, read_json
 from itm.data.manifest import full_key
 from itm.data.shards import index_shard, read_manifest, read_range
-from itm.report.answers import FORMAT as QUERIES
-from itm.report.answers import disagreements
+from itm.report.disagreements import FORMAT as QUERIES
+from itm.report.disagreements import disagreements
 from itm.report.explain_page import PHOTO
-from itm.report.page import Page, render
-from itm.report.pair import find_pair
+from itm.report.page import render
+from itm.report.shown import Page
 from itm.report.thumbnails import data_uri
 from pipelines.cli import recipe_arguments, recipe_from, script
 from pipelines.evaluating import FORMAT
-from pipelines.evaluating.measured import measured
-from pipelines.evaluating.result import queries_of
-from pipelines.reporting.pictures import pictures_of
+from pipelines.evaluating.measured import answers_of, measured
 from pipelines.training import FORMAT as RUN_FORMAT
 
 if TYPE_CHECKING:
@@ -92,7 +90,7 @@ def page_of(recipe: Recipe, compare: Sequence[str] = (), pictures: bool = True) 
     others = {files.name_of(folder): folder for folder in map(_plain, compare)}
     history = _history(recipe.folder) if trained.get("run_id") else None
     losses = _losses(recipe.folder)
-    shown = pictures_of(recipe, evaluation, trained, losses) if pictures else {}
+    shown = _pictures(recipe, evaluation, trained, losses) if pictures else {}
     differ, unknown = _disagreements(recipe.folder, others)
     return Page(
         title=recipe.name,
@@ -113,16 +111,22 @@ def page_of(recipe: Recipe, compare: Sequence[str] = (), pictures: bool = True) 
     )
 
 
+def _pictures(recipe: Recipe, evaluation: Json, trained: Json, losses: Sequence[Mapping[str, float]]) -> Json:
+    from pipelines.reporting.pictures import pictures_of
+
+    return pictures_of(recipe, evaluation, trained, losses)
+
+
 def _disagreements(own: str, others: Mapping[str, str]) -> tuple[dict[str, Json], list[str]]:
     """By name of a compared run, the queries that it and this one answered differently; and why there are none of a run."""
     found, lacks = {}, []
-    queries = {folder: _json(queries_of(files.join(folder, "evaluation.json")), QUERIES) for folder in (own, *others.values())}
+    queries = {folder: _json(answers_of(files.join(folder, "evaluation.json")), QUERIES) for folder in (own, *others.values())}
     for name, folder in others.items():
         if folder.rstrip("/") == own.rstrip("/"):
             continue
         lost = [where for where in (own, folder) if not queries[where]]
         if lost:
-            lacks.append(f"what {name} got right and this run wrong: {lost[0]} has no evaluation.queries.json; evaluate it again")
+            lacks.append(f"what {name} got right and this run wrong: {lost[0]} has no answers.json; evaluate it again")
         else:
             found[name] = disagreements(queries[own], queries[folder])
     return found, lacks
@@ -249,6 +253,8 @@ def _photo(pictures: Json) -> str:
     """The image of the pair that the pictures are of, larger than a thumbnail; '' where there is none."""
     if "pair" not in pictures:
         return ""
+    from itm.report.pair import find_pair
+
     image = find_pair(pictures["pair"]["shard"].rpartition("/")[0], pictures["pair"]["image"]).image.image
     return data_uri(image, PHOTO) if image else ""
 

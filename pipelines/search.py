@@ -26,7 +26,9 @@ from itm.device import HELP
 from pipelines.cli import allow_argument, script
 
 if TYPE_CHECKING:
-    from itm.retrieval.engine import Find, Hits
+    from typing import Unpack
+
+    from itm.retrieval.engine import Find, Hits, Place
     from itm.types import Matcher
 
 
@@ -69,8 +71,7 @@ def search(
     image: str | None = None,
     k: int = 5,
     find: Find | None = None,
-    index: str | None = None,
-    device: str = "auto",
+    **place: Unpack[Place],
 ) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`; `find` asks for the other kind of answer.
 
@@ -78,7 +79,7 @@ def search(
     """
     from itm.retrieval import engine
 
-    return engine.search(text, model=model, shards=shards, image=image, k=k, find=find, index=index, device=device)
+    return engine.search(text, model=model, shards=shards, image=image, k=k, find=find, **place)
 
 
 def page(found: Hits) -> str:

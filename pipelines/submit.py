@@ -177,8 +177,8 @@ class Wanted:
         if code:
             parcel.add_code()
         named = {name for recipe in self.recipes for name in (*packages_of(recipe.model_dump(mode="json")), *recipe.allow)}
-        for place in own_packages({*named, *getattr(self.args, "allow", [])}):
-            parcel.add_package(place)
+        for package in own_packages({*named, *getattr(self.args, "allow", [])}):
+            parcel.add_package(package)
         given = getattr(self.args, "recipe", None)
         if isinstance(given, str) and (path := recipe_path(given).resolve()).parent != RECIPES:
             parcel.add_recipe(self.args, path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itm.benchmarks.scoring import World, alternate
+from itm.benchmarks.measuring import World, alternate
 from itm.evaluation.scoring import score_matrix
 from itm.matchers.late.base import parts_of, raw_scores
 from itm.matchers.late.tiles import tiled_relevance

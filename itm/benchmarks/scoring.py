@@ -11,17 +11,17 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from itm.benchmarks import pruning
 from itm.benchmarks.arguments import add_arguments
+from itm.benchmarks.measuring import REGIONS, WIDTH, World, alternate, world
 from itm.benchmarks.published_loops import naaf_loop, scan_loop, sgraf_loop
 from itm.data.files import write_atomic
 from itm.evaluation.dataset import names_of
@@ -35,7 +35,7 @@ from itm.matchers.late.tiles import product
 from itm.matchers.late.uarda import UARDA
 from itm.types import Encoded, Matcher
 
-REGIONS, WIDTH, SIMILARITY, STEPS = 36, 1024, 256, 3
+SIMILARITY, STEPS = 256, 3
 THRESHOLD = 0.1
 COCO_5K_PAIRS = 5_000 * 25_000
 
@@ -68,29 +68,6 @@ class Row:
     def coco_5k(self) -> float:
         """Minutes that 5,000 x 25,000 pairs would take at our rate."""
         return COCO_5K_PAIRS / self.ours_wall / 60
-
-
-@dataclass(frozen=True)
-class World:
-    images: Encoded
-    captions: Encoded
-    ragged: list[Tensor]
-    every: int
-
-
-def world(images: int, captions: int, every: int, device: str) -> World:
-    """Unit parts with a common mean; lengths 6 + Poisson(8.5), start and end included. Caption n describes image n mod `images`."""
-    generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator)
-    common = 0.8 * random(1, 1, WIDTH)
-    regions = F.normalize(random(images, REGIONS, WIDTH) + common, dim=-1)
-    lengths = (6 + torch.poisson(torch.full((captions,), 8.5), generator=generator)).long().clamp(max=33)
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    own = regions[torch.arange(captions) % images][:, torch.randint(0, REGIONS, (mask.shape[1],), generator=generator)]
-    words = F.normalize(random(captions, mask.shape[1], WIDTH) + common + 32 * own, dim=-1) * mask[..., None]
-    ragged = [row[:n].contiguous().to(device) for row, n in zip(words, lengths.tolist(), strict=True)]
-    left = Encoded(parts=regions, mask=torch.ones(images, REGIONS, dtype=torch.bool))
-    return World(left.to(device), Encoded(parts=words, mask=mask).to(device), ragged[::every], every)
 
 
 def competitors(kind: str, where: World) -> tuple[Any, Callable[[torch.dtype], Tensor]]:
@@ -159,25 +136,6 @@ def compare(kind: str, where: World, rounds: int, rates: dict[str, float], fuse:
     ]
 
 
-def alternate(
-    works: dict[str, Callable[[], Tensor]], rounds: int, device: str
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float], dict[str, Tensor]]:
-    """(CPU, wall) seconds of every round, peak MB above the start, and the results, by name; one warm-up round, which is not timed."""
-    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
-    memory, results = {}, {}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            before = _peak(device, reset=True)
-            _wait(device)
-            cpu, wall = time.process_time(), time.perf_counter()
-            results[name] = work()
-            _wait(device)
-            if turn:
-                spans[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-            memory[name] = (_peak(device) - before) / 1e6
-    return spans, memory, results
-
-
 def flops(kind: str, length: float) -> float:
     """Floating-point operations of the large products that our form needs for a pair (docs/methods/sgraf.md#cost-of-a-pair)."""
     attention, nodes = 2 * REGIONS * WIDTH * length, length + 1
@@ -223,26 +181,6 @@ def coco_5k(rounds: int, device: str) -> dict[str, float]:
     spans, memory, _ = alternate({"scores": scoring, "metrics": metrics}, rounds, device)
     found = {f"{name}_{kind}": statistics.median(s[k] for s in spans[name]) for name in spans for k, kind in enumerate(("cpu", "wall"))}
     return found | {"metrics_mb": memory["metrics"], "scores_mb": memory["scores"]}
-
-
-def _peak(device: str, reset: bool = False) -> float:
-    """Largest memory in bytes since the last reset; a reset gives what is held now. 0 where the system does not tell."""
-    if device != "cpu":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.max_memory_allocated())
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0.0)
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def table(rows: list[Row]) -> str:
@@ -298,8 +236,6 @@ def run(args: argparse.Namespace) -> int:
 
 def pruned(where: World, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Shows what UARDA's threshold saves; its rows."""
-    from itm.benchmarks import pruning
-
     rows = pruning.measure(where, args.rounds, args.device)
     print(f"UARDA, {args.images} images, {args.captions} captions, with and without pruning:\n{pruning.table(rows)}", flush=True)
     return [asdict(row) for row in rows]

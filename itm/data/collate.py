@@ -37,4 +37,4 @@ def to_batch(columns: pa.Table | Mapping[str, np.ndarray]) -> Batch:
     tokens = torch.from_numpy(columns["tokens"][:, :longest].copy())
     captions = Captions(tokens, torch.from_numpy(mask[:, :longest].copy()), torch.from_numpy(ids))
     teacher = {name: torch.from_numpy(columns[f"teacher_{name}"]) for name in ("image", "text") if f"teacher_{name}" in columns}
-    return Batch(as_images(image, ids), captions, SoftLabels(**teacher) if teacher else None)
+    return Batch(as_images(image, ids), captions, SoftLabels(each=(), **teacher) if teacher else None)

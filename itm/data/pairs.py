@@ -65,7 +65,7 @@ class Pairs:
         """The columns of one batch that `fetch` read. Raises ValueError when not one pair can be used."""
         rows = to_columns(fetched)
         images = self._images(rows)
-        words = self._words(rows) | {f"online_{modality}": self._payloads(rows, modality) for modality in self.online}
+        words = self._words(rows) | {f"online_{modality}": _payloads(prepare, rows, modality) for modality, prepare in self.online.items()}
         problems, keep = rows["problem"], {name: value for name, value in rows.items() if name not in READ}
         good = [i for i, problem in enumerate(problems) if problem is None]
         if not good:
@@ -103,23 +103,6 @@ class Pairs:
                     columns[name][i] = value
         return columns
 
-    def _payloads(self, rows: Columns, modality: str) -> list[bytes]:
-        """What the teacher is given of each row, empty in the rows of problems. Of rows of one sample the first is prepared."""
-        found: dict[tuple[str, str, str], bytes | str] = {}
-        payloads = [b""] * len(rows["key"])
-        for i, (shard, key, caption) in enumerate(zip(rows["shard"], rows["key"], rows["caption"], strict=True)):
-            if rows["problem"][i] is not None:
-                continue
-            place = (shard, key, caption if modality == "text" else "")
-            if place not in found:
-                found[place] = _payload(self.online[modality], rows, i, modality)
-            payload = found[place]
-            if isinstance(payload, bytes):
-                payloads[i] = payload
-            else:
-                rows["problem"][i] = Problem(key, shard, "teach", f"no {modality} teacher vector: {payload}").row()
-        return payloads
-
     def _draw(self, epoch: int, key: str) -> Draw:
         """The numbers of an image's crop: its own, or those of the view that its teacher vector is of."""
         store = self.fetch.stores.get("image")
@@ -153,6 +136,24 @@ class Pairs:
             except ValueError as error:
                 rows["problem"][i] = Problem(rows["key"][i], rows["shard"][i], "train", str(error), "caption").row()
         return done
+
+
+def _payloads(prepare: Payload, rows: Columns, modality: str) -> list[bytes]:
+    """What a teacher is given of each row, empty in the rows of problems. Of rows of one sample the first is prepared."""
+    found: dict[tuple[str, str, str], bytes | str] = {}
+    payloads = [b""] * len(rows["key"])
+    for i, (shard, key, caption) in enumerate(zip(rows["shard"], rows["key"], rows["caption"], strict=True)):
+        if rows["problem"][i] is not None:
+            continue
+        place = (shard, key, caption if modality == "text" else "")
+        if place not in found:
+            found[place] = _payload(prepare, rows, i, modality)
+        payload = found[place]
+        if isinstance(payload, bytes):
+            payloads[i] = payload
+        else:
+            rows["problem"][i] = Problem(key, shard, "teach", f"no {modality} teacher vector: {payload}").row()
+    return payloads
 
 
 def _payload(prepare: Payload, rows: Columns, row: int, modality: str) -> bytes | str:

@@ -49,7 +49,7 @@ def score_matrix(
     where = resolve_device(device)
     members = list(matcher) if isinstance(matcher, Sequence) else [matcher]
     if len(members) == 1:
-        images, captions = (rows[0] if isinstance(rows, Sequence) and len(rows) == 1 else rows for rows in (images, captions))
+        images, captions = _alone(images), _alone(captions)
         members = list(members[0].averaged)
     left: Sequence[Images | Encoded] = _per_member(images, len(members), "image")
     right: Sequence[Captions | Encoded] = _per_member(captions, len(members), "caption")
@@ -109,9 +109,13 @@ def _scoring(matcher: Matcher, device: torch.device, precision: str) -> Iterator
         yield
 
 
-def _per_member(rows: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
-    if isinstance(rows, Rows) and rows.each:
-        rows = list(rows.each)
+def _alone(rows: Raw | Encoded | Sequence[Encoded]) -> Raw | Encoded | Sequence[Encoded]:
+    """The encoding of the one matcher that there is, whether or not it stands in a list."""
+    return rows[0] if isinstance(rows, Sequence) and len(rows) == 1 else rows
+
+
+def _per_member(given: Raw | Encoded | Sequence[Encoded], members: int, what: str) -> Sequence[Raw | Encoded]:
+    rows: Raw | Encoded | Sequence[Raw | Encoded] = list(given.each) if isinstance(given, Rows) and given.each else given
     if isinstance(rows, Sequence) and len(rows) != members:
         raise ValueError(f"{members} matchers, but {len(rows)} {what} encodings")
     if isinstance(rows, Encoded) and members > 1:

@@ -35,7 +35,7 @@ def gather_encoded(encoded: Encoded, gather: Gather) -> Encoded:
     if not gather or world_size() == 1:
         return encoded
     ragged = ("parts", "mask")
-    return Encoded(**{name: _gather(value, name in ragged, gather) for name, value in encoded.present().items()})
+    return Encoded(each=(), **{name: _gather(value, name in ragged, gather) for name, value in encoded.present().items()})
 
 
 def _gather(x: Tensor, ragged: bool, gather: Gather) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from itm.report.charts import Series, bars, curves, histogram, meter
 from itm.report.looks import looks
 from itm.report.sections import sections_of, training_charts
+from itm.report.shown import Evaluation, Losses, Page
 
 RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"), ("semantic_r1", "semantic R@1"))
 FRACTIONS = (("map_at_r", "mAP@R"), ("r_precision", "R-precision"))
@@ -30,36 +30,6 @@ COMPARED = ("rsum", "t2i_r1", "i2t_r1", "t2i_semantic_r1", "i2t_semantic_r1", "t
 PACE = ("lr", "samples_per_s", "rejected")
 TEMPLATES = Path(__file__).parent / "templates"
 T = TypeVar("T")
-
-Evaluation = Mapping[str, Any]
-"""The content of an evaluation.json."""
-Losses = Sequence[Mapping[str, float]]
-"""The rows of a losses.jsonl."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the page shows. `others`, `other_losses`: by name, of the runs to compare with; `thumbnails`: image key -> data URI;
-    `lineage`: label -> text; `validations`: rows of step and metrics, `other_validations` of the compared runs; `missing`: what is not
-    here, and what would bring it; `protocols`: name -> evaluation of the same weights by another protocol or on another split; `pictures`:
-    the numbers of the pictures (pictures.json), `photo`: the image of their pair, a data URI; `disagreements`: name of a compared run ->
-    `itm.report.answers.disagreements`."""
-
-    title: str
-    about: str
-    evaluation: Evaluation
-    losses: Losses = ()
-    others: Mapping[str, Evaluation] = field(default_factory=dict)
-    other_losses: Mapping[str, Losses] = field(default_factory=dict)
-    thumbnails: Mapping[str, str] = field(default_factory=dict)
-    lineage: Mapping[str, str] = field(default_factory=dict)
-    validations: Losses = ()
-    missing: Sequence[str] = ()
-    other_validations: Mapping[str, Losses] = field(default_factory=dict)
-    protocols: Mapping[str, Evaluation] = field(default_factory=dict)
-    pictures: Mapping[str, Any] = field(default_factory=dict)
-    photo: str = ""
-    disagreements: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Figure(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ from markupsafe import Markup
 
 from itm.report.charts import curves, densities, histogram, matrix
 from itm.report.looks import Look, looks
-from itm.report.thresholds import density
 
 BLOCKS = {
     "LL": "S_LL: words to words",
@@ -46,16 +46,19 @@ class Strip(NamedTuple):
 
 
 def relation_rows(models: Mapping[str, Told]) -> list[tuple[str, list[Drawn]]]:
-    """For each block its drawings, one a model that has relations, all on one scale; of a single model two rows, by what is compared."""
+    """For each block its drawings, one a model that has relations; of a single model two rows, by what is compared. A row has one scale."""
     shown = {name: told["relations"] for name, told in models.items() if "relations" in told}
-    rows = []
-    for block, title in BLOCKS.items() if shown else ():
-        most = max(max(map(max, found[block])) for found in shown.values())
-        rows.append((title, [Drawn(name, Markup(matrix(found[block], _sides(block, found), most))) for name, found in shown.items()]))
-    if len(shown) != 1:
-        return rows
-    alone = [Drawn(title, drawn[0].drawing) for title, drawn in rows]
-    return [("Words, and regions in the words' places", alone[:2]), ("Regions, and across", alone[2:])]
+    if len(shown) == 1:
+        (found,) = shown.values()
+        rows = {"Words, and regions in the words' places": ("LL", "extracted"), "Regions, and across": ("VV", "LV", "VL")}
+        return [(title, _row([(BLOCKS[block], block, found) for block in blocks])) for title, blocks in rows.items()]
+    return [(title, _row([(name, block, found) for name, found in shown.items()])) for block, title in BLOCKS.items() if shown]
+
+
+def _row(drawn: Sequence[tuple[str, str, Told]]) -> list[Drawn]:
+    """title, block and relations of each matrix."""
+    most = max(max(map(max, found[block])) for _, block, found in drawn)
+    return [Drawn(title, Markup(matrix(found[block], _sides(block, found), most))) for title, block, found in drawn]
 
 
 def _sides(block: str, found: Told) -> tuple[Sequence[str], Sequence[str]]:
@@ -127,6 +130,11 @@ def _gaussians(state: Told, low: float, high: float) -> dict[str, list[tuple[flo
         "matched": [(x, density(x, state["mu_pos"], state["sigma_pos"])) for x in xs],
         "mismatched": [(x, density(x, state["mu_neg"], state["sigma_neg"])) for x in xs],
     }
+
+
+def density(x: float, mean: float, deviation: float) -> float:
+    """The normal density."""
+    return math.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
 
 
 def likeness(histograms: Mapping[str, Told]) -> list[Drawn]:

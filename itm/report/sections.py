@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from itm.report.charts import curves
 from itm.report.pictures import Drawn, Inside, distances, fit_drawings, inside_of, lacks_of, likeness, maxima_drawing
+from itm.report.shown import Page
 from itm.report.side_by_side import found_by_rank, score_curves
-
-if TYPE_CHECKING:
-    from itm.report.page import Page
 
 WAYS = {"t2i": "text to image", "i2t": "image to text"}
 

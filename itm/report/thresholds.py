@@ -82,11 +82,6 @@ def fits_of(losses: Rows, steps_per_epoch: float | None) -> dict[str, list[Json]
     return {direction: rows for direction, rows in found.items() if rows}
 
 
-def density(x: float, mean: float, deviation: float) -> float:
-    """The normal density."""
-    return math.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
-
-
 def _at_epochs(rows: Rows, steps_per_epoch: float | None) -> Rows:
     if steps_per_epoch and rows:
         ends = {math.ceil(row["step"] / steps_per_epoch): row for row in rows}  # the last of each epoch stays

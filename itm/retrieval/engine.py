@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
@@ -18,6 +18,13 @@ from itm.retrieval.index import load_index
 from itm.types import Encoded, Matcher
 
 Find = Literal["images", "captions"]
+
+
+class Place(TypedDict, total=False):
+    """index: where encoded splits are kept (default <shards>/index); device: auto (default), cpu, cuda, ... (`resolve_device`)."""
+
+    index: str | None
+    device: str
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,12 @@ def search(
     image: str | None = None,
     k: int = 5,
     find: Find | None = None,
-    index: str | None = None,
-    device: str = "auto",
+    **place: Unpack[Place],
 ) -> Hits:
     """The k best images for `text`, or the k best captions for the file `image`; `find` asks for the other kind of answer.
 
     Across modalities the score is the matcher's, within one the cosine of `uni_vectors`: its uni-modal heads where it has some.
-    model: a URI as in `itm.load_matcher`, or a matcher that was loaded.
+    model: a URI as in `itm.load_matcher`, or a matcher that was loaded. place: `Place`.
     Raises ValueError for an unknown model or split, an unreadable image, k < 1, a device that is not there, captions asked of a split
     without any, or a matcher without vectors asked within a modality.
     """
@@ -70,7 +76,7 @@ def search(
     find = find or ("captions" if text is None else "images")
     if find not in ("images", "captions"):
         raise ValueError(f"find={find!r} is unknown; ask for images or captions")
-    where = resolve_device(device)
+    where, index = resolve_device(place.get("device", "auto")), place.get("index")
     matcher = itm.load_matcher(model) if isinstance(model, str) else model
     asked, within = _asked(matcher, text, image, where), (find == "captions") == (text is not None)
     split = load_index(matcher, shards, index or files.join(shards, "index"), where, uni=within)

@@ -97,11 +97,11 @@ def _read_index(uri: str, shards: str) -> EncodedSplit:
 
 
 def _encoded(table: pa.Table) -> Encoded:
-    tensors = {}
+    tensors: Any = {}
     for field in FIELDS:
         if field in table.column_names:
             array = table[field].combine_chunks()
             array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
             tensor = torch.tensor(array.to_numpy_ndarray())
             tensors[field] = tensor.bool() if field == "mask" else tensor
-    return Encoded(**tensors)
+    return Encoded(each=(), **tensors)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class HFVisionTeacher(Teacher):
         pixels = (send(torch.from_numpy(raw), self.device).permute(0, 3, 1, 2).contiguous() / scale - mean) / std
         pixels = pixels.to(next(self.module.parameters()).dtype)
         if self.pooling == "joint":
-            return pooled(self.module.get_image_features(pixel_values=pixels)).float().cpu().numpy()
+            return pooled(cast(Any, self.module).get_image_features(pixel_values=pixels)).float().cpu().numpy()
         output = self.module(pixel_values=pixels, output_hidden_states=self.layer != -1)
         return self._pool(output).flatten(1).float().cpu().numpy()
 

@@ -78,7 +78,7 @@ class OnlineTeachers:
             )
             for modality, teacher in self.teachers.items()
         }
-        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), **vectors))
+        return replace(batch, teacher=replace(batch.teacher or SoftLabels(), each=(), **vectors))
 
 
 def _of_samples(vectors: np.ndarray, views: int) -> np.ndarray:

@@ -30,8 +30,8 @@ def load_hf(path: str, revision: str | None, precision: Precision, pooler: bool)
 
     logging.disable_progress_bar()  # a stage has its own
     try:
-        half = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(AutoConfig.from_pretrained(path, revision=revision)), None)
-        kind = half if half is not None and half.__name__.endswith("EncoderModel") else AutoModel
+        half: Any = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(AutoConfig.from_pretrained(path, revision=revision)), None)
+        kind: Any = half if half is not None and half.__name__.endswith("EncoderModel") else AutoModel
         model, info = kind.from_pretrained(path, revision=revision, dtype=TORCH_DTYPE[precision], output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"teacher path {path!r} holds no Hugging Face model: {brief(error)}") from None

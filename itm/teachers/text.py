@@ -65,9 +65,8 @@ class HFTextTeacher(Teacher):
         whole = load_hf(path, revision, precision, pooler=pooling in OF_THE_OUTPUT)
         encoder = getattr(whole, "text_model", whole)
         self._padded = padded_length(encoder.config)
-        self.pooling, self.layer = pooling, layer
-        if pooling == "auto":
-            self.pooling = "pooler" if self._padded else _pooling(path, revision)
+        self.layer = layer
+        self.pooling: str = pooling if pooling != "auto" else "pooler" if self._padded else _pooling(path, revision)
         check_pooling(pooling, get_args(Pooling), -1)
         check_pooling(self.pooling, get_args(Pooling), layer)
         if self.pooling == "joint" and not hasattr(whole, "get_text_features"):
@@ -118,7 +117,7 @@ class _Sentences(nn.Module):
     def _pool(self, given: dict[str, Tensor], mask: Tensor, pooling: str, layer: int) -> Tensor:
         """(N, D). mask (N, T): 1 where a token of the caption stands."""
         if pooling == "joint":
-            return pooled(self.encoder.get_text_features(**given))
+            return pooled(cast(Any, self.encoder).get_text_features(**given))
         out = self.encoder(**given, output_hidden_states=layer != -1)
         if pooling == "pooler":
             if out.get("pooler_output") is None:

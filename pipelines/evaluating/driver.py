@@ -22,7 +22,8 @@ from itm.matchers.weights import weights_hash
 from itm.report.answers import answers
 from pipelines.evaluating import FORMAT
 from pipelines.evaluating.looks import for_the_page
-from pipelines.evaluating.result import check_track, content, output_of, queries_of, stored, track
+from pipelines.evaluating.measured import answers_of
+from pipelines.evaluating.result import check_track, content, output_of, stored, track
 from pipelines.evaluating.score_file import write_scores
 from pipelines.on_ray.gpus import gpus_elsewhere
 from pipelines.on_ray.options import IN_MEMORY, How
@@ -100,7 +101,7 @@ def _write(output: str, result: Json, encoded: EncodedSplit, found: Json) -> Non
     """The result, and beside it what each query found and what was rejected."""
     if encoded.problems:
         files.write_atomic(output.replace(".json", ".quarantine.jsonl"), "".join(p.row() + "\n" for p in encoded.problems).encode())
-    files.write_atomic(queries_of(output), json.dumps(found).encode())
+    files.write_atomic(answers_of(output), json.dumps(found).encode())
     files.write_atomic(output, json.dumps(result, indent=1).encode())
 
 

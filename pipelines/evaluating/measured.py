@@ -11,7 +11,6 @@ from itm.data.formats import Json, read_json
 from pipelines.evaluating import FORMAT, group_of
 
 RESULT = re.compile(r"evaluation[\w.@+-]*\.json")
-BESIDE = (".quarantine.json", ".queries.json")
 
 
 def measured(folder: str) -> dict[str, Json]:
@@ -27,13 +26,19 @@ def measured(folder: str) -> dict[str, Json]:
     found = {group_of(first): first}
     for uri in sorted(files.list_files(folder, ".json")):
         name = files.name_of(uri)
-        if name == "evaluation.json" or not RESULT.fullmatch(name) or name.endswith(BESIDE):
+        if name == "evaluation.json" or not RESULT.fullmatch(name):
             continue
         result = read_json(uri, FORMAT)
         if result.get("matcher_hash") == first.get("matcher_hash") and "protocol_name" in result:
             group = group_of(result)
             found[group if group not in found else f"{group} ({name.removesuffix('.json')})"] = result
     return found
+
+
+def answers_of(output: str) -> str:
+    """Where the answers to all queries lie that a result counts (`itm.report.answers`): answers*.json beside its evaluation*.json."""
+    folder, slash, name = output.rpartition("/")
+    return folder + slash + (name.replace("evaluation", "answers", 1) if "evaluation" in name else f"answers-{name}")
 
 
 def figures_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -106,11 +106,6 @@ def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str
     return files.join(recipe.folder, "-".join(words) + ".json")
 
 
-def queries_of(output: str) -> str:
-    """Where the answers to all queries lie that the result `output` counts (`itm.report.answers`)."""
-    return output.removesuffix(".json") + ".queries.json"
-
-
 def stored(output: str, identity: Json) -> Json | None:
     """The result at `output` if it is of this identity. Raises NewerFormat, so that nothing of a later version is replaced."""
     if not files.exists(output):

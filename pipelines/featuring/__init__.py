@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from itm.config import Part, Recipe
 from itm.kinds import find_part, options_of
 from itm.matchers.encoders.build import IMAGE_ENCODERS
@@ -23,5 +25,5 @@ def encoder_of(recipe: Recipe) -> Part:
         if not isinstance(image, dict) or image.get("kind") in (None, "regions"):
             raise ValueError("set features.encoder: the image encoder that makes the features (or an image tower in model.options.image)")
         part = Part(kind=image["kind"], options={name: value for name, value in image.items() if name != "kind"})
-    sized = "image_size" in options_of(find_part(IMAGE_ENCODERS, part.kind, "image encoder"))[0]  # as `build_matcher` does
+    sized = "image_size" in options_of(find_part(cast(Any, IMAGE_ENCODERS), part.kind, "image encoder"))[0]  # as `build_matcher` does
     return part.model_copy(update={"options": ({"image_size": recipe.data.image_size} if sized else {}) | part.options})

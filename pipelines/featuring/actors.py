@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +86,8 @@ class Prepare:
     def _shard(self, said: str) -> Json:
         job = Job(**json.loads(said))
         problems: list[str | None] = []
-        sizes, payloads = [], []
+        sizes: list[Any] = []
+        payloads: list[Any] = []
         try:
             for sample in _samples(job):
                 pixels, size, problem = self._photo(sample)

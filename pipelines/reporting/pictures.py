@@ -11,7 +11,6 @@ from itm.data import files
 from itm.data.formats import Json, check_format
 from itm.data.shards import read_manifest
 from itm.device import resolve_device
-from itm.matchers.mean import Mean
 from itm.report.pair import FORMAT, explained, find_pair
 from itm.report.thresholds import fits_of
 from itm.types import Matcher
@@ -61,12 +60,11 @@ def named(matchers: Mapping[str, Matcher]) -> dict[str, Matcher]:
     apart = {short[uri] if list(short.values()).count(short[uri]) == 1 else uri: matcher for uri, matcher in matchers.items()}
     found: dict[str, Matcher] = {}
     for name, matcher in apart.items():
-        if isinstance(matcher, Mean):
-            kinds = [member.kind for member in matcher.averaged]
-            for number, member in enumerate(matcher.averaged, 1):
-                found[f"{name}: {member.kind}" + (f" {number}" if kinds.count(member.kind) > 1 else "")] = member
-        else:
-            found[name] = matcher
+        members = matcher.averaged
+        kinds = [member.kind for member in members]
+        for number, member in enumerate(members, 1):
+            apart_from = f" {number}" if kinds.count(member.kind) > 1 else ""
+            found[f"{name}: {member.kind}{apart_from}" if len(members) > 1 else name] = member
     return found
 
 

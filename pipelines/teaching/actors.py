@@ -63,7 +63,8 @@ class Prepare:
             return {"error": f"{shard}: {error}", "header": header}
 
     def _rows(self, shard: str, header: str, skip: set[int]) -> Json:
-        keys, captions, problems, payloads, unreadable = [], [], [], [], []
+        keys: list[str] = []
+        captions, problems, payloads, unreadable = [], [], [], []
         for sample in read_samples(shard, json.loads(header)["shard_sha256"]):
             if isinstance(sample, Problem):
                 unreadable += [[sample.key, sample.reason]] if sample.what in ("sample", "shard") else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     workers = (train.min_workers, train.workers) if train.min_workers else train.workers
-    config = {"job": job, "board": board, "tokens": ()}
+    config: dict[str, Any] = {"job": job, "board": board}
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config=config,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from itm.benchmarks import pruning
-from itm.benchmarks.scoring import world
+from itm.benchmarks.measuring import world
 from itm.matchers.late.base import parts_of
 from itm.matchers.late.uarda import UARDA
 from pipelines.cli import stage_main

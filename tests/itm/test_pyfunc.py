@@ -246,5 +246,5 @@ def test_the_flavour_says_which_row_it_cannot_use(load, tmp_path: Path):
         model.predict([{"image": PICTURES[0], "text": "a red circle"}])
     with pytest.raises(ValueError, match="at least one image and one text"):
         model.predict([{"text": "a red circle"}], params={"output": "scores"})
-    with pytest.raises(ValueError, match="use 'vectors' or 'scores'"):
+    with pytest.raises(ValueError, match="use vectors, scores, uni, i2i or t2t"):
         model.predict([{"text": "a red circle"}], params={"output": "logits"})

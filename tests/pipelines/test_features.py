@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +21,9 @@ from itm.data.records import Caption, Record, Regions
 from itm.data.shards import read_manifest
 from pipelines import features as stage
 from pipelines.contract import stages_of
+from pipelines.estimates import split_of
 from pipelines.featuring import of_photos
+from pipelines.plan import lines_of
 from tests.support.making_features import HIGH, WIDE, photo, photos, samples, without_ray
 from tests.support.small_teaching import pack
 
@@ -224,3 +232,44 @@ def test_packing_goes_to_the_photos_and_comes_before_features(tmp_path):
     assert pack_contract.writes(source)[0].startswith(str(tmp_path / "photos"))
     assert features_contract.writes(source)[0].startswith(str(tmp_path / "regions"))
     assert pack_contract.reads(source) == []
+
+
+def test_the_plan_says_what_features_will_cost_before_they_are_made(tmp_path, here):
+    photos(tmp_path / "photos")
+    asked = recipe(tmp_path)
+    said = "\n".join(lines_of(asked, only="features"))
+    assert "makes   train: regions of about 6 images, 3 shards" in said
+    split = split_of(asked, "train")
+    stage.features(asked)
+    assert [Regions.from_npz(data).features.shape for data, _ in split.rows[:2]] == [(16, 3)] * 2
+    made = split_of(asked, "train")
+    assert (split.images, split.captions, split.rows[0]) == (made.images, made.captions, made.rows[0])
+    assert abs(split.size - made.size) / made.size < 0.3  # tars of a few bytes are mostly padding
+    assert "done    train 6 images" in "\n".join(lines_of(asked, only="features"))
+
+
+@pytest.mark.e2e
+def test_a_killed_stage_ends_with_the_bytes_of_one_that_was_not(tmp_path, monkeypatch, ray_local):
+    """Through Ray, by actors; the other half without it."""
+    photos(tmp_path / "photos", 60)
+    asked = recipe(tmp_path, batch_size=1)
+    (tmp_path / "r.json").write_text(asked.model_dump_json(exclude_unset=True))
+    folder = tmp_path / "regions" / "train"
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.features", "-c", str(tmp_path / "r.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.index.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    time.sleep(3)  # orphaned workers finish or die
+    left = {f: os.stat(f).st_ino for f in folder.glob("*.index.json")}
+    assert 0 < len(left) < 30, "killed half-way"
+    assert not (folder / "manifest.json").exists()
+    stage.features(asked)
+    assert {f: os.stat(f).st_ino for f in left} == left, "what was done is not done again"
+    shutil.copytree(tmp_path / "photos", tmp_path / "whole" / "photos")
+    without_ray(monkeypatch)
+    stage.features(recipe(tmp_path / "whole", batch_size=1))
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole" / "regions" / "train")

@@ -11,10 +11,12 @@ import yaml
 
 import itm
 from itm.config import Part, Recipe
+from itm.data.formats import Json
 from itm.tracking.addresses import DeadTracking, local_path
 from itm.tracking.registry import find_version
 from itm.tracking.runs import client
 from pipelines import pack as packing
+from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate
 from pipelines.pack import pack
 from pipelines.register import register
@@ -30,6 +32,16 @@ PRINTABLE = "".join(c for c in string.printable if c.isprintable() and c != "/")
 
 
 @pytest.mark.e2e
+def sts_of(choices: Recipe, folder: Path) -> Json:
+    """The result of a protocol that asks the matcher itself, by the command."""
+    pairs = [("a red dog", "a dog", 5), ("a cat", "no cat", 1), ("a blue box on a dog", "a dog under a box", 2)]
+    (folder / "pairs.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(f"{a}\t{b}\t{c}\n" for a, b, c in pairs))
+    (folder / "recipe.json").write_text(json.dumps(choices.model_dump(mode="json")))
+    assert stage_main("evaluate", ["-c", str(folder / "recipe.json"), "--protocol", "sts", "--pairs", str(folder / "pairs.tsv")]) == 0
+    found: Json = json.loads(Path(choices.folder, "evaluation-sts.json").read_text())
+    return found
+
+
 def test_the_whole_way_in_a_folder_of_any_name_leaves_nothing_beside_it_and_one_group_a_protocol(
     empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,7 +54,7 @@ def test_the_whole_way_in_a_folder_of_any_name_leaves_nothing_beside_it_and_one_
     small_split(here / "shards", "test", shards=1)
     choices = recipe(Path()).model_copy(update={"about": "A small run."})
     done = train(choices)
-    results = {name: evaluate(choices, protocol=name) for name in ("auto", "t2t")}
+    results = {name: evaluate(choices, protocol=name) for name in ("auto", "t2t")} | {"sts": sts_of(choices, tmp_path)}
     report(choices)
     itm.load_matcher(register(choices).uri)
     assert [path.name for path in (tmp_path / "beside").iterdir()] == [PRINTABLE]
@@ -64,7 +76,10 @@ def test_the_whole_way_in_a_folder_of_any_name_leaves_nothing_beside_it_and_one_
     [log] = [name for name in kept if name.startswith("log/2")]
     assert "step 10 of 10, loss" in (folder / log).read_text()
     assert "A small run." in run.data.tags["mlflow.note.content"]
-    assert "A small run." in find_version("models:/itm-matcher@champion").description
+    version = find_version("models:/itm-matcher@champion")
+    assert "A small run." in version.description
+    carried = {protocol: json.loads(version.tags[f"metrics/test/{protocol}"]) for protocol in ("t2t", "sts")}
+    assert carried == {protocol: pytest.approx(results[protocol]["metrics"]) for protocol in carried}
 
     monkeypatch.chdir(tmp_path)
     moved = choices.model_copy(update={"output": str(here / "runs")})

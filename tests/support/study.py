@@ -294,7 +294,7 @@ def pages(study: Study) -> None:
     order = {row: n for n, row in enumerate(["base", "shuffled", "CUSA", "USA alone", "CSA alone"])}
     results.sort(key=lambda r: (r["table"], next((n for row, n in order.items() if row in r["row"]), 9), r["row"], r["seed"]))
     RESULT.write_text(json.dumps({"chance": chance(study), "runs": results}, indent=1) + "\n")
-    write_page(RESULT)
+    RESULT.with_suffix(".md").write_text(page_of(RESULT), encoding="utf-8")
 
 
 def chance(study: Study) -> dict[str, float]:
@@ -310,7 +310,7 @@ def chance(study: Study) -> dict[str, float]:
     return {name: float(found[name]) for name in METRICS}
 
 
-def write_page(result: Path) -> None:
+def page_of(result: Path) -> str:
     """The page beside the JSON file, from it alone."""
     said = json.loads(result.read_text())
     runs, known = said["runs"], said["chance"]
@@ -326,7 +326,7 @@ def write_page(result: Path) -> None:
     for name in late:
         pairs = [(f"{name} {a}", f"{name} {b}") for a, b in versus]
         lines += ["", f"### {name}", "", *table(runs, name, known), "", *gains(runs, name, pairs)]
-    result.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
 
 
 ABOUT = """# Real photos

@@ -56,6 +56,22 @@ print(tuple(scores.shape), bool(scores.isfinite().all()))
 """
 
 
+ENCODES = """
+import os
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from itm.data.records import Caption
+from itm.matchers.encoders.build import build_image_encoder
+from itm.teachers.text import MiniLMTeacher
+from itm.types import Images
+
+photo = Images(torch.arange(1), pixels=torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+with torch.inference_mode():
+    parts = build_image_encoder("efficientnet_lite0").eval()(photo).parts
+print(tuple(parts.shape), MiniLMTeacher()([Caption("a", "a dog")]).shape)
+"""
+
+
 class Environment:
     """A virtual environment that sees the packages of those it adds to."""
 
@@ -177,3 +193,8 @@ def test_s3_brings_what_artifacts_in_a_bucket_need(room: Path, core: Environment
 def test_all_is_every_extra_that_a_user_needs(room: Path, pipeline: Environment, wheel: str):
     found = Environment(room / "all", pipeline).install(f"{wheel}[all]").imports("itm", "pipelines")
     assert (found.failed, found.there) == ([], ["ray", "mlflow", "boto3"])
+
+
+def test_real_brings_two_pretrained_towers(room: Path, core: Environment, wheel: str):
+    real = Environment(room / "real", core).install(f"{wheel}[real]")
+    assert real.run("-W", "ignore", "-c", ENCODES).stdout.splitlines()[-1] == "(1, 49, 1280) (1, 384)"

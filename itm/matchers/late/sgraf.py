@@ -52,16 +52,10 @@ Side = tuple[Tensor, Tensor, Tensor | None]
 """parts, mask and global vectors (None of local nodes alone) of one side."""
 
 
-class SimilarityMatcher(LateInteraction):
-    """The common part of SGR and SAF: attention, similarity vectors, chunking. `regions` is the number of batch-norm slots.
-
-    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
-    as if one process had them. `chunk_elements` bounds the largest tensor of a chunk; `recompute` runs the chunks again in the
-    backward pass instead of keeping their activations. Neither changes a number.
-    """
+class SimilarityVectors(LateInteraction):
+    """What SGR and SAF are read from: attention of words to regions, global vectors, and the similarity vectors (nodes) of pairs."""
 
     gru_dropout = 0.4
-    chunk_elements: int = 1 << 24
 
     def __init__(
         self,
@@ -94,6 +88,56 @@ class SimilarityMatcher(LateInteraction):
         """Nothing is ablated."""
         return (self.kept_nodes, self.readout) == ("all", "reasoning")
 
+    def encode_images(self, images: Images) -> Encoded:
+        """Raises ValueError when the number of region slots is not the one the batch norm was built for."""
+        encoded = super().encode_images(images)
+        self._check_slots(encoded)
+        return encoded
+
+    def node_mask(self, words: Tensor) -> Tensor:
+        """Which nodes are real, from the mask of the words: (T,L) -> (T,K)."""
+        if self.kept_nodes == "global":
+            return words.new_ones(len(words), 1)
+        return words if self.kept_nodes == "local" else F.pad(words, (1, 0), value=True)
+
+    def nodes(self, images: Side, captions: Side) -> Tensor:
+        """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors), or those of them
+        that are kept."""
+        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
+        kept = []
+        if whole is not None and whole_words is not None:
+            kept.append(l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square())).unsqueeze(2))
+        if self.kept_nodes == "global":
+            return kept[0]
+        weights = unit_weights(raw_scores(words, parts), mask, gram(parts))
+        if kept and packs(parts):
+            return packed_nodes(weights, parts, words, word_mask, self.sim_tranloc_w, kept[0].squeeze(2))
+        attended = (weights.flatten(1, 2) @ parts).view(len(parts), *words.shape)
+        return torch.cat([*kept, l2(self.sim_tranloc_w((attended - words).square()))], 2)
+
+    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
+        (parts, mask), (words, _) = parts_of(image), parts_of(caption)
+        return attend(raw_scores(words, parts), mask)[0]
+
+    def _check_slots(self, images: Encoded) -> None:
+        assert images.parts is not None
+        if self.kept_nodes != "local" and images.parts.shape[1] != self.regions:
+            raise ValueError(
+                f"{images.parts.shape[1]} regions an image, but the batch norm of {type(self).__name__} has {self.regions} slots: "
+                f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
+            )
+
+
+class SimilarityMatcher(SimilarityVectors):
+    """The common part of SGR and SAF: from similarity vectors to scores, in chunks. `regions` is the number of batch-norm slots.
+
+    In training the norms see the block that is scored: the batch of this rank, or with the method's `gather` the batches of all ranks,
+    as if one process had them. `chunk_elements` bounds images x words x width of a chunk; `recompute` runs the chunks again in the
+    backward pass instead of keeping their activations. Neither changes a number.
+    """
+
+    chunk_elements: int = 1 << 24
+
     def reason(self, nodes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """nodes (I,T,K,S) with the global node first, mask (T,K) or (I,T,K) -> score vectors (I,T,S), statistics a caption (T,2)."""
         raise NotImplementedError
@@ -120,12 +164,6 @@ class SimilarityMatcher(LateInteraction):
 
     def track(self, statistics: Tensor) -> None:
         """Running statistics of a training block; rows are captions, longest first."""
-
-    def encode_images(self, images: Images) -> Encoded:
-        """Raises ValueError when the number of region slots is not the one the batch norm was built for."""
-        encoded = super().encode_images(images)
-        self._check_slots(encoded)
-        return encoded
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T) in (0,1). In training batch norm sees this block. Raises ValueError for one image in training."""
@@ -177,42 +215,9 @@ class SimilarityMatcher(LateInteraction):
         """Whether `score` cuts its own tiles and builds nothing as large as all pairs: in evaluation without gradient."""
         return not self.training and self.whole_method and can_tile(captions)
 
-    def _check_slots(self, images: Encoded) -> None:
-        assert images.parts is not None
-        if self.kept_nodes != "local" and images.parts.shape[1] != self.regions:
-            raise ValueError(
-                f"{images.parts.shape[1]} regions an image, but the batch norm of {type(self).__name__} has {self.regions} slots: "
-                f"set model.options.regions={images.parts.shape[1]} for a new model, or give an imported one {self.regions} regions"
-            )
-
     def _block(self, images: Side, captions: Side) -> tuple[Tensor, Tensor]:
         """All images against one chunk of captions, each as (parts, mask, global vectors): (...,I,T) and statistics (T,2)."""
         return self.read(self.nodes(images, captions), self.node_mask(captions[1]))
-
-    def node_mask(self, words: Tensor) -> Tensor:
-        """Which nodes are real, from the mask of the words: (T,L) -> (T,K)."""
-        if self.kept_nodes == "global":
-            return words.new_ones(len(words), 1)
-        return words if self.kept_nodes == "local" else F.pad(words, (1, 0), value=True)
-
-    def nodes(self, images: Side, captions: Side) -> Tensor:
-        """(I,T,1+L,S) unit similarity vectors of the pair and of each word (docs/methods/sgraf.md#similarity-vectors), or those of them
-        that are kept."""
-        (parts, mask, whole), (words, word_mask, whole_words) = images, captions
-        kept = []
-        if whole is not None and whole_words is not None:
-            kept.append(l2(self.sim_tranglo_w((whole[:, None] - whole_words[None]).square())).unsqueeze(2))
-        if self.kept_nodes == "global":
-            return kept[0]
-        weights = unit_weights(raw_scores(words, parts), mask, gram(parts))
-        if kept and packs(parts):
-            return packed_nodes(weights, parts, words, word_mask, self.sim_tranloc_w, kept[0].squeeze(2))
-        attended = (weights.flatten(1, 2) @ parts).view(len(parts), *words.shape)
-        return torch.cat([*kept, l2(self.sim_tranloc_w((attended - words).square()))], 2)
-
-    def weights(self, image: Encoded, caption: Encoded) -> Tensor:
-        (parts, mask), (words, _) = parts_of(image), parts_of(caption)
-        return attend(raw_scores(words, parts), mask)[0]
 
 
 def _read_ablations(given: Ablations) -> tuple[Nodes, Readout]:

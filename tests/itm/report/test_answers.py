@@ -9,7 +9,8 @@ import torch
 from itm.evaluation.dataset import names_of
 from itm.evaluation.metrics import rank_queries
 from itm.evaluation.protocols import Scored
-from itm.report.answers import answers, disagreements
+from itm.report.answers import answers
+from itm.report.disagreements import disagreements
 from itm.report.neighbours import neighbours
 from itm.types import Encoded
 

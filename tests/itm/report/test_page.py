@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from itm.data.formats import NewerFormat
 from itm.report.charts import bars, curves, histogram, meter
 from itm.report.looks import looks
-from itm.report.page import TEMPLATES, Page, render
+from itm.report.page import TEMPLATES, render
+from itm.report.shown import Page
 from pipelines import evaluate, report
 from pipelines.cli import stage_main
 from tests.support import ROOT
@@ -127,18 +129,18 @@ def test_every_other_protocol_of_the_same_weights_has_a_table_under_its_own_name
 def test_what_one_run_got_right_and_the_other_wrong_is_shown_with_the_counts_of_all_queries(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run.folder, other)
-    said = json.loads((other / "evaluation.queries.json").read_text())
+    said = json.loads((other / "answers.json").read_text())
     found = said["t2i"]["holds"]
     said["t2i"]["holds"] = [[1 - row[0], *row[1:]] for row in found]
-    (other / "evaluation.queries.json").write_text(json.dumps(said))
+    (other / "answers.json").write_text(json.dumps(said))
     page = report.page_of(run, [str(other)])
     right = sum(row[0] for row in found)
     assert page.disagreements["other"]["t2i"]["counts"] == {"both": 0, "own": right, "other": len(found) - right, "neither": 0}
     text = Path(report.report(run, [str(other)], page)).read_text()
     assert f"Where {run.name} and other disagree" in text and "Curves of the compared runs" in text
     assert text.count(f"{run.name}: its own image is at rank") == sum(min(4, n) for n in (right, len(found) - right))
-    (other / "evaluation.queries.json").unlink()
-    lost = f"what other got right and this run wrong: {other} has no evaluation.queries.json; evaluate it again"
+    (other / "answers.json").unlink()
+    lost = f"what other got right and this run wrong: {other} has no answers.json; evaluate it again"
     assert lost in report.page_of(run, [str(other)]).missing
 
 
@@ -156,6 +158,20 @@ def test_pictures_of_a_pair_are_made_once_and_again_when_the_weights_are_others(
     kept.write_text(json.dumps(said))
     assert report.page_of(run).pictures["identity"] == page.pictures["identity"]
     assert report.page_of(run, pictures=False).pictures == {}
+
+
+@pytest.mark.parametrize("name", ["pictures.json", "answers.json"])
+def test_what_a_later_version_keeps_for_the_page_is_refused_by_name_and_stays(run, tmp_path, name):
+    shutil.copytree(run.folder, tmp_path / "other")
+    evaluation = Path(run.folder, "evaluation.json")
+    said = json.loads(evaluation.read_text())
+    said["examples"]["t2i"][0]["right"] = True
+    evaluation.write_text(json.dumps(said))
+    kept = Path(run.folder, name)
+    kept.write_text(json.dumps({"format": 2}))
+    with pytest.raises(NewerFormat, match=f"{name} has format 2, this version reads up to 1"):
+        report.page_of(run, [str(tmp_path / "other")])
+    assert json.loads(kept.read_text()) == {"format": 2}
 
 
 def test_the_wheel_ships_everything_that_the_page_is_made_of():

@@ -24,7 +24,7 @@ def test_chance_is_the_share_over_all_orders_of_the_gallery(positives: int):
     assert found["chance"] == pytest.approx(wanted)
 
 
-def test_shares_count_the_queries_of_each_interval_and_sum_to_one():
+def test_shares_count_the_answers_of_each_interval_and_sum_to_one():
     found = spread(torch.tensor([1, 1, 4, 10, 11, 150]), torch.ones(6, dtype=torch.int64), 150)
     assert found["first"] == [1, 2, 3, 4, 5, 6, 11, 21, 51, 101]
     assert found["share"] == pytest.approx([2 / 6, 0, 0, 1 / 6, 0, 1 / 6, 1 / 6, 0, 0, 1 / 6])

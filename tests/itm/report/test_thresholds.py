@@ -11,7 +11,8 @@ import torch
 
 from itm.evaluation.scoring import encode_rows
 from itm.report.pair import explained, find_pair
-from itm.report.thresholds import density, fits_of, maxima_of
+from itm.report.pictures import density
+from itm.report.thresholds import fits_of, maxima_of
 from tests.support.pair_world import matcher_of, split
 
 CPU = torch.device("cpu")

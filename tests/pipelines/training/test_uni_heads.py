@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ import itm
 from itm.config import Part, Recipe
 from itm.data import files
 from itm.data.shards import Sample, read_samples
-from itm.evaluation.dataset import encode_split
-from itm.evaluation.protocols import Question, same_label_metrics
+from itm.evaluation.dataset import encode_split, names_of
+from itm.evaluation.protocols import Question, Scored, run_protocol, same_label_metrics
+from itm.evaluation.scoring import encode_rows
 from itm.evaluation.sentence_pairs import STS
 from itm.matchers.uni_heads import give_heads
+from itm.types import Images
 from pipelines.evaluate import evaluate
 from pipelines.search import search
 from pipelines.train import train
@@ -90,6 +93,19 @@ def test_image_to_image_search_of_a_late_matcher_goes_through_its_heads(run: Rec
     found = {h.key: h.score for h in hits}
     assert [found[s.key] for s in samples] == pytest.approx((heads @ heads[3]).tolist(), abs=1e-5)
     assert found != pytest.approx(dict(zip(found, (means @ means[3]).tolist(), strict=True)), abs=1e-3)
+
+
+def test_the_protocol_i2i_of_a_late_matcher_goes_through_its_heads(run: Recipe) -> None:
+    weights, matcher = load_file(f"{run.folder}/matcher/model.safetensors"), itm.load_matcher(f"{run.folder}/matcher")
+    labels = torch.arange(24) % 3
+    regions = torch.randn(24, 3, 3) + labels[:, None, None]
+    images = encode_rows(matcher, Images(torch.arange(24), regions=regions, mask=torch.ones(24, 3, dtype=torch.bool)))
+    with torch.no_grad():
+        heads = matcher.v_global_w(images.parts, images.mask) @ weights["uni_heads.image.weight"].T + weights["uni_heads.image.bias"]
+    names = replace(names_of(24, torch.arange(24)), image_metas=[{"label": f"sort {k}"} for k in labels.tolist()])
+    found = run_protocol("i2i", Scored(torch.zeros(24, 24), names, images=images)).metrics
+    assert found["i2i_map_at_r"] == pytest.approx(same_label_metrics(heads, labels)["map_at_r"])
+    assert found["i2i_map_at_r"] != pytest.approx(same_label_metrics(images.vector, labels)["map_at_r"])
 
 
 def test_a_best_matcher_that_an_earlier_version_kept_without_heads_still_ends_the_run(run: Recipe) -> None:

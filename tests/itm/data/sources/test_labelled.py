@@ -43,7 +43,7 @@ def test_cub_is_judged_on_its_last_hundred_classes_or_as_its_split_file_says(tmp
     assert list(labels(listed).values()) == ["1", "1", "101", "101", "200", "200"]
 
 
-def test_in_shop_asks_queries_of_a_gallery_and_leaves_training_images_out(tmp_path: Path) -> None:
+def test_in_shop_asks_answers_of_a_gallery_and_leaves_training_images_out(tmp_path: Path) -> None:
     found = labels(Labelled({"inshop": str(label_layouts.inshop(tmp_path))}))
     assert found["img/WOMEN/Dresses/id_00000007/a_1_front.jpg"] == ("id_00000007", "query")
     assert sorted(role for _, role in found.values()) == ["gallery"] * 4 + ["query"] * 3
