@@ -216,8 +216,7 @@ class Matcher(Prepared):
     """Encode, encode, score. A kind of matcher subclasses this; whatever is asked of a matcher from outside is declared here.
 
     `encode_images`, `encode_captions` and `score` must be given, and `options`, from which `type(matcher)(vocab_size=..., **options)`
-    builds the same architecture. All else has a default that is right for a matcher without that ability. Larger scores mean a better
-    match.
+    builds the same architecture. All else has a default that is right for a matcher without that ability. A larger score: a better match.
     """
 
     kind: ClassVar[str] = ""
@@ -285,8 +284,7 @@ class Matcher(Prepared):
         return False
 
     def training_terms(self, scores: Tensor, positives: Tensor, rows: int) -> dict[str, Tensor]:
-        """Losses that the matcher adds, and what it learns from a step besides gradients. A method calls this once after each `score` in
-        training.
+        """Losses that the matcher adds, and what it learns from a step besides gradients; called once after each `score` in training.
 
         scores: what `score` gave (I,T); positives (I,T) bool; rows: images of this rank among the I, fewer where ranks gather.
         """
