@@ -82,7 +82,7 @@ class UNITER(Matcher):
             self.image_encoder = _patch_encoder(image)
             o["region_dim"] = self.image_encoder.width
             o["image"] = {"kind": image["kind"], **options_of(self.image_encoder, {})}
-        self.options = {**o}
+        self.options = {name: value for name, value in o.items() if name != "relation_layer" or value is not None}
         self.region_dim, self.positions, self.relation_layer = o["region_dim"], o["positions"], _relation_layer(o)
         self.score_tokens, self.recompute = o["score_tokens"], o["recompute"]
         self.vector_width = hidden  # of the mean of the embedded inputs, which CUSA's uni-modal term reads

@@ -87,6 +87,8 @@ class UARDA(LateInteraction):
         self.pruning: Pruning | None = None
         read = {"threshold": self.rule.model_dump(), "separation": self.separation.model_dump()}
         self.options = {**self.towers, **o, **self.towers, **read}
+        if not self.implicit:  # folders of before say nothing of it
+            del self.options["threshold_grad"]
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T): mean of r over all valid query items, pruned ones included; `both` adds the two directions."""
