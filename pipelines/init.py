@@ -5,6 +5,7 @@
     itm init annotations/captions_train2017.json --image-root train2017
     itm init photos --model openai/clip-vit-base-patch32        # fine-tune a CLIP
     itm init photos --model real                    # heads on pretrained towers of the extra `real`, without a hub
+    itm init data/f30k_precomp                      # data as the authors of a paper laid them out: that paper's recipe
 
 Read are folders of photos, tables (csv, tsv, |), COCO, Karpathy and pair lists, imagefolders, parquet and saved data sets, zips and tars,
 WebDataset shards (ours, img2dataset's), *_precomp folders, UNITER databases and bottom-up TSV files. Where two readings are possible it
@@ -17,7 +18,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +28,10 @@ from pipelines.cli import script
 if TYPE_CHECKING:
     from itm.config import Part
     from itm.data.detect.finding import Finding, Question
+    from pipelines.published import Published
     from pipelines.survey import Survey
 
-REAL = "real"  # of --model
+REAL, SCRATCH = "real", "scratch"  # of --model
 FLAGS = {
     "annotations": "the file of captions where there are several; `beside` = .txt files beside the images, `none` = no captions",
     "image-root": "the folder from which the paths of the captions lead to images",
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         help="fine-tune this CLIP or SigLIP (hub name or folder) instead of training from scratch; `real`: heads on the frozen towers of "
-        "the extra `real`, where no hub can be reached",
+        "the extra `real`, where no hub can be reached; `scratch`: a small model, also of data that a published recipe reads",
     )
     for flag, about in FLAGS.items():
         parser.add_argument(f"--{flag}", help=about, metavar="VALUE")
@@ -93,6 +95,7 @@ def init(
     from itm.data import files
     from itm.packaged import have_real
     from pipelines.first_recipe import FirstRecipe, Machine, index_only
+    from pipelines.published import published
     from pipelines.survey import survey
 
     finding = _found(paths, answers, ask)
@@ -101,6 +104,10 @@ def init(
     if not seen.images:
         raise ValueError("\n".join([f"{finding.layout}: nothing of it can be used", *seen.lines()]))
     finding, seen = _split(finding, seen)
+    if model is None and (paper := published(finding, bool(Machine.here().gpu))):
+        files.write_atomic(output, paper.text.encode())
+        return [*_told(finding, seen, paper.notes), *_said_of(paper, output)]
+    model = None if model == SCRATCH else model
     real = model == REAL
     if real and not have_real():
         raise ValueError("--model real is of pretrained towers in packages: pip install 'itm-pipeline[real]'")
@@ -108,10 +115,22 @@ def init(
     text = recipe.text() if recipe.captioned else index_only(recipe)
     parse_recipe(yaml.safe_load(text), output)
     files.write_atomic(output, text.encode())
-    said = [f"found     {finding.layout}", *(f"note      {note}" for note in finding.notes), *seen.lines()]
+    said = _told(finding, seen)
     if model is None and have_real() and recipe.captioned and finding.image == "pixels":
         said.append("better    --model real: heads on the pretrained towers of the extra `real`, which need no hub and no download")
     return [*said, f"wrote     {output}: {recipe.about()}", f"next      {recipe.next_command(output)}"]
+
+
+def _told(finding: Finding, seen: Survey, notes: Sequence[str] = ()) -> list[str]:
+    return [f"found     {finding.layout}", *(f"note      {note}" for note in (*finding.notes, *notes)), *seen.lines()]
+
+
+def _said_of(paper: Published, output: str) -> list[str]:
+    return [
+        f"published these data are laid out as their authors published them: {paper.recipe}; also {', '.join(paper.also)}",
+        f"wrote     {output}: the shipped recipe {paper.recipe}; `--model {SCRATCH}` writes one of a small model instead",
+        f"next      itm run -c {output}",
+    ]
 
 
 def _found(paths: list[str], answers: dict[str, str], ask: Callable[[Question], str] | None) -> Finding:

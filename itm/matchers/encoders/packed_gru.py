@@ -86,5 +86,5 @@ class _Direction(torch.autograd.Function):
         read, gated, last = slopes[:, : 3 * width], slopes[:, : 2 * width], slopes[:, 3 * width :]
         to_w_hh = torch.cat([gated.T @ before, last.T @ before])
         to_b_hh = torch.cat([gated.sum(0), last.sum(0)])
-        to_x = read @ w_ih if ctx.needs_input_grad[0] else None
-        return to_x, None, read.T @ x, to_w_hh, read.sum(0), to_b_hh
+        to_inputs = read @ w_ih if ctx.needs_input_grad[0] else None
+        return to_inputs, None, read.T @ x, to_w_hh, read.sum(0), to_b_hh
