@@ -86,9 +86,7 @@ class UARDA(LateInteraction):
         self.observed: dict[str, Observed] = {}
         self.pruning: Pruning | None = None
         read = {"threshold": self.rule.model_dump(), "separation": self.separation.model_dump()}
-        self.options = {**self.towers, **o, **self.towers, **read}
-        if not self.implicit:  # folders of before say nothing of it
-            del self.options["threshold_grad"]
+        self.options = {**self.towers, **_recorded(o), **self.towers, **read}
 
     def score(self, images: Encoded, captions: Encoded) -> Tensor:
         """(I,T): mean of r over all valid query items, pruned ones included; `both` adds the two directions."""
@@ -192,6 +190,11 @@ def _sum(directions: Iterable[str], images: Encoded, captions: Encoded, scores: 
     """(I,T) of scores(direction, query, context) (Nc,Nq) of every direction."""
     found = [scores(d, captions, images) if d == "t2i" else scores(d, images, captions).T for d in directions]
     return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+
+def _recorded(o: UARDAOptions) -> dict[str, object]:
+    """The options that a matcher folder names; folders of before say nothing of threshold_grad, so at its default it stays out."""
+    return {name: value for name, value in o.items() if name != "threshold_grad" or value == "implicit"}
 
 
 def _check(o: Choices, rule: ThresholdOptions) -> None:
