@@ -205,8 +205,8 @@ class Train(Encoders):
     )
     hardest_pairs: Literal["auto", "off"] = Field(
         "auto",
-        description="auto = a triplet loss of the hardest negatives keeps activations of the pairs that its gradient reaches alone, where "
-        "pairs do not depend on each other (scan, sgr, uarda); off = of all pairs",
+        description="auto = on CPUs a triplet loss of the hardest negatives keeps activations of the pairs that its gradient reaches "
+        "alone, where pairs do not depend on each other (scan, sgr, uarda); off = of all pairs",
     )
     shard_weights: bool = Field(
         False, description="FSDP2 instead of DDP: each worker keeps a share of weights, gradients and optimiser state; one worker keeps all"

@@ -18,13 +18,13 @@ def score_and_loss(
 ) -> tuple[Tensor, Tensor]:
     """(scores (I,T), loss). few: score in two passes where term and matcher allow it; the scores then carry no gradient, the loss does.
 
-    Under autocast all pairs keep their gradient: rounded products would choose other pairs than those of the loss. So do those of a matcher
-    that inherits its `split_score`: it may score otherwise.
+    All pairs keep their gradient on a GPU, where choosing them makes the host wait and nothing was measured; under autocast, whose rounded
+    products would choose other pairs than those of the loss; and of a matcher that inherits its `split_score`: it may score otherwise.
     """
     images, captions = encoded
     split = None
-    rounded = torch.is_autocast_enabled(positives.device.type)
-    if few and torch.is_grad_enabled() and not rounded and term.reaches_few_pairs(step) and "split_score" in vars(type(matcher)):
+    here = positives.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if few and here and torch.is_grad_enabled() and term.reaches_few_pairs(step) and "split_score" in vars(type(matcher)):
         split = matcher.split_score(images, captions)
     if split is None:
         each = matcher.training_scores(images, captions)

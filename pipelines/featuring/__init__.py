@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 from itm.config import Part, Recipe
-from itm.kinds import find_part, options_of
-from itm.matchers.encoders.build import IMAGE_ENCODERS
 from itm.sections import Features
 
 
@@ -20,6 +18,9 @@ def of_photos(recipe: Recipe) -> Recipe:
 
 def encoder_of(recipe: Recipe) -> Part:
     """The image encoder whose cells become regions. Raises ValueError where the recipe names none."""
+    from itm.kinds import find_part, options_of
+    from itm.matchers.encoders.build import IMAGE_ENCODERS
+
     part, image = recipe.features.encoder, recipe.model.options.get("image")
     if part is None:
         if not isinstance(image, dict) or image.get("kind") in (None, "regions"):

@@ -69,7 +69,9 @@ def test_a_recipe_asks_only_for_the_stages_that_it_can_do(tmp_path: Path) -> Non
     every = [contract.stage for contract in CONTRACTS]
     source, teacher = {"kind": "scenes", "options": {"world": "tiny"}}, {"kind": "scenes_image", "options": {"world": "tiny"}}
     whole = small(tmp_path, data={"source": source}, teachers={"image": teacher})
-    assert [c.stage for c in stages_of(whole)] == every == ["pack", "teach", "train", "evaluate", "register", "report"]
+    assert [c.stage for c in stages_of(whole)] == ["pack", "teach", "train", "evaluate", "register", "report"]
+    with_features = small(tmp_path, data={"source": source}, teachers={"image": teacher}, features={"photos": str(tmp_path / "photos")})
+    assert [c.stage for c in stages_of(with_features)] == every == ["pack", "features", *(c.stage for c in stages_of(whole)[1:])]
     assert [c.stage for c in stages_of(small(tmp_path))] == ["train", "evaluate", "register", "report"]
     ensemble = small(tmp_path, evaluation={"ensemble": ["a/matcher", "b/matcher"]})
     assert [c.stage for c in stages_of(ensemble)] == ["evaluate", "register", "report"]

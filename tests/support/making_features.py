@@ -35,7 +35,13 @@ def photo(colour: tuple[int, int, int]) -> bytes:
 
 def photos(root: Path, count: int = 6, per_shard: int = 2) -> None:
     records = [
-        Record(f"k{n}", "train", [Caption(f"c{n}{i}", f"photo {n} {i}") for i in range(1 + n % 3)], photo((40 * n + 40, 10, 200)), "png")
+        Record(
+            f"k{n}",
+            "train",
+            [Caption(f"c{n}{i}", f"photo {n} {i}") for i in range(1 + n % 3)],
+            photo(((40 * n + 40) % 256, 10 + n // 6, 200)),
+            "png",
+        )
         for n in range(count)
     ]
     pack(root, records, per_shard)
