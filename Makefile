@@ -25,8 +25,8 @@ setup: $(READY)  ## create the virtual environment with every pinned dependency
 demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, three trainings, report
 	$(BIN)/itm demo
 
-test: $(READY)  ## unit tests first, then real end-to-end runs, two at a time: they wait more than they compute
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+test: $(READY)  ## unit tests first, then real end-to-end runs, three at a time: they wait more than they compute
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 
 test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
 	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/system
