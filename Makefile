@@ -26,10 +26,10 @@ demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, th
 	$(BIN)/itm demo
 
 test: $(READY)  ## unit tests first, then real end-to-end runs, three at a time: they wait more than they compute
-	$(BIN)/python -m pytest -n 3 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
-	$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/system
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .

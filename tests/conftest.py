@@ -20,18 +20,15 @@ LONGEST = ("test_recipes_as_published.py", "test_train.py", "test_validation.py"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests last, the longest files of them first, so that no process is left alone with one; those of a file stay in one process
-    (`--dist loadgroup`), which starts their Ray and their servers once."""
+    """Slow tests last, the longest files of them first, so that no process is left alone with one. `--dist loadfile` keeps a file in one
+    process, which starts its Ray and its servers once."""
 
     def place(item: pytest.Item) -> int:
-        if item.get_closest_marker("e2e") is None:
+        if item.get_closest_marker("e2e") is None and "system" not in item.path.parts:
             return 0
         return 1 + (LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
     items.sort(key=place)
-    for item in items:
-        if item.get_closest_marker("e2e") is not None or "system" in item.path.parts:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(autouse=True)
