@@ -54,7 +54,8 @@ def sections_of(page: Page, runs: Mapping[str, Mapping[str, Any]]) -> Sections:
     charts = {f"queries answered by rank, {title}": found_by_rank(runs, way) for way, title in WAYS.items()} if compared else {}
     if compared:
         charts["scores of pairs"] = score_curves(runs)
-        validated = {page.title: page.validations, **page.other_validations}
+        known = {page.title: page.validations, **page.other_validations}
+        validated = {name: known.get(name, ()) for name in runs}  # a run has one colour in all charts
         together = {name: [(row["step"], row["rsum"]) for row in rows if "rsum" in row] for name, rows in validated.items()}
         charts["validation: rSum"] = curves(together, "step", "rSum") if sum(map(bool, together.values())) > 1 else ""
     return Sections(

@@ -49,4 +49,5 @@ def standardised(shares: Mapping[str, Sequence[float]], kind: str) -> list[tuple
     deviation = math.sqrt(variance) or 1.0
     width = (edges[1] - edges[0]) / deviation
     points = [((m - mean) / deviation, share / width) for m, share in zip(middles, shares[kind], strict=True)]
+    points = [(points[0][0] - width, 0.0), *points, (points[-1][0] + width, 0.0)]  # beyond the histogram there is nothing
     return [(z, value) for z, value in points if abs(z) <= FAR]
