@@ -9,6 +9,7 @@ An unknown key is an error that names the near one. `options` of a part are chec
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,11 @@ class Resolved:
     recipe: Recipe
     layers: tuple[Layer, ...]
 
+    @property
+    def written(self) -> dict[str, Any]:
+        """What the files say, merged; without overrides and defaults."""
+        return _merged(self.layers[:-1])
+
     def origin(self, key: tuple[str, ...], value: Any) -> str:
         """Where the value of a key comes from: the name of a file, `override`, or `default`."""
         for layer in reversed(self.layers):
@@ -145,14 +151,18 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def resolve_recipe(path: str | Path, overrides: list[str] | None = None) -> Resolved:
     """The recipe of `load_recipe` with the layers it was made of."""
     layers = _layers(Path(path))
-    choices: dict[str, Any] = {}
-    for layer in layers:
-        choices = merge(choices, layer.choices)
-    choices = deepcopy(choices)
+    choices = _merged(layers)
     apply_overrides(choices, overrides or [])
     given: dict[str, Any] = {}
     apply_overrides(given, overrides or [])
     return Resolved(parse_recipe(choices, where=str(path)), (*layers, Layer(OVERRIDE, given)))
+
+
+def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
+    choices: dict[str, Any] = {}
+    for layer in layers:
+        choices = merge(choices, layer.choices)
+    return deepcopy(choices)
 
 
 def overridden(recipe: Recipe, overrides: list[str]) -> Recipe:

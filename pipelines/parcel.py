@@ -19,7 +19,6 @@ import yaml
 
 import itm
 import pipelines
-from itm.choices import merge
 from itm.config import Recipe, resolve_recipe
 from itm.data import files
 from pipelines.places import Place
@@ -54,9 +53,7 @@ class Parcel:
 
     def add_recipe(self, args: argparse.Namespace, path: Path) -> None:
         """A recipe of the user's own as one file, with what it extends inside it."""
-        choices: dict[str, object] = {}
-        for layer in resolve_recipe(path).layers[:-1]:
-            choices = merge(choices, layer.choices)
+        choices = resolve_recipe(path).written
         inside = f"{RECIPES_SENT}/{path.name}"
         (self.folder / RECIPES_SENT).mkdir(exist_ok=True)
         (self.folder / inside).write_text(yaml.safe_dump(choices, sort_keys=False, allow_unicode=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from itm.choices import apply_overrides, merge
+from itm.choices import apply_overrides
 from itm.config import Part, Recipe, parse_recipe, resolve_recipe
 from itm.data.detect.finding import Finding
 from pipelines.cli import RECIPES
@@ -37,9 +37,7 @@ class Published:
     @property
     def text(self) -> str:
         """The recipe as one YAML file, with what it extends inside it."""
-        choices: dict[str, object] = {}
-        for layer in resolve_recipe(RECIPES / f"{self.recipe}.yaml").layers[:-1]:
-            choices = merge(choices, layer.choices)
+        choices = resolve_recipe(RECIPES / f"{self.recipe}.yaml").written
         apply_overrides(choices, list(self.overrides))
         parse_recipe(choices, self.recipe)
         head = f"# The shipped recipe {self.recipe}, on data that `itm init` found; `itm recipes {self.recipe}` tells of each value.\n"
