@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pipelines.featuring.actors import Choices, Job
 
 MEAN = "mean.npy"
-ACTOR_CPUS = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +63,9 @@ def features(recipe: Recipe, splits: list[str] | None = None, overwrite: bool = 
     Raises ValueError for an encoder without a grid, boxes of other photos, a folder that holds other features, and past max_reject_rate.
     """
     from itm.data import files
-    from itm.data.files import check_writable
 
     check(recipe)
-    check_writable(recipe.data.root)
+    files.check_writable(recipe.data.root)
     choices = choices_of(recipe)
     known = splits_named(recipe)
     if unknown := set(splits or []) - set(known):
@@ -250,39 +249,22 @@ def _check_boxes(uri: str, photos: str, source: Manifest) -> None:
 
 
 def _extract(recipe: Recipe, choices: Choices, todo: list[Job]) -> Iterator[str]:
-    """Make the region shards in any order; yields each as it is written. A shard travels as one Arrow row, as in `itm teach`."""
+    """Make the region shards in any order; yields each as it is written."""
     if not todo:
         return
-    import ray
-
     from pipelines.featuring.actors import Extract, Prepare
-    from pipelines.on_ray.gpus import Seats, gpu_seats
-    from pipelines.on_ray.session import connect, core
+    from pipelines.on_ray.reach import shared
+    from pipelines.on_ray.shard_actors import through_actors
 
-    connect()
     asked = recipe.features
-    cpus = ray.cluster_resources().get("CPU", 0)
-    seats = gpu_seats(asked.actors, len(todo), 2 * ACTOR_CPUS)
-    if seats is None:
-        seats = Seats(max(1, min(asked.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
-    rows = [{"job": json.dumps(asdict(job))} for job in todo]
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=len(rows))
-        .map_batches(Prepare(choices.image), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5))
-        .map_batches(
-            Extract,
-            fn_constructor_args=(choices, asked.batch_size, seats.device),
-            compute=ray.data.ActorPoolStrategy(size=seats.count),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=ACTOR_CPUS,
-            num_gpus=seats.gpus or None,
-        )
-    )
-    for row in dataset.iter_rows():
-        if row["error"] is not None:
-            raise ValueError(row["error"])
-        yield row["uri"]
+    rows: list[Json] = [{"job": json.dumps(asdict(job))} for job in todo]
+    with shared({"data.root": recipe.data.root}, read={"features.photos": asked.photos or ""}) as tokens:
+
+        def given(device: str) -> tuple[object, ...]:
+            return choices, asked.batch_size, device, tokens
+
+        for row in through_actors(rows, Prepare(choices.image, tokens), Extract, given, asked.actors):
+            yield row["uri"]
 
 
 def _close(folder: str, jobs: list[Job], source: Manifest, max_reject_rate: float) -> Manifest:
@@ -331,30 +313,25 @@ def flow_line(folder: str, manifest: Manifest) -> str:
     )
 
 
-def _tracked(recipe: Recipe, folder: str, photos: str, said: Json, source: Manifest) -> Any:
-    """One run a split, for the time of the work."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _tracked(recipe: Recipe, folder: str, photos: str, said: Json, source: Manifest) -> Iterator[Callable[[Manifest], None]]:
+    """One run a split, for the time of the work; it is told the manifest when the shards are safe."""
     from itm.data import files
     from itm.tracking.lineage import DatasetRef, packages_used
     from itm.tracking.runs import Tracker
 
-    @contextmanager
-    def tracked() -> Iterator[Any]:
-        split = files.name_of(folder)
-        params = {"split": split, "photos": photos, "root": folder, "encoder": json.dumps(said["encoder"])[:400]}
-        tags = {"stage": "features", **packages_used(recipe.model_dump(mode="json"))}
-        data = [DatasetRef(split, source.fingerprint(), photos, "features")]
-        with Tracker.start(recipe.registry.experiment, f"features {split}", params, tags, data) as tracker:
+    split = files.name_of(folder)
+    params = {"split": split, "photos": photos, "root": folder, "encoder": json.dumps(said["encoder"])[:400]}
+    tags = {"stage": "features", **packages_used(recipe.model_dump(mode="json"))}
+    data = [DatasetRef(split, source.fingerprint(), photos, "features")]
+    with Tracker.start(recipe.registry.experiment, f"features {split}", params, tags, data) as tracker:
 
-            def told(manifest: Manifest) -> None:
-                flow = {"rows_in": source.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
-                tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
-                tracker.flush()
+        def told(manifest: Manifest) -> None:
+            flow = {"rows_in": manifest.samples + manifest.rejected, "rows_out": manifest.samples, "rows_rejected": manifest.rejected}
+            tracker.metrics(flow | {"captions": manifest.captions, "bytes": sum(s.bytes for s in manifest.shards)})
+            tracker.flush()
 
-            yield told
-
-    return tracked()
+        yield told
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from itm.matchers.encoders.features import identity_of
 from itm.precision import computing
 from pipelines.featuring.boxes import Boxes, read_boxes
 from pipelines.featuring.regions import box_regions, grid_regions, side_of
+from pipelines.on_ray.reach import Tokens, confirm
 
 _STRINGS = pa.list_(pa.string())
 _PREPARED = pa.schema(
@@ -79,6 +80,7 @@ class Prepare:
     """Shards -> the pixels of their photos, one table row a shard. What the user can mend travels as text in `error`."""
 
     image: ImageInput
+    tokens: Tokens = ()  # of folders that every node must see
 
     def __call__(self, jobs: pa.Table) -> pa.Table:
         return pa.Table.from_pylist([self._shard(row["job"]) for row in jobs.to_pylist()], _PREPARED)
@@ -89,6 +91,7 @@ class Prepare:
         sizes: list[Any] = []
         payloads: list[Any] = []
         try:
+            confirm(self.tokens)
             for sample in _samples(job):
                 pixels, size, problem = self._photo(sample)
                 payloads.append(pixels)
@@ -117,8 +120,8 @@ def _samples(job: Job) -> Iterator[Sample]:
 class Extract:
     """The encoder's actor: makes the regions of a shard's photos and writes the region shard and its receipt before it answers."""
 
-    def __init__(self, choices: Choices, batch_size: int, device: str = "auto") -> None:
-        self.choices, self.batch_size = choices, batch_size
+    def __init__(self, choices: Choices, batch_size: int, device: str = "auto", tokens: Tokens = ()) -> None:
+        self.choices, self.batch_size, self.tokens = choices, batch_size, tokens
         self.device = resolve_device(device)
         encoder = build_image_encoder(choices.encoder.kind, **choices.encoder.options)
         self.same = identity_of(encoder, choices.encoder.kind) == choices.identity
@@ -133,6 +136,7 @@ class Extract:
             return {"error": shard["error"][0].as_py()}
         job = Job(**json.loads(shard["job"][0].as_py()))
         try:
+            confirm(self.tokens)
             if not self.same:
                 raise ValueError(f"this node has other weights of {self.choices.encoder.kind!r} than the driver; give every node the same")
             if self.boxes and self.boxes.sha256 != self.choices.boxes_sha256:

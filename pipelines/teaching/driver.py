@@ -21,15 +21,14 @@ from itm.progress import over
 from itm.teachers.identity import Modality, build_teacher, choice_of
 from itm.teachers.shuffled import SHUFFLED, shuffle_of, shuffled_identity, shuffled_rows
 from itm.teachers.stores import roots_of, stored_identity, stores_root
-from pipelines.on_ray.gpus import Seats, gpu_seats
-from pipelines.on_ray.reach import Tokens
+from pipelines.on_ray.reach import shared
+from pipelines.on_ray.shard_actors import through_actors
 from pipelines.teaching import equal_captions
 from pipelines.teaching.actors import Prepare, Score, Written
 
 if TYPE_CHECKING:
     from itm.tracking.runs import Tracker
 
-ACTOR_CPUS = 0.25
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 
@@ -239,51 +238,17 @@ def _score(
     prepare: Callable[[Sample | Caption], bytes],
     skip: Mapping[str, list[int]] | None = None,
 ) -> Iterator[Written]:
-    """Score the shards in any order; yields each as its sidecar is written. skip: rows of a shard that are left without a vector.
-
-    A shard travels as ONE Arrow row with list columns, so that Ray can neither split nor merge it. Actors take at most half of the CPUs,
-    a quarter each: if they held all of them they would wait for ever for the tasks that feed them.
-    """
+    """Score the shards in any order; yields each as its sidecar is written. skip: rows of a shard that are left without a vector."""
     if not todo:
         return
-    from pipelines.on_ray.reach import shared
-    from pipelines.on_ray.session import connect
-
     rows: list[Json] = [{"shard": files.join(job.split_uri, s.name), "header": json.dumps(asdict(job.header(s, identity)))} for s in todo]
     if skip is not None:
         rows = [row | {"skip": skip[shard.name]} for row, shard in zip(rows, todo, strict=True)]
-    connect()
-    with shared({"data.root": job.recipe.data.root, "teachers.root": job.root}) as tokens:
-        yield from _scored(job, uri, rows, prepare, tokens)
-
-
-def _scored(job: Job, uri: str, todo: list[Json], prepare: Callable[[Sample | Caption], bytes], tokens: Tokens) -> Iterator[Written]:
-    """todo: a row a shard, as `Prepare` takes them."""
-    import ray
-
-    from pipelines.on_ray.session import core
-
     teachers = job.recipe.teachers
-    seats = gpu_seats(teachers.actors, len(todo), 2 * ACTOR_CPUS)
-    cpus = ray.cluster_resources().get("CPU", 0)
-    if seats is None:
-        seats = Seats(max(1, min(teachers.actors or 1, len(todo), int(cpus / 2 / ACTOR_CPUS))), 0, "cpu")
-    dataset = (
-        ray.data.from_items(todo, override_num_blocks=len(todo))
-        .map_batches(
-            Prepare(job.modality, prepare, tokens), batch_size=None, batch_format="pyarrow", num_cpus=min(core(), cpus // 2 or 0.5)
-        )
-        .map_batches(
-            Score,
-            fn_constructor_args=(job.part, job.modality, uri, teachers.batch_size, seats.device, tokens),
-            compute=ray.data.ActorPoolStrategy(size=seats.count),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=ACTOR_CPUS,
-            num_gpus=seats.gpus or None,
-        )
-    )
-    for row in dataset.iter_rows():
-        if (error := row.pop("error")) is not None:
-            raise ValueError(error)
-        yield Written(**row)
+    with shared({"data.root": job.recipe.data.root, "teachers.root": job.root}) as tokens:
+
+        def given(device: str) -> tuple[object, ...]:
+            return job.part, job.modality, uri, teachers.batch_size, device, tokens
+
+        for row in through_actors(rows, Prepare(job.modality, prepare, tokens), Score, given, teachers.actors):
+            yield Written(**row)
