@@ -11,6 +11,7 @@ import pytest
 
 from itm.config import Recipe, load_recipe
 from pipelines.cli import RECIPES
+from pipelines.features import features
 from pipelines.on_ray.reach import shared
 from pipelines.on_ray.session import connect
 from pipelines.pack import pack
@@ -66,6 +67,8 @@ def test_a_folder_of_one_machine_is_refused_before_anything_is_written_to_it(hid
     with pytest.raises(ValueError, match=rf"teachers\.root={hidden}/stores.* is not shared: .* {BLIND}"):
         teach(recipe(f"teachers.root={hidden}/stores"))
     teach(recipe())
+    with pytest.raises(ValueError, match=rf"data\.root={hidden}/regions is not shared: .* {BLIND}"):
+        features(recipe(f"features.photos={seen}/shards", f"data.root={hidden}/regions", "features.encoder={kind: conv}"))
     with pytest.raises(ValueError, match=rf"output={hidden}/runs.* is not shared: .* {BLIND}"):
         train(recipe(f"output={hidden}/runs", "train.workers=1"))
     shutil.copytree(seen / "shards", hidden / "shards", dirs_exist_ok=True)
