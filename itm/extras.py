@@ -13,6 +13,7 @@ EXTRAS = {  # extra -> packages
     "hf": ("datasets",),
     "lora": ("peft",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "faiss": ("faiss",),
 }
 
 
