@@ -94,15 +94,25 @@ class Lab:
 
     def add(self, name: str, cpus: int, labels: str = "", **machine: Any) -> Machine:
         """A machine with a node of Ray on it, the head first; returns when it has joined."""
-        address = f"{SUBNET}.{10 + len(self.workers) + (hasattr(self, 'head'))}"
-        given = {**RAY, **KEYS, "AWS_ENDPOINT_URL": STORE}
-        node = Machine(name, address, self.switch, environment=given, **machine)
-        self.stack.callback(node.lose)
+        address = f"{SUBNET}.{10 + (len(self.workers) + 1 if name != 'head' else 0)}"
+        node = self._node(name, address, **machine)
         if name == "head":
             self.head = node
         else:
             self.workers.append(node)
         self.join(node, cpus, labels)
+        return node
+
+    def replace(self, worker: int, clock: str = "", cpus: int = 2) -> None:
+        """An empty machine in the place of a lost one, at the next address: the old one may still be known as dead."""
+        old = self.workers[worker]
+        number = int(old.address.rpartition(".")[2]) + 20
+        self.workers[worker] = self._node(f"{old.name}x", f"{SUBNET}.{number if number < 90 else number - 60}", clock=clock)
+        self.join(self.workers[worker], cpus)
+
+    def _node(self, name: str, address: str, **machine: Any) -> Machine:
+        node = Machine(name, address, self.switch, environment={**RAY, **KEYS, "AWS_ENDPOINT_URL": STORE}, **machine)
+        self.stack.callback(node.lose)
         return node
 
     def join(self, node: Machine, cpus: int, labels: str = "") -> None:

@@ -123,11 +123,11 @@ class Machine:
         words = shlex.split(command) if isinstance(command, str) else list(command)
         given = {"PATH": f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp/own", "TMPDIR": "/tmp"}
         given |= {**self.environment, **self._clock(), **environment}
-        where = ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", "--pid", "--wd=/tmp/own"]
+        where = ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", "--pid"]
         out = log.open("ab") if log else subprocess.PIPE
         try:
             return subprocess.Popen(
-                [*where, "env", "-i", *(f"{name}={value}" for name, value in given.items()), *words],
+                [*where, "env", "--chdir=/tmp/own", "-i", *(f"{name}={value}" for name, value in given.items()), *words],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=out if log else subprocess.STDOUT,

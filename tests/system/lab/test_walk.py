@@ -20,7 +20,7 @@ def walk(there: Lab) -> dict[str, str]:
     """Every stage, submitted; what each printed."""
     there.write_recipe(lab_recipe())
     said = {stage: there.submit(stage) for stage in ("pack", "teach", "train", "evaluate", "register")}
-    said["report"] = there.submit("report", "--html", f"s3://{BUCKET}/report.html")
+    said["report"] = there.submit("report")
     where = ["--model", "models:/lab@champion", "--shards", f"s3://{BUCKET}/shards/test", "-k", "3"]
     return said | {"search": there.search("a red circle", *where)}
 
@@ -34,7 +34,7 @@ def test_the_whole_walk_by_submit_from_a_machine_that_has_only_the_wheel(tmp_pat
         kept = there.objects()
     print(f"whole walk: {whole:.0f} s", flush=True)
     assert json.loads(kept["runs/lab/run.json"])["steps"] == 20
-    assert {"runs/lab/matcher/model.safetensors", "report.html"} <= kept.keys()
+    assert {"runs/lab/matcher/model.safetensors", "runs/lab/report.html"} <= kept.keys()
     assert len([name for name in kept if name.startswith("shards/") and name.endswith(".tar")]) == 5 + 1 + 2
     assert len(said["search"].strip().splitlines()) >= 4, said["search"]
     assert whole < LIMIT or Path("/proc/loadavg").read_text() > "2", f"{whole:.0f} s on an idle machine"
