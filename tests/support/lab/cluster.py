@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pyarrow import fs
 
+from pipelines.on_ray.feeding import LABEL
 from tests.support import ROOT
 from tests.support.lab.machines import SERVICES, SUBNET, Machine
 from tests.support.lab.proxy import Proxy
@@ -169,8 +170,8 @@ class Lab:
 
 
 @contextmanager
-def lab(folder: Path, workers: int = 4, cpus: int = 2) -> Iterator[Lab]:
-    """The lab with `workers` nodes of `cpus` each. All of it is gone at the end."""
+def lab(folder: Path, workers: int = 4, cpus: int = 2, feeders: int = 0) -> Iterator[Lab]:
+    """The lab with `workers` nodes of `cpus` each, the last `feeders` of which get no trainers. All of it is gone at the end."""
     begin = time.monotonic()
     with ExitStack() as stack:
         packages = installed_wheel(folder)
@@ -183,7 +184,7 @@ def lab(folder: Path, workers: int = 4, cpus: int = 2) -> Iterator[Lab]:
         found = Lab(folder, switch, *proxies, stack)
         found.add("head", 0)
         for number in range(1, workers + 1):
-            found.add(f"w{number}", cpus)
+            found.add(f"w{number}", cpus, labels=f"{LABEL}=true" if number > workers - feeders else "")
         told = {"PYTHONPATH": str(packages), "RAY_ADDRESS": DASHBOARD, "RAY_AUTH_MODE": "disabled", "MLFLOW_TRACKING_URI": TRACKING}
         found.submitter = Machine("submitter", f"{SUBNET}.90", switch, seen=[packages], environment=told)
         stack.callback(found.submitter.lose)

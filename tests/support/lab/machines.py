@@ -114,6 +114,11 @@ class Machine:
         plug = f"v{self.address.rpartition('.')[2]}"
         _run(f"nsenter -t {self.switch.pid} -n ip link set {plug} {'down' if off else 'up'}")
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that it has received and sent."""
+        counted = next(line for line in self.run("cat /proc/net/dev").splitlines() if "eth0:" in line).partition(":")[2].split()
+        return int(counted[0]), int(counted[8])
+
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
