@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from itm.data.manifest import Manifest, write_manifest
+from itm.data.records import Caption, Record
+from itm.data.shards import write_shard
 from tests.support.lab.cluster import Lab, lab, lab_recipe
 from tests.support.lab.machines import missing
+from tests.support.s3_server import BUCKET
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: nodes that feed trainers; {why}")]
 STEPS = 120
+
+
+def photos(split: str, count: int) -> None:
+    """Written past the cluster. A photo of 0.8 megapixels keeps a thread busy for longer than the small model its step."""
+    records = []
+    for number in range(count):
+        out, noise = io.BytesIO(), np.random.default_rng(number).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((1000, 800)).save(out, "JPEG")
+        records.append(Record(f"k{number}", split, [Caption(f"c{number}", f"a thing of kind {number % 7}")], out.getvalue(), "jpg"))
+    size = len(records) // 4
+    infos = [write_shard(f"s3://{BUCKET}/shards/{split}/{n:05}.tar", records[n * size : (n + 1) * size]) for n in range(4)]
+    write_manifest(f"s3://{BUCKET}/shards/{split}", Manifest(split=split, source="photos made-up", shards=infos))
 
 
 def training(there: Lab, name: str, decode: str, lose: int | None = None) -> dict[str, Any]:
@@ -49,12 +68,10 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 def test_nodes_without_trainers_decode_for_those_with_slow_threads_and_may_die(tmp_path: Path) -> None:
     with lab(tmp_path, feeders=2) as there:
-        # PIL's resizing makes a thread slower than a step of the small model.
-        there.write_recipe(
-            lab_recipe(data__exact_pixels=True, data__image_size=64, train__steps=STEPS, train__validate_every=STEPS, train__log_every=20)
-        )
-        for stage in ("pack", "teach"):
-            there.submit(stage)
+        given = {"train__steps": STEPS, "train__validate_every": STEPS, "train__log_every": 20}
+        there.write_recipe(lab_recipe(method={"kind": "matching"}, data__exact_pixels=True, **given))
+        photos("train", 40)
+        photos("val", 8)
         own = training(there, "own", "trainer")
         fed = training(there, "fed", "auto")
         lost = training(there, "lost", "auto", lose=3)
