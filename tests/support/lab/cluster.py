@@ -147,6 +147,7 @@ class Lab:
         begin = time.monotonic()
         said = self.submitter.run(command, check=check)
         self.seconds[stage] = time.monotonic() - begin
+        (self.folder / f"{stage}.log").write_text(said)
         print(f"{stage}: {self.seconds[stage]:.0f} s", flush=True)
         return said
 
