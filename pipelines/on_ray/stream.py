@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,13 +100,13 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
 
 
 def stream_auto(
-    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[str], None]
+    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[int, str], None]
 ) -> Iterator[Columns]:
     """As `stream`, by threads of this process until they turn out too slow, and by actors on the nodes that `find` knows from then on.
 
     say: is told once, with the step, what was decided, and why.
     """
-    prepare = Watched(pairs.prepare)
+    prepare, threads = Watched(pairs.prepare), min(threads, os.cpu_count() or 1)
     own = in_threads(prepare, _fetched(pairs, work), threads)
     for number, (columns, busy) in enumerate(measured(own, prepare, threads, _device_done)):
         yield columns
@@ -120,11 +120,12 @@ def stream_auto(
             return
 
 
-def _handed_over(own: Iterator[Columns], later: Iterator[Columns]) -> Iterator[Columns]:
+def _handed_over(own: Generator[Columns, None, None], later: Iterator[Columns]) -> Iterator[Columns]:
     """HANDOVER batches of `own`, in whose time `later` starts, then those of `later`."""
     with ThreadPoolExecutor(1) as starter:
         first = starter.submit(next, later)
         yield from islice(own, HANDOVER)
+        own.close()  # it has read ahead, and would go on with it
         yield first.result()
     yield from later
 
@@ -176,7 +177,7 @@ def stream_here(pairs: Pairs, work: Sequence[Work], threads: int) -> Iterator[Co
     return in_threads(lambda item: pairs.prepare(pairs.fetch(item)), work, threads)
 
 
-def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
     """`map(function, items)` by threads that work a little ahead of their reader."""
     waiting: deque[Future[B]] = deque()
     rest = iter(items)

@@ -134,7 +134,10 @@ def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     if data.decode != "auto":
         return stream(pairs, items, data.decode, threads)
     find = partial(_feeders, course.train.use_gpu, data.decode_workers)
-    return stream_auto(pairs, items, threads, find, report if rank() == 0 else lambda step, text: None)
+    return stream_auto(pairs, items, threads, find, report if rank() == 0 else _silent)
+
+
+def _silent(step: int, text: str) -> None: ...
 
 
 def _feeders(gpu: bool, wanted: int | None) -> Feeders:

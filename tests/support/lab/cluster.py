@@ -179,10 +179,9 @@ def lab(folder: Path, workers: int = 4, cpus: int = 2, feeders: int = 0) -> Iter
         store, tracking = stack.enter_context(services(folder, TRACKING.removeprefix("http://")))
         switch = Machine("switch", SERVICES)
         stack.callback(switch.lose)
-        proxies = [Proxy(switch, 9000, store), Proxy(switch, 5000, tracking)]
-        for proxy in proxies:
+        found = Lab(folder, switch, Proxy(switch, 9000, store), Proxy(switch, 5000, tracking), stack)
+        for proxy in (found.store, found.tracking):
             stack.callback(proxy.close)
-        found = Lab(folder, switch, *proxies, stack)
         found.add("head", 0)
         for number in range(1, workers + 1):
             found.add(f"w{number}", cpus, labels=f"{LABEL}=true" if number > workers - feeders else "")

@@ -143,7 +143,7 @@ class Machine:
 
     def run(self, command: str | Sequence[str], *, given: bytes = b"", check: bool = True, **environment: str) -> str:
         """What the command printed. Raises AssertionError when it fails."""
-        process = self.start(command, **environment)
+        process = self.start(command, None, **environment)
         said = process.communicate(given)[0].decode()
         assert not check or process.returncode == 0, f"{self.name}: {command} ended with {process.returncode}:\n{said[-4000:]}"
         return said
