@@ -15,7 +15,8 @@ from itm.data.sources.scenes import Scenes
 from itm.data.text import WordVocabulary
 from itm.evaluation.dataset import EncodedSplit, encode_split
 from itm.matchers.folder import build_matcher
-from itm.report.attended import attended, spelled
+from itm.evaluation.attention import spelled
+from itm.report.attended import attended
 from tests.support.small_split import write_split
 
 TEXT = {"kind": "gru", "word_dim": 8, "width": 12}
