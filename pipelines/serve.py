@@ -14,10 +14,11 @@ The API is described at /v1/docs and in docs/registry-and-serving.md.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from itm.arguments import read_from
 from itm.device import HELP
@@ -73,9 +74,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def limits_of(args: argparse.Namespace) -> Limits:
     from pipelines.serving.limits import Limits
 
-    return Limits(
-        body_bytes=args.max_bytes, pixels=args.max_pixels, rate=args.rate, burst=max(1, int(2 * args.rate)), seconds=args.seconds
-    )
+    return Limits(body_bytes=args.max_bytes, pixels=args.max_pixels, rate=args.rate, burst=max(1, int(2 * args.rate)), seconds=args.seconds)
 
 
 def places_of(args: argparse.Namespace) -> tuple[Place, ...]:
@@ -92,7 +91,7 @@ def places_of(args: argparse.Namespace) -> tuple[Place, ...]:
         raise ValueError(f"two models are called {named[0][0]!r}: write --model NAME=URI")
     indexes, shards = _each(args.index, len(named), "--index"), _each(args.shards, len(named), "--shards")
     return tuple(
-        Place(name, uri, index, split, tuple(args.allow), args.device, args.rerank)
+        Place(name, _anywhere(uri), _anywhere(index), _anywhere(split), tuple(args.allow), args.device, args.rerank)
         for (name, uri), index, split in zip(named, indexes, shards, strict=True)
     )
 
@@ -106,6 +105,23 @@ def _named(given: str) -> tuple[str, str]:
     parts = re.sub(r"/matcher/?$", "", uri.removeprefix("models:/")).rstrip("/").split("/")
     usual = "-".join(parts) if uri.startswith("models:/") else parts[-1]
     return re.sub(r"[^\w.@-]", "-", usual)[:64] or "model", uri
+
+
+@overload
+def _anywhere(uri: str) -> str: ...
+
+
+@overload
+def _anywhere(uri: None) -> None: ...
+
+
+def _anywhere(uri: str | None) -> str | None:
+    """A path as processes with another working folder can read it; an address, or the name of a model, as it is."""
+    from itm.data import files
+
+    if uri is None or re.match(r"(models|runs):/", uri) or not files.exists(uri):
+        return uri
+    return files.absolute(uri)
 
 
 def _each(given: Sequence[str], models: int, flag: str) -> Sequence[str | None]:
@@ -126,6 +142,10 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
     from pipelines.serving.app import application
     from pipelines.serving.served import ServedModel
 
+    if any(place.model.startswith(("models:/", "runs:/")) for place in settings.places):
+        from itm.tracking.addresses import tracking_uri
+
+        os.environ["MLFLOW_TRACKING_URI"] = tracking_uri()  # absolute: the replicas have another working folder
     for place in settings.places:
         said = ServedModel(place).said()  # what is wrong is said here; an index that must be made is made once
         print(f"{place.name}: {said.kind} version {said.version}, {said.images} images, {said.captions} captions", flush=True)

@@ -148,7 +148,9 @@ def _answers(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     values, places = left.topk(min(ANSWERS, left.shape[1] - int(right.sum(1).max())), dim=1)
     spread = torch.linspace(0, scores.shape[1] - 1, min(BACKGROUND, scores.shape[1])).round().long()
     background = left[:, spread]
-    background = torch.where(background.isinf(), background.masked_fill(background.isinf(), torch.inf).min(1, keepdim=True).values, background)
+    background = torch.where(
+        background.isinf(), background.masked_fill(background.isinf(), torch.inf).min(1, keepdim=True).values, background
+    )
     return features(values, background, scores.shape[1]), right.gather(1, places).double()
 
 
@@ -191,7 +193,11 @@ def calibration_uri(folder: str, identity: str) -> str:
 
 def write_calibration(folder: str, told: Calibration) -> str:
     """Beside the index in `folder`; returns the file."""
-    said: dict[str, Any] = {"format": FORMAT, "matcher": told.matcher, "curves": {find: asdict(curve) for find, curve in told.curves.items()}}
+    said: dict[str, Any] = {
+        "format": FORMAT,
+        "matcher": told.matcher,
+        "curves": {find: asdict(curve) for find, curve in told.curves.items()},
+    }
     uri = calibration_uri(folder, told.matcher)
     files.write_atomic(uri, json.dumps(said, indent=1).encode())
     return uri

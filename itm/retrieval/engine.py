@@ -67,6 +67,8 @@ class Engine:
                 raise ValueError(f"the images of {_where(self.index)} have no captions, so none can be found for {what}: ask for images")
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
+            if question.min_score is not None and not question.crosses:
+                raise ValueError("min_score is a probability across modalities: ask for images by a text alone, or for captions by an image")
         asked = Asked(self.matcher, questions, self.device)
         groups: dict[object, list[int]] = {}
         for number, q in enumerate(questions):
@@ -94,16 +96,16 @@ class Engine:
         side, rows = self._side(find), self.index.rows(find, questions[0].where)
         if rows is not None and not len(rows):
             return [self._hits(q, [], torch.empty(0), None) for q in questions]
-        wanted = max(q.k + q.offset for q in questions)
+        wanted = max(2, *(q.k + q.offset for q in questions))  # how far an answer leads is seen at the next one
         exact = self._combined(asked.scorers(numbers, find), find)
-        usual = exact(self._background(find)) if self.calibration else None
+        usual = exact(self._background(find)) if self.calibration and questions[0].crosses else None
         if self.rerank is None:
             pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
             values, places = best(lambda block: exact(side.read(block)), len(side), rows, wanted, pieces)
         else:
             values, places = self._screened(asked, numbers, find, rows, wanted)
         return [
-            self._hits(q, places[n, : q.k + q.offset].tolist(), values[n, : q.k + q.offset], None if usual is None else usual[n])
+            self._hits(q, places[n].tolist(), values[n], None if usual is None else usual[n])
             for n, q in enumerate(questions)
         ]
 
@@ -139,11 +141,11 @@ class Engine:
         return self.index.images if find == "images" else self.index.captions
 
     def _hits(self, q: Question, rows: list[int], scores: Tensor, usual: Tensor | None) -> Hits:
-        """usual: the background's scores (B,) of this question, where the engine is calibrated."""
+        """rows and scores: the best, maybe more than are wanted; usual: the background's scores (B,) of this question, where calibrated."""
         likely: list[float | None] = [None] * len(rows)
         if self.calibration is not None and usual is not None:
             likely = list(self.calibration(scores, usual, q.find).tolist())
-        answers = list(zip(rows, scores.tolist(), likely, strict=True))[q.offset :]
+        answers = list(zip(rows, scores.tolist(), likely, strict=True))[q.offset : q.offset + q.k]
         hits = [
             self._hit(rank, row, q.find, score, probability)
             for rank, (row, score, probability) in enumerate(answers, q.offset + 1)

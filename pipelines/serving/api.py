@@ -37,9 +37,7 @@ def build(backend: Backend, limits: Limits | None = None, access: Access | None 
     """The whole service as one ASGI app, guarded."""
     limits, access, figures = limits or Limits(), access or Access(), Figures()
     about = "Ask by text, image or both; every answer says how sure it is where the index is calibrated. Refusals name a remedy."
-    app = FastAPI(
-        title="itm", version=itm.__version__, description=about, docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json"
-    )
+    app = FastAPI(title="itm", version=itm.__version__, description=about, docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
     app.state.figures = figures
     _faults(app)
     _asking(app, backend, limits, figures)

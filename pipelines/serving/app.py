@@ -181,5 +181,7 @@ def application(given: Settings | dict[str, Any]) -> serve.Application:
         ).bind(place, settings.watch)
         for place in settings.places
     ]
-    front = serve.deployment(Front, name="front", max_ongoing_requests=2 * settings.limits.waiting, ray_actor_options={"num_cpus": 0}, **quick)
+    front = serve.deployment(
+        Front, name="front", max_ongoing_requests=2 * settings.limits.waiting, ray_actor_options={"num_cpus": 0}, **quick
+    )
     return front.bind(settings, *handles)

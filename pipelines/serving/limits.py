@@ -49,8 +49,9 @@ class Limits:
             with open_image(data) as image:
                 width, height = image.size
         except Exception as error:  # hostile bytes make decoders raise almost anything
-            status = 413 if "the limit is" in str(error) else 415
-            raise Refused(status, f"cannot read the image: {error}", "send a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
+            if "the limit is" in str(error) or "bomb" in str(error):
+                raise Refused(413, f"the image is too large: {error}", "send a smaller copy of it") from None
+            raise Refused(415, f"cannot read the image: {error}", "send a JPEG, PNG, WebP, GIF, BMP or TIFF file") from None
         if width * height > self.pixels:
             raise Refused(413, f"the image has {width}x{height} pixels, the limit is {self.pixels:,}", "send a smaller copy of it")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ class Loaded:
 
     def __post_init__(self) -> None:
         self.jpeg = lru_cache(CACHED)(self._jpeg)  # of this object, so that it goes with it
+        self.alone = threading.Lock()  # tokenizers take no two threads at once
 
     def _jpeg(self, key: str, side: int) -> bytes:
         image = self.index.sample(key).image
@@ -136,7 +138,9 @@ class ServedModel:
         prepared = [_prepared(now, one) for one in asked]
         good = [n for n, question in enumerate(prepared) if isinstance(question, Question)]
         replies: dict[int, Answers | Refused] = {n: q for n, q in enumerate(prepared) if isinstance(q, Refused)}
-        for number, hits in zip(good, _answers(now, [q for q in prepared if isinstance(q, Question)]), strict=True):
+        with now.alone:
+            found = _answers(now, [q for q in prepared if isinstance(q, Question)])
+        for number, hits in zip(good, found, strict=True):
             question = prepared[number]
             assert isinstance(question, Question)
             replies[number] = hits if isinstance(hits, Refused) else self._told(now, question, hits)
@@ -159,16 +163,15 @@ class ServedModel:
             for hit in hits.hits
         ]
         nothing = not answers and question.offset == 0
-        return Answers(
-            model=self.place.name, version=now.version, find=question.find, total=total, nothing_found=nothing, answers=answers
-        )
+        return Answers(model=self.place.name, version=now.version, find=question.find, total=total, nothing_found=nothing, answers=answers)
 
     def explain(self, text: str, key: str) -> Looks:
         """Raises Refused for a key that is not there, and where there is nothing to show."""
         now = self.now
         _check_key(now, key)
         try:
-            found = now.engine.explain(Question(text=text), key)
+            with now.alone:
+                found = now.engine.explain(Question(text=text), key)
         except (ValueError, OSError) as error:
             raise Refused(422, plain(error), "ask a late-interaction or joint matcher (scan, sgr, saf, uarda, uniter)") from None
         weights = [[round(value, 5) for value in row] for row in found.weights]
@@ -182,7 +185,9 @@ class ServedModel:
         try:
             return now.jpeg(key, LARGEST if large else THUMBNAIL)
         except (ValueError, OSError) as error:
-            raise Refused(404, f"no photo of {key!r} can be shown: {plain(error)}", "the index holds it; its shard may have moved") from None
+            raise Refused(
+                404, f"no photo of {key!r} can be shown: {plain(error)}", "the index holds it; its shard may have moved"
+            ) from None
 
     def said(self) -> Said:
         """What a client is told about the model."""
