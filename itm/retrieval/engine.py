@@ -20,6 +20,7 @@ from itm.data import files
 from itm.device import resolve_device
 from itm.evaluation.scoring import scoring_mode
 from itm.precision import computing
+from itm.retrieval.answers import answered
 from itm.retrieval.asking import Asked, Scorer
 from itm.retrieval.explaining import explained
 from itm.retrieval.index import Find, Index, Side
@@ -64,7 +65,7 @@ class Engine:
             question.check()
             if question.find == "captions" and not len(self.index.captions):
                 what = question.text or "the image"
-                raise ValueError(f"the images of {_where(self.index)} have no captions, so none can be found for {what}: ask for images")
+                raise ValueError(f"the images of {self.index.place} have no captions, so none can be found for {what}: ask for images")
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
             if question.min_score is not None and not question.crosses:
@@ -95,7 +96,7 @@ class Engine:
         find = questions[0].find
         side, rows = self._side(find), self.index.rows(find, questions[0].where)
         if rows is not None and not len(rows):
-            return [self._hits(q, [], torch.empty(0), None) for q in questions]
+            return [self._hits(q, torch.empty(0, dtype=torch.int64), torch.empty(0), None) for q in questions]
         wanted = max(2, *(q.k + q.offset for q in questions))  # how far an answer leads is seen at the next one
         exact = self._combined(asked.scorers(numbers, find), find)
         usual = exact(self._background(find)) if self.calibration and questions[0].crosses else None
@@ -105,7 +106,7 @@ class Engine:
         else:
             values, places = self._screened(asked, numbers, find, rows, wanted)
         return [
-            self._hits(q, places[n].tolist(), values[n], None if usual is None else usual[n])
+            self._hits(q, places[n], values[n], None if usual is None else usual[n])
             for n, q in enumerate(questions)
         ]
 
@@ -140,32 +141,10 @@ class Engine:
     def _side(self, find: Find) -> Side:
         return self.index.images if find == "images" else self.index.captions
 
-    def _hits(self, q: Question, rows: list[int], scores: Tensor, usual: Tensor | None) -> Hits:
+    def _hits(self, q: Question, rows: Tensor, scores: Tensor, usual: Tensor | None) -> Hits:
         """rows and scores: the best, maybe more than are wanted; usual: the background's scores (B,) of this question, where calibrated."""
-        likely: list[float | None] = [None] * len(rows)
-        if self.calibration is not None and usual is not None:
-            likely = list(self.calibration(scores, usual, q.find).tolist())
-        answers = list(zip(rows, scores.tolist(), likely, strict=True))[q.offset : q.offset + q.k]
-        hits = [
-            self._hit(rank, row, q.find, score, probability)
-            for rank, (row, score, probability) in enumerate(answers, q.offset + 1)
-            if q.min_score is None or (probability is not None and probability >= q.min_score)
-        ]
-        said = " + ".join([q.text] * (q.text is not None) + ["an image"] * (q.image is not None))
-        counts = f"{len(self.index)} images, {len(self.index.captions)} captions"
-        return Hits(said, f"{counts} of {_where(self.index)}", hits)
-
-    def _hit(self, rank: int, row: int, find: Find, score: float, probability: float | None) -> Hit:
-        names = self.index.names
-        image = int(names.caption_image[row]) if find == "captions" else row
-        captions = [row] if find == "captions" else self.index.captions_of(image)
-        texts, ids = [names.texts[r] for r in captions], [names.caption_ids[r] for r in captions]
-        metadata = self.index.metadata(image)
-        return Hit(rank, score, names.image_keys[image], names.image_shards[image], texts, ids, metadata, probability)
-
-
-def _where(index: Index) -> str:
-    return ", ".join(index.identity.data)
+        likely = None if self.calibration is None or usual is None else self.calibration(scores, usual, q.find)
+        return answered(self.index, q, rows, scores, likely)
 
 
 # --- one question, as `itm search` asks it ----------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from torch import Tensor
+
+pc: Any = pyarrow.compute  # its functions are made as it is imported, so no type checker knows them
 
 
 def chosen(columns: Mapping[str, Any], where: Mapping[str, Sequence[str]]) -> Tensor:

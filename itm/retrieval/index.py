@@ -104,6 +104,11 @@ class Index:
         """Images that can be found."""
         return len(self.images) if self.live is None else int(self.live.sum())
 
+    @property
+    def place(self) -> str:
+        """The splits, as a message names them."""
+        return ", ".join(self.identity.data)
+
     def rows(self, find: Find, where: Mapping[str, Sequence[str]] | None = None) -> Tensor | None:
         """The rows (N,) int64, in order, of images or captions that can be found and pass the filters; None = all.
 

@@ -14,6 +14,7 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.device import resolve_device
 from pipelines.on_ray.errors import cause_of
+from pipelines.on_ray.feeding import away_from_feeders
 from pipelines.on_ray.gpus import LABEL, awaited, most_gpus, why_no_cuda
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.reach import confirm, shared
@@ -46,7 +47,11 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu),  # type: ignore[arg-type]  # as well
+        scaling_config=ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]  # as well
+            use_gpu=train.use_gpu,
+            label_selector=away_from_feeders(ray.nodes()),  # type: ignore[call-arg]  # of V2
+        ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
             name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
             storage_path=files.join(job.folder, "ray"),

@@ -22,10 +22,11 @@ from itm.data.formats import Json
 from itm.data.mix import Mixture
 from itm.data.pairs import Pairs
 from itm.device import is_lost
-from itm.distributed import rank
+from itm.distributed import rank, world_size
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
-from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
+from pipelines.on_ray.feeding import Feeders, feeders
+from pipelines.on_ray.stream import MOST_DECODERS, decoders, stream, stream_auto, stream_here, work_of
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
@@ -69,14 +70,14 @@ def _work(job: Job, device: torch.device, report: Report) -> Json:
         validates=course.validates,
         checkpoints=course.checkpoints,
     )
-    train_loop(here.step, batches(here), here.first, course.steps, hooks)
+    train_loop(here.step, batches(here, report), here.first, course.steps, hooks)
     return finish(here)
 
 
-def batches(here: Rank) -> Iterator[Batch]:
+def batches(here: Rank, report: Report) -> Iterator[Batch]:
     """The batches of this rank. What is read is what was planned (else RuntimeError); what was rejected is written down."""
     plan = here.course.plan
-    for n, columns in enumerate(_timed(columns_of(here), here)):
+    for n, columns in enumerate(_timed(columns_of(here, report), here)):
         expected = plan.start.step + n // here.course.train.accumulate
         rows, found = len(columns["key"]), int(columns["step"][0])
         if found != expected or rows != plan.batch:
@@ -111,11 +112,22 @@ def _timed(columns: Iterator[Columns], here: Rank) -> Iterator[Columns]:
         asked = time.perf_counter()
 
 
-def columns_of(here: Rank) -> Iterator[Columns]:
+def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     """The same batches as columns: through Ray Data, or read by threads of this process."""
     job, course, data = here.job, here.course, here.job.recipe.data
     items = work_of(rank(), here.first, course.steps, course.train.accumulate)
     pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores, here.teachers.prepare)
     threads = decoders(data.decode_workers, course.train.use_gpu)
     pairs.buffers = Buffers(threads + BESIDE)
-    return stream(pairs, items, data.decode, threads) if course.train.workers else stream_here(pairs, items, threads)
+    if not course.train.workers:
+        return stream_here(pairs, items, threads)
+    if data.decode != "auto":
+        return stream(pairs, items, data.decode, threads)
+    find = partial(_feeders, course.train.use_gpu, data.decode_workers)
+    return stream_auto(pairs, items, threads, find, report if rank() == 0 else lambda step, text: None)
+
+
+def _feeders(gpu: bool, wanted: int | None) -> Feeders:
+    import ray
+
+    return feeders(ray.nodes(), gpu, world_size(), MOST_DECODERS, wanted)
