@@ -65,7 +65,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A curve for each direction of one matcher. sizes: candidates of the index that is searched, of more of which a chance one comes high."""
+    """A curve for each direction of one matcher. sizes: candidates of the index that is searched: among more, a chance one comes higher."""
 
     matcher: str
     curves: Mapping[Find, Curve]

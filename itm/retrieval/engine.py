@@ -69,7 +69,7 @@ class Engine:
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
             if question.min_score is not None and not question.crosses:
-                raise ValueError("min_score is a probability across modalities: ask for images by a text alone, or for captions by an image")
+                raise ValueError("min_score is known across modalities only: ask for images by a text alone, or for captions by an image")
         asked = Asked(self.matcher, questions, self.device)
         groups: dict[object, list[int]] = {}
         for number, q in enumerate(questions):
@@ -105,10 +105,7 @@ class Engine:
             values, places = best(lambda block: exact(side.read(block)), len(side), rows, wanted, pieces)
         else:
             values, places = self._screened(asked, numbers, find, rows, wanted)
-        return [
-            self._hits(q, places[n], values[n], None if usual is None else usual[n])
-            for n, q in enumerate(questions)
-        ]
+        return [self._hits(q, places[n], values[n], None if usual is None else usual[n]) for n, q in enumerate(questions)]
 
     def _screened(self, asked: Asked, numbers: list[int], find: Find, rows: Tensor | None, wanted: int) -> tuple[Tensor, Tensor]:
         """The best of what a first stage proposes to each question, scored exactly."""

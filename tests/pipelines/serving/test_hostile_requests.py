@@ -10,7 +10,6 @@ import string
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def client(place: Place) -> Iterator[TestClient]:
+def client(place: Place) -> TestClient:
     app, _ = service(place, limits=Limits(rate=0, body_bytes=3 << 20))
-    yield TestClient(app, raise_server_exceptions=False)
+    return TestClient(app, raise_server_exceptions=False)
 
 
 def told(reply: Any, status: int) -> str:

@@ -8,10 +8,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from itm.data import files
-from itm.retrieval.index import Index
 from itm.tracking.registry import crown, promote
 from itm.tracking.runs import Tracker
-from pipelines.serving import served
 from pipelines.serving.served import Place, ServedModel
 from tests.support.disc_index import write_discs
 from tests.support.registry_world import matcher_folder, register_matcher
@@ -46,9 +44,7 @@ def test_a_moved_alias_is_taken_up_and_pages_of_the_old_version_are_told(two_ver
     assert (stale.status_code, "tiny/1" in stale.json()["error"]) == (409, True)
 
 
-def test_a_version_that_does_not_fit_is_refused_by_name_and_the_old_one_goes_on(
-    two_versions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_version_that_does_not_fit_is_refused_by_name_and_the_old_one_goes_on(two_versions: str, tmp_path: Path):
     app, models = service(Place("tiny", two_versions, shards=write_discs(tmp_path / "test")))
     client, model = TestClient(app), models["tiny"]
     before = client.post("/v1/search", json={"text": "a red circle"}).json()
