@@ -68,6 +68,8 @@ class Engine:
                 raise ValueError(f"the images of {self.index.place} have no captions, so none can be found for {what}: ask for images")
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
+            if question.min_score is not None and not question.crosses:
+                raise ValueError("min_score is known across modalities only: ask for images by a text alone, or for captions by an image")
         asked = Asked(self.matcher, questions, self.device)
         groups: dict[object, list[int]] = {}
         for number, q in enumerate(questions):
@@ -95,18 +97,15 @@ class Engine:
         side, rows = self._side(find), self.index.rows(find, questions[0].where)
         if rows is not None and not len(rows):
             return [self._hits(q, torch.empty(0, dtype=torch.int64), torch.empty(0), None) for q in questions]
-        wanted = max(q.k + q.offset for q in questions)
+        wanted = max(2, *(q.k + q.offset for q in questions))  # how far an answer leads is seen at the next one
         exact = self._combined(asked.scorers(numbers, find), find)
-        usual = exact(self._background(find)) if self.calibration else None
+        usual = exact(self._background(find)) if self.calibration and questions[0].crosses else None
         if self.rerank is None:
             pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
             values, places = best(lambda block: exact(side.read(block)), len(side), rows, wanted, pieces)
         else:
             values, places = self._screened(asked, numbers, find, rows, wanted)
-        return [
-            self._hits(q, places[n, : q.k + q.offset], values[n, : q.k + q.offset], None if usual is None else usual[n])
-            for n, q in enumerate(questions)
-        ]
+        return [self._hits(q, places[n], values[n], None if usual is None else usual[n]) for n, q in enumerate(questions)]
 
     def _screened(self, asked: Asked, numbers: list[int], find: Find, rows: Tensor | None, wanted: int) -> tuple[Tensor, Tensor]:
         """The best of what a first stage proposes to each question, scored exactly."""
@@ -140,7 +139,7 @@ class Engine:
         return self.index.images if find == "images" else self.index.captions
 
     def _hits(self, q: Question, rows: Tensor, scores: Tensor, usual: Tensor | None) -> Hits:
-        """usual: the background's scores (B,) of this question, where the engine is calibrated."""
+        """rows and scores: the best, maybe more than are wanted; usual: the background's scores (B,) of this question, where calibrated."""
         likely = None if self.calibration is None or usual is None else self.calibration(scores, usual, q.find)
         return answered(self.index, q, rows, scores, likely)
 
