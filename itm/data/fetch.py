@@ -94,6 +94,12 @@ class Fetch:
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
+        columns = self.read(work)
+        files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
+        return to_table(columns | files_of | {"problem": pa.array(columns["problem"], pa.string())})
+
+    def read(self, work: Work) -> Columns:
+        """The same as numpy arrays and lists, for this process: a table would hold two copies more of each file."""
         samples: dict[tuple[int, int], _Image | Problem] = {}
         rows: list[Json] = []
         epoch = self.plan.locate(work.step).epoch
@@ -104,7 +110,7 @@ class Fetch:
                 samples[shard, number] = self._sample(shard, number, epoch)
             pair = self._pair(samples[shard, number], shard, row, row - begins[number])
             rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
-        return _table(rows, work)
+        return _columns(rows, work)
 
     def _open_shard(self, shard: int) -> _Shard:
         info = self.shards[shard]
@@ -177,17 +183,15 @@ class Fetch:
         return sidecar.vectors[row + epoch % views].astype(np.float32)
 
 
-def _table(rows: list[Json], work: Work) -> pa.Table:
+def _columns(rows: list[Json], work: Work) -> Columns:
     """A row that cannot be used repeats the columns of a good one, beside its problem."""
     good = next((row for row in rows if "problem" not in row), None)
     if good is None:
         raise unusable(str(rows[0]["problem"]), len(rows), work.step)
     columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
-    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
-    columns |= vectors | files_of | {"image_id": np.array(columns["image_id"], np.int64)}
-    problems = pa.array([row.get("problem") for row in rows], pa.string())
-    return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
+    numbers = {"image_id": np.array(columns["image_id"], np.int64), "step": np.full(len(rows), work.step, np.int64)}
+    return columns | vectors | {"problem": [row.get("problem") for row in rows]} | numbers
 
 
 def unusable(problem: str, rows: int, step: int) -> ValueError:
