@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from itm.data import files
+from itm.data.captions import captions_of
 from itm.data.formats import Json
 from itm.data.manifest import (
     CHANGED,
@@ -350,7 +351,7 @@ def _sample(shard: str, key: str, content: dict[str, bytes], others: list[str]) 
     others: the members of this key that are of no kind that is read.
     """
     try:
-        meta, captions, bare = _captions(key, content)
+        meta, captions, bare = captions_of(key, content)
     except (ValueError, AttributeError, RecursionError) as error:
         yield Problem(key, shard, "read", f"captions cannot be read: {error}")
         return
@@ -374,35 +375,6 @@ def _count(tar: memoryview, key: str, parts: dict[str, Member]) -> int:
     """Captions of a sample that is left out, as far as they can be read."""
     content = {e: bytes(tar[m.start : m.start + m.size]) for e, m in parts.items() if e in ("json", "txt")}
     try:
-        return len(_captions(key, content)[1])
+        return len(captions_of(key, content)[1])
     except (ValueError, AttributeError, RecursionError):
         return 0
-
-
-def _captions(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption], bool]:
-    """json `captions` (objects or strings), else json `caption` (one string, whatever it holds, or several), else the lines of the txt.
-
-    Third: whether the json says that there are none.
-    """
-    meta: Json = json.loads(content["json"]) if "json" in content else {}
-    if not isinstance(meta, dict):
-        raise ValueError(f"the json holds a {type(meta).__name__}, not an object")
-    raw = meta.pop("captions", None)
-    said_none = raw == []
-    if raw is None and (said := meta.get("caption")):
-        raw = said if isinstance(said, list) else [said]
-    if raw is None:  # only a newline parts captions: U+2028 and others that `splitlines` knows are part of a text
-        text = content.get("txt", b"").decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
-        raw = text.split("\n") if content.get("txt") else []
-    if not isinstance(raw, list):
-        raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
-
-
-def _caption(default_id: str, raw: object) -> Caption:
-    if isinstance(raw, str):
-        return Caption(default_id, raw)
-    if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
-        raise ValueError(f"a caption must be a string or an object with a string `text`, not {repr(raw)[:80]}")
-    meta = {name: value for name, value in raw.items() if name not in ("id", "text")} if len(raw) > 2 or "id" not in raw else {}
-    return Caption(str(raw.get("id", default_id)), raw["text"], meta)
