@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Any
 
 from itm.config import Part, Recipe
-from itm.data import files
+from itm.data import files, lease
 from itm.data.formats import Json, read_json
 from itm.data.manifest import (
     NAME,
@@ -106,7 +106,11 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
-    return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
+    made = {}
+    for split in splits or source.splits:
+        with lease.held(files.join(data.root, split), "pack"):
+            made[split] = _pack_split(recipe, split, overwrite)
+    return made
 
 
 def packed(recipe: Recipe) -> dict[str, Manifest] | None:

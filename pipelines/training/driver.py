@@ -14,6 +14,7 @@ import yaml
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
+from itm.data.lease import held
 from itm.data.manifest import Manifest
 from itm.data.mix import Mixture, parts_of
 from itm.device import resolve_device
@@ -36,9 +37,15 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
-    identity, given = recipe.fingerprint(), recipe
-    recipe = located(recipe)
-    files.check_writable(recipe.folder)
+    folder = located(recipe).folder
+    files.check_writable(folder)
+    with held(folder, "train"):
+        return _train(recipe, overwrite)
+
+
+def _train(given: Recipe, overwrite: bool) -> Json:
+    """As `train`, of a folder in which no other driver is at work."""
+    identity, recipe = given.fingerprint(), located(given)
     if overwrite:
         forget(recipe.folder)
     for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
@@ -188,8 +195,8 @@ def execute(job: Job, say: Callable[[str], None]) -> Json:
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
 
-        def show(done: int, text: str) -> None:
-            progress.to(done, text)
+        def show(done: int, text: str, values: dict[str, float]) -> None:
+            progress.to(done, text, values)
             say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:

@@ -25,8 +25,8 @@ from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
 ISD_IMAGES = 16  # for a curve
-Report = Callable[[int, str], None]
-"""(steps done, what else there is to say), called on rank 0 at every logged step."""
+Report = Callable[[int, str, dict[str, float]], None]
+"""(steps done, what else there is to say, the values logged), called on rank 0 at every logged step."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
@@ -40,7 +40,7 @@ def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None
     if here.tracker:
         here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
-        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
+        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data", values)
 
 
 def shares(here: Rank) -> dict[str, float]:

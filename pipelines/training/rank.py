@@ -16,7 +16,9 @@ from itm.distributed import rank, world_size
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import remember_captions
 from itm.teachers.online import OnlineTeachers
+from itm.tracking.addresses import answered
 from itm.tracking.loggers import loggers_of
+from itm.tracking.outages import fill
 from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.freezing import in_steps
@@ -71,7 +73,7 @@ class Rank:
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
             OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
-            _tracker(job) if rank() == 0 else None,
+            _tracker(job, state) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
         )
 
@@ -81,11 +83,17 @@ class Rank:
         return self.course.plan.start.step
 
 
-def _tracker(job: Job) -> Tracker:
-    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own."""
+def _tracker(job: Job, state: State) -> Tracker:
+    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own.
+
+    What an earlier process had queued when it ended is logged now, from the state.
+    """
     train = job.recipe.train
     node = "trainer" if train.use_gpu and train.workers else ""
-    return Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
+    answered(job.tracking_uri)  # the driver has spoken with it
+    tracker = Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
+    fill(tracker, state.losses, "train/")
+    return tracker
 
 
 class Stopwatch:
