@@ -122,7 +122,7 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     # operation (a batch of texts has thousands) waits until a spinning thread is taken off its core: 2 to 70 times the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
-    module, args = None, None
+    module, args, asked = None, None, (ASKED.again, ASKED.waited)
     with sigterm_as_interrupt(), ExitStack() as stack:
         try:
             module = import_module(module_of(stage))
@@ -147,7 +147,7 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             print(said, file=sys.stderr)
             return code
         finally:
-            if said := str(ASKED):
+            if said := ASKED.since(asked):
                 print(said, file=sys.stderr)
 
 

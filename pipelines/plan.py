@@ -74,7 +74,7 @@ def _done(contract: Contract, recipe: Recipe) -> str | None:
 
 
 def state_of(contract: Contract, recipe: Recipe) -> str:
-    """`done`, or by what lies in the outputs `running` (the lease of a driver is alive), `stopped` or `missing`, and what is known of it."""
+    """`done`, or by what lies in the outputs `running` (a driver's lease is alive), `stopped` or `missing`, and what is known of it."""
     from itm.data import files
     from itm.data.lease import holder
 

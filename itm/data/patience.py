@@ -77,12 +77,17 @@ class Asked:
     waited: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
+    def since(self, before: tuple[int, float]) -> str:
+        """One line of what came after the moment that had (again, waited); '' where nothing did."""
+        return str(Asked(self.again - before[0], self.waited - before[1]))
+
     def __str__(self) -> str:
         return f"the store was asked again {self.again:,} times, {self.waited:.1f} s waited" if self.again else ""
 
-    def add(self, waited: float) -> None:
+    def add(self, waited: float, again: int = 1) -> None:
+        """Also what another process of the same work tells."""
         with self.lock:
-            self.again, self.waited = self.again + 1, self.waited + waited
+            self.again, self.waited = self.again + again, self.waited + waited
 
 
 ASKED = Asked()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import mlflow
 from mlflow import MlflowClient
 
+from itm.data.patience import ASKED
 from itm.tracking.addresses import is_alive, shown, tracking_uri
 from itm.tracking.lineage import plain_name
 
@@ -59,6 +60,12 @@ def sentence(said: str) -> str:
     if re.search(r"Max retries exceeded|Connection refused|timed out|Connection aborted|failed with error code 50[234]", said):
         return f"{where} does not answer any more; what was finished is kept: run the stage again when it is back, it resumes"
     return f"{where} says: {' '.join(said.split())[:300]}"
+
+
+def note_waits(run: Run) -> None:
+    """The tag `store` of a run whose stage had to ask a store again: how often, and how long that took."""
+    if said := str(ASKED):
+        MlflowClient(run.uri).set_tag(run.run_id, "store", said)
 
 
 def told_at_last(run: Run) -> bool:

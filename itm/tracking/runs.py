@@ -33,7 +33,7 @@ from itm.tracking import drivers
 from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, whole_environment
 from itm.tracking.loggers import Logger
-from itm.tracking.outages import told_at_last
+from itm.tracking.outages import note_waits, told_at_last
 
 _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
@@ -156,6 +156,7 @@ class Tracker:
         self.say(status)
         try:
             self.close()
+            note_waits(self)
             self.text("\n".join(self._said) + "\n", f"log/{time.strftime('%Y-%m-%dT%H-%M-%S')}.txt")  # one for each part of a run
         finally:
             self._client.set_terminated(self.run_id, status)

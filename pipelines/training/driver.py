@@ -17,6 +17,7 @@ from itm.data.formats import Json, read_json
 from itm.data.lease import held
 from itm.data.manifest import Manifest
 from itm.data.mix import Mixture, parts_of
+from itm.data.patience import ASKED
 from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
@@ -200,7 +201,9 @@ def execute(job: Job, say: Callable[[str], None]) -> Json:
             say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:
-            return run_group(job, show)
+            summary = run_group(job, show)
+            ASKED.add(summary.get("store_waited_s", 0.0), summary.get("store_asked_again", 0))
+            return summary
         device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))

@@ -36,6 +36,7 @@ class Rank:
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
     was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
     and all. given: of a mixture, the pairs that each root has given to this process.
+    asked: how often the processes of this run asked a store again, and the seconds that passed, as last logged.
     """
 
     job: Job
@@ -50,6 +51,7 @@ class Rank:
     waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
     given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    asked: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:
