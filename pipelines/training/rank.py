@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,6 @@ from itm.distributed import rank, world_size
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import remember_captions
 from itm.teachers.online import OnlineTeachers
-from itm.tracking.addresses import answered
-from itm.tracking.loggers import loggers_of
-from itm.tracking.outages import fill
-from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.freezing import in_steps
 from itm.training.step import Step
@@ -27,6 +23,9 @@ from itm.training.switches import build_step
 from pipelines.training.course import Course
 from pipelines.training.job import Job, build_method
 from pipelines.training.problems import Problems
+
+if TYPE_CHECKING:
+    from itm.tracking.runs import Tracker
 
 
 @dataclass
@@ -90,6 +89,11 @@ def _tracker(job: Job, state: State) -> Tracker:
 
     What an earlier process had queued when it ended is logged now, from the state.
     """
+    from itm.tracking.addresses import answered  # here: the controller of a group and the other ranks need no MLflow, which takes a second
+    from itm.tracking.loggers import loggers_of
+    from itm.tracking.outages import fill
+    from itm.tracking.runs import Tracker
+
     train = job.recipe.train
     node = "trainer" if train.use_gpu and train.workers else ""
     answered(job.tracking_uri)  # the driver has spoken with it
