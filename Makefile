@@ -60,8 +60,9 @@ study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards w
 bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against named peers; twenty minutes
 	$(BIN)/python -m tests.support.bench_teach
 
-chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
+chaos: $(READY)  ## kill every stage at random moments, and let faults of all kinds fall on a cluster; compare with an undisturbed run; one hour
 	$(BIN)/python -m tests.support.chaos
+	$(BIN)/python -m tests.support.lab.chaos --results docs/results/chaos.json --seconds 2400
 
 clean:  ## remove what runs and the demo made
 	rm -rf runs data mlruns mlflow.db site

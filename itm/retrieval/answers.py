@@ -10,9 +10,10 @@ from itm.retrieval.sides import Find
 
 
 def answered(index: Index, question: Question, rows: Tensor, scores: Tensor, likely: Tensor | None) -> Hits:
-    """The page of the answers that the question asks for. rows, scores and, of a calibrated engine, likely: (N,), best first."""
+    """The page of the answers that the question asks for. rows, scores and, of a calibrated engine, likely: (N,), best first,
+    at least as many as it wants where there are."""
     probabilities: list[float | None] = [None] * len(rows) if likely is None else list(likely.tolist())
-    answers = list(zip(rows.tolist(), scores.tolist(), probabilities, strict=True))[question.offset :]
+    answers = list(zip(rows.tolist(), scores.tolist(), probabilities, strict=True))[question.offset : question.offset + question.k]
     hits = [
         _hit(index, question.find, rank, answer)
         for rank, answer in enumerate(answers, question.offset + 1)

@@ -70,6 +70,8 @@ class Engine:
                 raise ValueError(f"the images of {self.index.place} have no captions, so none can be found for {what}: ask for images")
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
+            if question.min_score is not None and not question.crosses:
+                raise ValueError("min_score is known across modalities only: ask for images by a text alone, or for captions by an image")
         asked = Asked(self.matcher, questions, self.device)
         groups: dict[object, list[int]] = {}
         for number, q in enumerate(questions):
@@ -98,20 +100,20 @@ class Engine:
         if rows is not None and not len(rows):
             return [self._hits(q, torch.empty(0, dtype=torch.int64), torch.empty(0), None) for q in questions]
         exact = self._exact(asked, numbers, find)
-        usual = exact(background(side, self.index.rows(find))) if self.calibration else None
+        usual = exact(background(side, self.index.rows(find))) if self.calibration and questions[0].crosses else None
         if self.rerank is None and not self.first.quickly(questions[0]):
-            pieces, wanted = PART_ROWS if "parts" in side.fields else VECTOR_ROWS, max(q.k + q.offset for q in questions)
-            found = list(zip(*best(lambda block: exact(side.read(block)), len(side), rows, wanted, pieces), strict=True))
+            pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
+            found = list(zip(*best(lambda block: exact(side.read(block)), len(side), rows, _wanted(questions), pieces), strict=True))
         else:
             found = self._screened(asked, numbers, questions, rows)
         return [
-            self._hits(q, places[: q.k + q.offset], values[: q.k + q.offset], None if usual is None else usual[n])
+            self._hits(q, places, values, None if usual is None else usual[n])
             for n, (q, (values, places)) in enumerate(zip(questions, found, strict=True))
         ]
 
     def _screened(self, asked: Asked, numbers: list[int], questions: list[Question], rows: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """The best of what a first stage proposes to each question, scored exactly: scores and rows."""
-        find, wanted = questions[0].find, max(q.k + q.offset for q in questions)
+        find, wanted = questions[0].find, _wanted(questions)
         side, keep = self._side(find), max(self.rerank or 0, wanted)
         found = []
         proposed = self.first.propose(asked, numbers, questions, rows, keep)
@@ -128,9 +130,14 @@ class Engine:
         return self.index.images if find == "images" else self.index.captions
 
     def _hits(self, q: Question, rows: Tensor, scores: Tensor, usual: Tensor | None) -> Hits:
-        """usual: the background's scores (B,) of this question, where the engine is calibrated."""
+        """rows and scores: the best, maybe more than are wanted; usual: the background's scores (B,) of this question, where calibrated."""
         likely = None if self.calibration is None or usual is None else self.calibration(scores, usual, q.find)
         return answered(self.index, q, rows, scores, likely)
+
+
+def _wanted(questions: Sequence[Question]) -> int:
+    """Answers to find: one more than the first at least, since how far an answer leads is seen at the next one."""
+    return max(2, *(q.k + q.offset for q in questions))
 
 
 # --- one question, as `itm search` asks it ----------------------------------------------------------------------------------------------

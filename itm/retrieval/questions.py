@@ -59,6 +59,11 @@ class Question:
     where: Mapping[str, Sequence[str]] = field(default_factory=dict)
     min_score: float | None = None
 
+    @property
+    def crosses(self) -> bool:
+        """Whether a text alone asks for images, or an image alone for captions: what a probability of a true match is known for."""
+        return (self.text is None, self.image is None) == ((False, True) if self.find == "images" else (True, False))
+
     def check(self) -> None:
         """Raises ValueError for what cannot be answered."""
         if self.text is None and self.image is None:
