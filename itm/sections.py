@@ -249,6 +249,14 @@ class Evaluation(Strict):
     )
 
 
+class Indexed(Strict):
+    """Vectors of splits by the matcher that was trained, for searching."""
+
+    splits: list[str] = Field(default_factory=list, description="sub-folders of data.root that `itm run` indexes; empty = no such stage")
+    output: str | None = Field(None, description="folder or URI of the index; unset = index in the run's folder")
+    dtype: Literal["fp16", "int8", "fp32"] = Field("fp16", description="how vectors are stored; int8 with one scale each")
+
+
 class Registry(Strict):
     """Experiment tracking and the promotion gate."""
 
