@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from itm.config import Indexed
+from itm.data import files
 from itm.data.formats import NewerFormat
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Record
@@ -261,6 +262,22 @@ def test_a_plain_folder_of_photos_is_packed_and_found_and_grows(tmp_path, capsys
     (tmp_path / "none").mkdir()
     assert stage_main("index", [*asked[:3], str(tmp_path / "none"), "--output", str(tmp_path / "other")]) == 2
     assert "no image in" in capsys.readouterr().err
+
+
+def test_an_index_of_a_store_is_that_of_a_disk_and_a_store_that_lost_a_file_is_named(shards, tmp_path, matcher):
+    store = "memory://itm-index"
+    for path in Path(shards).iterdir():
+        files.write_atomic(f"{store}/test/{path.name}", path.read_bytes())
+    made = index(matcher, f"{store}/test", f"{store}/test/index")
+    assert answers(matcher, made) == answers(matcher, index(matcher, shards, tmp_path / "index"))
+    assert made.sample("k4").meta["colour"] == "black"
+    files.delete(f"{store}/test/index/test/00002.captions.arrow")
+    with pytest.raises(ValueError, match=r"memory://.*00002.captions.arrow, which the index needs, cannot be read"):
+        Index.open(f"{store}/test/index", matcher)
+    for uri in [uri for folder in ("", "/index", "/index/test") for uri in files.list_files(f"{store}/test{folder}")]:
+        files.delete(uri)
+    with pytest.raises(ValueError, match=r"no finished index at memory://itm-index/test/index"):
+        Index.open(f"{store}/test/index", matcher)
 
 
 def test_a_recipe_names_the_splits_that_a_run_indexes_and_the_stage_is_done_until_weights_or_shards_change(tmp_path):
