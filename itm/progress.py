@@ -122,7 +122,7 @@ def json_lines(stage: str) -> Iterator[None]:
     """Inside, what this process prints on stdout and stderr is JSON lines."""
     before = sys.stdout, sys.stderr
     streams = JsonLines(before[0], stage), JsonLines(before[1], stage)
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]  # they are written to, and no more
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:

@@ -201,7 +201,7 @@ def execute(job: Job, say: Callable[[str], None], startup: StartUp) -> Json:
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
 
-        def show(done: int, text: str, values: dict[str, float]) -> None:
+        def show(done: int, text: str, values: dict[str, float] | None = None) -> None:
             progress.to(done, text, values)
             say(f"step {done} of {job.course.steps}, {text}")
 

@@ -26,8 +26,8 @@ from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
 ISD_IMAGES = 16  # for a curve
-Report = Callable[[int, str, dict[str, float]], None]
-"""(steps done, what else there is to say, the values logged), called on rank 0 at every logged step."""
+Report = Callable[..., None]
+"""(steps done, what else there is to say, the values logged or nothing), called on rank 0 at every logged step, and for other news."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
