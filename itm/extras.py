@@ -12,7 +12,9 @@ EXTRAS = {  # extra -> packages
     "s3": ("boto3",),
     "hf": ("datasets",),
     "lora": ("peft",),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "grpc_reflection"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "faiss": ("faiss",),
 }
 
 
