@@ -12,6 +12,7 @@ EXTRAS = {  # extra -> packages
     "s3": ("boto3",),
     "hf": ("datasets",),
     "lora": ("peft",),
+    "tensorboard": ("tensorboardX",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 

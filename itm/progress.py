@@ -67,7 +67,8 @@ class Progress:
 
     def _line(self, words: str) -> None:
         self.last, self.said = time.monotonic(), self.done
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, self._left()]
+        left = "" if words.endswith(" left") else self._left()  # a caller who knows the time left has said it
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, left]
         print(f"{time.strftime('%H:%M:%S')} {self.title}: {', '.join(filter(None, parts))}", file=self.out, flush=True)
 
     def _left(self) -> str:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from itm.config import Part, Recipe
@@ -49,6 +50,7 @@ from pipelines.featuring import of_photos
 from pipelines.flow import kept_and_lost, others_passed_over
 
 CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
+MOST_QUEUED = 1_000  # shards that Ray is asked for at a time: each look at those that are waited for costs as much as there are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -237,16 +239,19 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: 
 def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
 
+    from pipelines.on_ray import meters
     from pipelines.on_ray.reach import confirmed, shared
     from pipelines.on_ray.session import core
     from pipelines.places import places_in
 
     receipts: dict[str, Receipt] = {}
+    rejected = 0
     read = {place.key: place.given for place in places_in(recipe) if place.key.startswith("data.source.")}
     with shared({"data.root": recipe.data.root}, read) as tokens, Progress(title, sum(j.stop - j.start for j in jobs), "image") as progress:
         task = ray.remote(num_cpus=core(), max_retries=3)(confirmed)
-        pending = {task.remote(tokens, pack_shard, job): job for job in jobs}
-        while pending:
+        rest, pending = iter(jobs), dict[Any, Job]()
+        for _ in jobs:
+            pending |= {task.remote(tokens, pack_shard, job): job for job in islice(rest, MOST_QUEUED - len(pending))}
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
             try:
@@ -254,6 +259,11 @@ def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             progress.update(job.stop - job.start)
+            told = receipts[job.uri]
+            meters.count("itm_pack_images", job.stop - job.start, job.split)
+            meters.count("itm_pack_bytes", told.info.bytes, job.split)
+            rejected += told.rejected
+            meters.gauge("itm_pack_rejected_images", rejected, job.split)
     return receipts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -31,8 +31,11 @@ from pipelines.training.preparation import prepare, training_manifest
 from pipelines.training.worker import work
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> Json:
-    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+def train(recipe: Recipe, overwrite: bool = False, tags: Mapping[str, str] | None = None) -> Json:
+    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run.
+
+    tags: more of them, for the MLflow run.
+    """
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
@@ -53,7 +56,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         forget(recipe.folder)  # a start that failed: nothing was learned that another choice could spoil
         longer, started = False, None
     if finished and not longer:
-        print(f"{recipe.folder} is finished (run {finished['run_id']}); more steps go on from there, --overwrite trains it again")
+        ended = f"; it ended because {finished['ended']}" if finished.get("ended") else ""
+        print(f"{recipe.folder} is finished (run {finished['run_id']}){ended}; more steps go on from there, --overwrite trains it again")
         return finished
     check_alive()
     check_gpus(recipe)
@@ -63,7 +67,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
         started = _lengthened(job, finished, started, about)
     share = job.course.same_image_share(manifest)
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
-    with tracked(job, about, started) as tracker:
+    with tracked(job, about, started, tags) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         summary = execute(job, tracker.say)
         done = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, "name": recipe.name, **about, **summary}
@@ -145,7 +149,7 @@ def located(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
+def tracked(job: Job, about: Json, started: Json | None, tags: Mapping[str, str] | None = None) -> Iterator[Tracker]:
     """The MLflow run of this training: a new one, or that of the interrupted run it continues."""
     recipe = job.recipe
     if started and started["tracking_uri"] == tracking_uri():
@@ -165,7 +169,7 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
         files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
     tracker.text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), RECIPE)
-    tracker.tags({DESCRIPTION: about_run(job)})
+    tracker.tags({DESCRIPTION: about_run(job), **(tags or {})})
     with tracker:
         yield tracker
 

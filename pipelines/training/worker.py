@@ -26,6 +26,7 @@ from itm.distributed import rank
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
 from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
+from pipelines.training.ending import Ending
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
@@ -60,7 +61,7 @@ def ended_with_its_device(own_process: bool) -> Iterator[None]:
 
 def _work(job: Job, device: torch.device, report: Report) -> Json:
     here = Rank.restored(job, device)
-    course = here.course
+    course, ending = here.course, Ending(here)
     hooks = Hooks(
         partial(log, here, report),
         partial(validate, here),
@@ -68,9 +69,12 @@ def _work(job: Job, device: torch.device, report: Report) -> Json:
         logs=course.logs,
         validates=course.validates,
         checkpoints=course.checkpoints,
+        ends=ending,
     )
-    train_loop(here.step, batches(here), here.first, course.steps, hooks)
-    return finish(here)
+    done = here.first if ending.before_its_first_step() else train_loop(here.step, batches(here), here.first, course.steps, hooks)
+    if ending.why and here.tracker:
+        report(done, ending.why)
+    return finish(here, done, ending.why)
 
 
 def batches(here: Rank) -> Iterator[Batch]:
