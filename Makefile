@@ -63,8 +63,9 @@ bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against n
 bench-growth: $(READY)  ## how time and memory grow with sizes, with exponents and pictures in docs/results; half an hour at most
 	$(BIN)/python -m tests.support.bench_growth
 
-chaos: $(READY)  ## kill every stage at random moments, twenty times, and compare with an undisturbed run
+chaos: $(READY)  ## kill every stage at random moments, and let faults of all kinds fall on a cluster; compare with an undisturbed run; one hour
 	$(BIN)/python -m tests.support.chaos
+	$(BIN)/python -m tests.support.lab.chaos --results docs/results/chaos.json --seconds 2400
 
 clean:  ## remove what runs and the demo made
 	rm -rf runs data mlruns mlflow.db site

@@ -13,6 +13,7 @@ EXTRAS = {  # extra -> packages
     "hf": ("datasets",),
     "lora": ("peft",),
     "tensorboard": ("tensorboardX",),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "grpc_reflection"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 

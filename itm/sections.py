@@ -63,7 +63,11 @@ class Data(Strict):
     )
     val_images: int | None = Field(None, ge=1, description="validation reads the first so many images of val_split; unset = all")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
-    decode: Literal["actors", "trainer"] = Field("trainer", description="who decodes: actors on any node, or threads of each trainer")
+    decode: Literal["actors", "trainer", "auto"] = Field(
+        "trainer",
+        description="who decodes: actors on any node, threads of each trainer, or auto: the threads, unless they are measured to be too "
+        "slow and nodes without a trainer can do it",
+    )
     decode_workers: int | None = Field(
         None, ge=1, description="actors or threads that decode for a trainer; unset = for a GPU its share of the cores, for a CPU one"
     )

@@ -58,6 +58,7 @@ STAGES = {
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "serve": Stage("use", "serve a matcher over HTTP with a page to search by; a moved alias is taken up without a gap"),
     "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }

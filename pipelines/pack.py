@@ -71,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
         )
         if count := others_passed_over(files.join(recipe.data.root, split)):
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
+    data, there = recipe.data, set(map(files.name_of, files.list_folders(root)))
+    for key in ("train_split", "val_split", "test_split"):
+        if (split := getattr(data, key)) and split not in there:
+            print(f"no split {split!r} was packed, and data.{key} names it: the source has {', '.join(source_of(recipe).splits)}")
 
 
 def kept(args: argparse.Namespace) -> str:

@@ -28,6 +28,7 @@ from pipelines.cli import allow_argument, script
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from itm.data.formats import Json
     from itm.retrieval.engine import Find, Hits, Place
     from itm.types import Matcher
 
@@ -56,11 +57,22 @@ def run(args: argparse.Namespace) -> None:
         model = itm.load_matcher(args.model, allow=args.allow)
     where = {"shards": args.shards, "index": args.index, "device": args.device}
     found = search(args.text, image=args.image, model=model, k=args.k, find=args.find, **where)
-    print(json.dumps(asdict(found), indent=1) if args.json else found)
+    print(json.dumps(said(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
 
         files.write_atomic(args.html, page(found).encode())
+
+
+def said(found: Hits) -> Json:
+    """The answers as JSON has them; what an answer has not is left out."""
+    told = asdict(found)
+    for hit in told["hits"]:
+        del hit["caption_ids"]
+        for name in ("metadata", "probability"):
+            if not hit[name] and hit[name] != 0:
+                del hit[name]
+    return told
 
 
 def search(

@@ -117,10 +117,8 @@ class Fetch:
         index = index_shard(uri, info.sha256)
         begins = [0, *accumulate(s.captions for s in index)]
         if (len(index), begins[-1]) != (info.samples, info.captions):
-            raise ValueError(
-                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}: "
-                f"{CHANGED}"
-            )
+            held = f"{uri} holds {len(index)} samples with {begins[-1]} captions"
+            raise ValueError(f"{held}, its manifest says {info.samples} with {info.captions}: {CHANGED}")
         return _Shard(uri, index, begins, files.open_file(uri))
 
     def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:

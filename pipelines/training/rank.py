@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from itm.distributed import rank, world_size
 from itm.matchers.encoders.build import Encoder
 from itm.matchers.encoders.features import remember_captions
 from itm.teachers.online import OnlineTeachers
-from itm.tracking.loggers import loggers_of
-from itm.tracking.runs import Tracker
 from itm.training.checkpoint import State, latest, load_checkpoint
 from itm.training.freezing import in_steps
 from itm.training.step import Step
@@ -25,6 +23,9 @@ from itm.training.switches import build_step
 from pipelines.training.course import Course
 from pipelines.training.job import Job, build_method
 from pipelines.training.problems import Problems
+
+if TYPE_CHECKING:
+    from itm.tracking.runs import Tracker
 
 
 @dataclass
@@ -85,6 +86,9 @@ class Rank:
 
 def _tracker(job: Job) -> Tracker:
     """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own."""
+    from itm.tracking.loggers import loggers_of  # here: the controller of a group and the other ranks need no MLflow, which takes a second
+    from itm.tracking.runs import Tracker
+
     train = job.recipe.train
     node = "trainer" if train.use_gpu and train.workers else ""
     return Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))

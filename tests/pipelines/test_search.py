@@ -9,7 +9,7 @@ from itm.config import Part
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
-from itm.retrieval import index as index_of
+from itm.retrieval import kept as index_of
 from itm.tracking.registry import promote
 from itm.tracking.runs import Tracker
 from pipelines import search as stage
