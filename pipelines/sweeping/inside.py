@@ -53,5 +53,6 @@ def run_trial(config: Json, trials: dict[int, Trial], tracking_uri: str, parent:
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri  # this process works in a folder of Ray Tune
     os.environ[LAST] = str(Course.of(trial.recipe, training_manifest(trial.recipe)).steps)
     for row in trial.reports:
-        tell(row)
+        if row["percent"] < 100:
+            tell(row)
     train(trial.recipe, tags={"mlflow.parentRunId": parent, "sweep_trial": f"{trial.number:03d}"})

@@ -258,6 +258,38 @@ def picture(results: dict[str, list[dict[str, float]]], what: str, path: Path) -
     pyplot.close(figure)
 
 
+PAGE = """# Growth
+
+How time and memory grow with sizes, measured by `make bench-growth` on {machine}. A curve runs in a process of its own on one core; time is
+its CPU time, the least of three rounds, memory the highest above the start of the round. The exponent is the slope of the logarithms over
+the last three sizes: 1 means that twice the size takes twice as long; beside it stands what the algorithm lets one expect. An exponent
+below that one says that fixed costs are still a part of the time.
+
+![CPU seconds of each part against its size, both logarithmic](growth-seconds.svg)
+
+![Memory of each part against its size, both logarithmic](growth-mb.svg)
+
+| What | Sizes | CPU seconds | MB | Exponent | Expected |
+|---|---|---|---|---|---|
+{rows}
+
+The figures are in `growth.json` beside this page.
+"""
+
+
+def page(results: dict[str, list[dict[str, float]]]) -> str:
+    """The page about the results, made from them alone."""
+    import platform
+
+    rows = []
+    for name, found in results.items():
+        curve = CURVES[name]
+        sizes = " / ".join(f"{p['size']:,.0f}" for p in found)
+        seconds, mb = (" / ".join(f"{p[key]:.3g}" for p in found) for key in ("seconds", "mb"))
+        rows.append(f"| {curve.about} | {sizes} {curve.unit} | {seconds} | {mb} | {exponent(found):.2f} | {curve.expected:g} |")
+    return PAGE.format(machine=f"Python {platform.python_version()}, {platform.machine()}", rows="\n".join(rows))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curves", nargs="*", metavar="curve", help=f"some of {', '.join(CURVES)}")
@@ -274,6 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
         shown = "  ".join(f"{p['size']:g}: {p['seconds']:.3g} s {p['mb']:.3g} MB" for p in results[name])
         print(f"{name:<16} n^{exponent(results[name]):.2f} (expected {CURVES[name].expected:g})  {shown}", flush=True)
     (args.out / "growth.json").write_text(json.dumps(results, indent=1) + "\n")
+    if not args.curves:
+        (args.out / "growth.md").write_text(page(results))
     for what in ("seconds", "mb"):
         picture(results, what, args.out / f"growth-{what}.svg")
 
