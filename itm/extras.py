@@ -15,6 +15,7 @@ EXTRAS = {  # extra -> packages
     "tensorboard": ("tensorboardX",),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "grpc_reflection"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "faiss": ("faiss",),
 }
 
 

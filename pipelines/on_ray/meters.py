@@ -6,6 +6,7 @@ cluster/grafana/itm.json shows them. Where this process has no Ray session nothi
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ COUNTERS = {
     "itm_pack_images": "images of shards that were written or rejected",
     "itm_pack_bytes": "bytes of the shards that were written",
 }
+_rejected = Counter[str]()  # by split, in this process
 TAGS = {"train": "run", "teach": "modality", "pack": "split"}
 
 
@@ -44,6 +46,14 @@ def count(name: str, more: float, label: str) -> None:
         meter.inc(more, tags={_tag(name): label})
 
 
+def packed(split: str, images: int, rejected: int, size: int) -> None:
+    """A shard of so many bytes was written; of its images some were rejected."""
+    _rejected[split] += rejected
+    count("itm_pack_images", images, split)
+    count("itm_pack_bytes", size, split)
+    gauge("itm_pack_rejected_images", _rejected[split], split)
+
+
 def _tag(name: str) -> str:
     return TAGS[name.split("_")[1]]
 
@@ -56,7 +66,7 @@ def _meter(name: str) -> Any:
 
 @cache
 def _made(name: str) -> Any:
-    from ray.util.metrics import Counter, Gauge
+    from ray.util import metrics
 
-    kind, about = (Gauge, GAUGES[name]) if name in GAUGES else (Counter, COUNTERS[name])
+    kind, about = (metrics.Gauge, GAUGES[name]) if name in GAUGES else (metrics.Counter, COUNTERS[name])
     return kind(name, description=about, tag_keys=(_tag(name),))

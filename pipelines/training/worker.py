@@ -81,7 +81,7 @@ def _work(job: Job, device: torch.device, report: Report, startup: StartUp) -> J
     if not ending.before_its_first_step():
         done = train_loop(here.step, batches(here, report, startup), here.first, course.steps, hooks)
     if ending.why and here.tracker:
-        report(done, ending.why)
+        report(done, ending.why, {})
     return finish(here, done, ending.why)
 
 
@@ -105,7 +105,7 @@ def batches(here: Rank, report: Report, startup: StartUp) -> Iterator[Batch]:
         yield here.teachers.taught(to_batch(columns), columns)
         if n == accumulate - 1 and rank() == 0 and not here.first:  # a group that starts again has other parts
             startup.reached("step")
-            report(here.first + 1, str(startup))
+            report(here.first + 1, str(startup), {"startup_s": startup.seconds})
 
 
 def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:
@@ -140,10 +140,12 @@ def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     if data.decode != "auto":
         return stream(pairs, items, data.decode, threads)
     find = partial(_feeders, course.train.use_gpu, data.decode_workers)
-    return stream_auto(pairs, items, threads, find, report if rank() == 0 else _silent)
 
+    def say(step: int, text: str) -> None:
+        if rank() == 0:
+            report(step, text, {})
 
-def _silent(step: int, text: str) -> None: ...
+    return stream_auto(pairs, items, threads, find, say)
 
 
 def _feeders(gpu: bool, wanted: int | None) -> Feeders:
