@@ -1,7 +1,7 @@
 """Serve a matcher over HTTP, with a page to search by: text, photo or both, filters, where the words look, two models side by side.
 
     itm serve runs/demo/demo/matcher --shards data/shards/test                     # http://127.0.0.1:8000
-    itm serve models:/itm-matcher@champion --index data/index --replicas 2
+    itm serve models:/itm-matcher@champion --index data/index --calibrate data/shards/val --replicas 2
     itm serve --model old=models:/itm-matcher@previous --model new=models:/itm-matcher@champion --shards data/shards/test
     ITM_TOKEN=$(openssl rand -hex 24) itm serve models:/itm-matcher@champion --index s3://itm/index --auth --host 0.0.0.0
 
@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--replicas", type=int, default=1, help="processes that answer, for each model (default 1)")
     parser.add_argument("--rerank", type=int, metavar="N", help="candidates that are scored exactly (default: all)")
+    parser.add_argument(
+        "--calibrate", type=read_from, metavar="URI", help="a validation split: scores become probabilities, where the index has none yet"
+    )
     parser.add_argument("--device", default="auto", help=HELP)
     allow_argument(parser)
     _limits_arguments(parser)
@@ -91,7 +94,9 @@ def places_of(args: argparse.Namespace) -> tuple[Place, ...]:
         raise ValueError(f"two models are called {named[0][0]!r}: write --model NAME=URI")
     indexes, shards = _each(args.index, len(named), "--index"), _each(args.shards, len(named), "--shards")
     return tuple(
-        Place(name, _anywhere(uri), _anywhere(index), _anywhere(split), tuple(args.allow), args.device, args.rerank)
+        Place(
+            name, _anywhere(uri), _anywhere(index), _anywhere(split), tuple(args.allow), args.device, args.rerank, _anywhere(args.calibrate)
+        )
         for (name, uri), index, split in zip(named, indexes, shards, strict=True)
     )
 

@@ -1,12 +1,12 @@
 """A client of `itm serve`, of the standard library alone: this file can be copied into any program.
 
-    service = Client("http://127.0.0.1:8000", token=os.environ.get("ITM_TOKEN"))
-    for answer in service.search(text="a red circle", k=3)["answers"]:
-        print(answer["score"], answer["key"], answer["captions"])
-    service.search(image="photo.jpg", find="captions")           # a file of this machine: its bytes are sent
-    service.search(text="two dogs", where={"split": ["test"]}, min_score=0.5)
-    service.batch([{"text": "a dog"}, {"text": "a cat"}])
-    service.explain("a red circle", "scene-test-000007")
+service = Client("http://127.0.0.1:8000", token=os.environ.get("ITM_TOKEN"))
+for answer in service.search(text="a red circle", k=3)["answers"]:
+    print(answer["score"], answer["key"], answer["captions"])
+service.search(image="photo.jpg", find="captions")           # a file of this machine: its bytes are sent
+service.search(text="two dogs", where={"split": ["test"]}, min_score=0.5)
+service.batch([{"text": "a dog"}, {"text": "a cat"}])
+service.explain("a red circle", "scene-test-000007")
 """
 
 from __future__ import annotations

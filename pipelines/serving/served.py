@@ -13,11 +13,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+
 import itm
 from itm.data import files
 from itm.data.pixels import decode
+from itm.data.shards import read_manifest
+from itm.evaluation.dataset import encode_split, exact_relevance
 from itm.matchers.weights import weights_hash
-from itm.retrieval.calibration import load_calibration
+from itm.retrieval.calibration import Calibration, calibrate, load_calibration, write_calibration
 from itm.retrieval.engine import Engine, Hits, Question
 from itm.retrieval.index import Index
 from itm.types import Matcher
@@ -34,7 +38,8 @@ CACHED = 2_000  # thumbnails
 
 @dataclass(frozen=True)
 class Place:
-    """What a model is made from. name: as clients call it; model, index, shards: URIs; rerank: candidates that are scored exactly."""
+    """What a model is made from. name: as clients call it; model, index, shards: URIs; rerank: candidates that are scored exactly;
+    calibrate: a validation split on which a version without a calibration gets one."""
 
     name: str
     model: str
@@ -43,6 +48,7 @@ class Place:
     allow: tuple[str, ...] = ()
     device: str = "auto"
     rerank: int | None = None
+    calibrate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -232,8 +238,8 @@ def load(place: Place, version: str) -> Loaded:
     stamp = stamp_of(place)
     matcher = itm.load_matcher(f"models:/{version}" if version else place.model, allow=place.allow)
     index = _index(place, matcher)
-    calibration = load_calibration(place.index, index) if place.index else None
-    engine = Engine(matcher, index, place.device, place.rerank, calibration)
+    engine = Engine(matcher, index, place.device, place.rerank)
+    engine.calibration = _calibration(place, matcher, index, engine.device)
     loaded = Loaded(version or weights_hash(matcher), stamp, matcher, index, engine)
     engine.answer([Question(text="a", k=1)])  # the first answer is slow, and shows whether there are any
     return loaded
@@ -250,6 +256,21 @@ def _index(place: Place, matcher: Matcher) -> Index:
     if not place.shards:
         raise ValueError(f"{place.name}: nothing to search: give --index, or --shards to make one from")
     return Index.of_shards(matcher, place.shards, uni=bool(matcher.uni_width))
+
+
+def _calibration(place: Place, matcher: Matcher, index: Index, device: torch.device) -> Calibration | None:
+    """What lies beside the index, or is made now; None where nobody asked for one."""
+    folder = place.index or files.join(str(place.shards), "index")
+    found = load_calibration(folder, index)
+    if found is None and place.calibrate:
+        split = encode_split(matcher, place.calibrate, device=device)
+        told = calibrate(
+            matcher, split, index.identity.matcher, device, exact_relevance(read_manifest(place.calibrate).source, split.names)
+        )
+        log.warning("%s: calibrated on %s\n%s", place.name, place.calibrate, told)
+        write_calibration(folder, told)
+        found = told.sized(index)
+    return found
 
 
 def _prepared(now: Loaded, asked: Asked) -> Question | Refused:
