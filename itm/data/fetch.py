@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -28,6 +29,7 @@ from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
 _OPEN_SHARDS = 64
+_READERS = 32  # reads at a time from an object store, where each waits for tens of milliseconds and a batch needs hundreds
 _MOST_OPEN = 512  # of a window over more shards the others are opened again: a process may hold 1,024 files at least
 
 
@@ -77,6 +79,7 @@ class Fetch:
         self.shards, self.folders = manifest.shards, folders_of(split, manifest)
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
         self.online = frozenset(online)
+        self.readers = _READERS if any(map(files.is_remote, dict.fromkeys(self.folders))) else 1
         self._caches()
 
     def _caches(self) -> None:
@@ -84,9 +87,10 @@ class Fetch:
         kept = min(_MOST_OPEN, max(_OPEN_SHARDS, self.plan.window))
         self._shard = lru_cache(kept)(self._open_shard)
         self._sidecar = lru_cache(2 * kept)(self._open_sidecar)
+        self._pool = ThreadPoolExecutor(self.readers) if self.readers > 1 else None
 
     def __getstate__(self) -> Json:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar", "_pool")}
 
     def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state)
@@ -94,15 +98,16 @@ class Fetch:
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        samples: dict[tuple[int, int], _Image | Problem] = {}
         rows: list[Json] = []
         epoch = self.plan.locate(work.step).epoch
-        for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
-            begins = self._shard(shard).begins
-            number = bisect_right(begins, row) - 1
-            if (shard, number) not in samples:
-                samples[shard, number] = self._sample(shard, number, epoch)
-            pair = self._pair(samples[shard, number], shard, row, row - begins[number])
+        pairs = self.plan.batch_pairs(work.step, work.micro, work.rank).tolist()
+        many = self._pool.map if self._pool else map
+        begins = dict(many(lambda shard: (shard, self._shard(shard).begins), dict.fromkeys(shard for shard, _ in pairs)))
+        numbers = [bisect_right(begins[shard], row) - 1 for shard, row in pairs]
+        wanted = dict.fromkeys((shard, number) for (shard, _), number in zip(pairs, numbers, strict=True))
+        samples = dict(zip(wanted, many(lambda at: self._sample(*at, epoch), wanted), strict=True))
+        for (shard, row), number in zip(pairs, numbers, strict=True):
+            pair = self._pair(samples[shard, number], shard, row, row - begins[shard][number])
             rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
         return _table(rows, work)
 
@@ -112,10 +117,8 @@ class Fetch:
         index = index_shard(uri, info.sha256)
         begins = [0, *accumulate(s.captions for s in index)]
         if (len(index), begins[-1]) != (info.samples, info.captions):
-            raise ValueError(
-                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}: "
-                f"{CHANGED}"
-            )
+            held = f"{uri} holds {len(index)} samples with {begins[-1]} captions"
+            raise ValueError(f"{held}, its manifest says {info.samples} with {info.captions}: {CHANGED}")
         return _Shard(uri, index, begins, files.open_file(uri))
 
     def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:

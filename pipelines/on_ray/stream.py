@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import pyarrow as pa
 
@@ -83,9 +83,30 @@ def decoders(wanted: int | None, gpu: bool) -> int:
     return max(1, min(MOST_DECODERS, cores() // trainers - 1)) if gpu else 1
 
 
-def work_of(rank: int, first: int, last: int, accumulate: int) -> list[Work]:
+class Items(Sequence[Work]):
+    """The items of one rank for steps [first, last), made when they are asked for: a run may have millions of them."""
+
+    def __init__(self, rank: int, accumulate: int, numbers: range) -> None:
+        self.rank, self.accumulate, self.numbers = rank, accumulate, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Work: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Items: ...
+
+    def __getitem__(self, at: int | slice) -> Work | Items:
+        if isinstance(at, slice):
+            return Items(self.rank, self.accumulate, self.numbers[at])
+        return Work(*divmod(self.numbers[at], self.accumulate), self.rank)
+
+
+def work_of(rank: int, first: int, last: int, accumulate: int) -> Items:
     """The items of one rank for steps [first, last)."""
-    return [Work(step, micro, rank) for step in range(first, last) for micro in range(accumulate)]
+    return Items(rank, accumulate, range(first * accumulate, last * accumulate))
 
 
 def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Iterator[Columns]:
@@ -100,13 +121,13 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
 
 
 def stream_auto(
-    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[str], None]
+    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[int, str], None]
 ) -> Iterator[Columns]:
     """As `stream`, by threads of this process until they turn out too slow, and by actors on the nodes that `find` knows from then on.
 
     say: is told once, with the step, what was decided, and why.
     """
-    prepare = Watched(pairs.prepare)
+    prepare, threads = Watched(pairs.prepare), min(threads, os.cpu_count() or 1)
     own = in_threads(prepare, _fetched(pairs, work), threads)
     for number, (columns, busy) in enumerate(measured(own, prepare, threads, _device_done)):
         yield columns
@@ -120,11 +141,12 @@ def stream_auto(
             return
 
 
-def _handed_over(own: Iterator[Columns], later: Iterator[Columns]) -> Iterator[Columns]:
+def _handed_over(own: Generator[Columns, None, None], later: Iterator[Columns]) -> Iterator[Columns]:
     """HANDOVER batches of `own`, in whose time `later` starts, then those of `later`."""
     with ThreadPoolExecutor(1) as starter:
         first = starter.submit(next, later)
         yield from islice(own, HANDOVER)
+        own.close()  # it has read ahead, and would go on with it
         yield first.result()
     yield from later
 
@@ -149,9 +171,9 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
     from ray.data import ActorPoolStrategy
 
     set_up_data().execution_options.preserve_order = True
-    groups = [work[i : i + together] for i in range(0, len(work), together)]
-    for begin in range(0, len(groups), SEGMENT):
-        segment = [{"work": [vars(w) for w in group]} for group in groups[begin : begin + SEGMENT]]
+    begins = range(0, len(work), together)
+    for begin in range(0, len(begins), SEGMENT):
+        segment = [{"work": [vars(w) for w in work[i : i + together]]} for i in begins[begin : begin + SEGMENT]]
         # One block an item keeps items apart: several in one task would be merged into one output block.
         items = ray.data.from_items(segment, override_num_blocks=len(segment))
         tables = items.map_batches(
@@ -176,7 +198,7 @@ def stream_here(pairs: Pairs, work: Sequence[Work], threads: int) -> Iterator[Co
     return in_threads(lambda item: pairs.prepare(pairs.fetch(item)), work, threads)
 
 
-def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
     """`map(function, items)` by threads that work a little ahead of their reader."""
     waiting: deque[Future[B]] = deque()
     rest = iter(items)

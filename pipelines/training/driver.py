@@ -28,11 +28,14 @@ from pipelines.training.earlier import begun, check_same
 from pipelines.training.group import check_gpus, run_group
 from pipelines.training.job import START, Job
 from pipelines.training.preparation import prepare, training_manifest
+from pipelines.training.startup import StartUp
 from pipelines.training.worker import work
 
 
-def train(recipe: Recipe, overwrite: bool = False) -> Json:
+def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = None) -> Json:
     """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+    startup = startup or StartUp()
+    startup.reached("imports")
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
@@ -58,6 +61,7 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     check_alive()
     check_gpus(recipe)
     job = _prepared(recipe, manifest, started)
+    startup.reached("checks")
     about = {"recipe_fingerprint": identity, "manifest": manifest.fingerprint(), "teachers": job.teachers, "git_commit": git_commit()}
     if longer:
         started = _lengthened(job, finished, started, about)
@@ -65,7 +69,8 @@ def train(recipe: Recipe, overwrite: bool = False) -> Json:
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
     with tracked(job, about, started) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
-        summary = execute(job, tracker.say)
+        startup.reached("MLflow")
+        summary = execute(job, tracker.say, startup)
         done = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, "name": recipe.name, **about, **summary}
         done["environment"] = environment()
         done["matcher"] = files.join(recipe.folder, "matcher")
@@ -183,7 +188,7 @@ def about_run(job: Job) -> str:
     return "\n\n".join(filter(None, [recipe.about, "\n".join(f"- {name}: {text}" for name, text in rows.items())]))
 
 
-def execute(job: Job, say: Callable[[str], None]) -> Json:
+def execute(job: Job, say: Callable[[str], None], startup: StartUp) -> Json:
     """say: is told a line at each logged step."""
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
@@ -193,11 +198,11 @@ def execute(job: Job, say: Callable[[str], None]) -> Json:
             say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:
-            return run_group(job, show)
+            return run_group(job, show, startup)
         device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))
-        return work(job, device, show)
+        return work(job, device, show, startup)
 
 
 def forget(folder: str) -> None:

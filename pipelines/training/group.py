@@ -21,10 +21,11 @@ from pipelines.on_ray.reach import confirm, shared
 from pipelines.on_ray.session import interruptible
 from pipelines.on_ray.stream import PrepareActor, decoders
 from pipelines.training.job import Job
+from pipelines.training.startup import StartUp
 from pipelines.training.worker import work
 
 
-def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
+def run_group(job: Job, show: Callable[[int, str], None], startup: StartUp) -> Json:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
@@ -43,7 +44,8 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     workers = (train.min_workers, train.workers) if train.min_workers else train.workers
-    config: dict[str, Any] = {"job": job, "board": board}
+    startup.reached("Ray")
+    config: dict[str, Any] = {"job": job, "board": board, "startup": startup}
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config=config,
@@ -117,4 +119,6 @@ def worker_entry(config: Json) -> Json:
     board = config["board"]
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # ranks on one machine would fight for its cores
-    return work(config["job"], get_device(), board.put.remote)
+    startup: StartUp = config["startup"]
+    startup.reached("workers")
+    return work(config["job"], get_device(), board.put.remote, startup)

@@ -30,6 +30,7 @@ from pipelines.on_ray.stream import MOST_DECODERS, decoders, stream, stream_auto
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
+from pipelines.training.startup import StartUp
 
 LOST = 74
 """Exit code of a worker whose device is lost (EX_IOERR)."""
@@ -37,10 +38,13 @@ BESIDE = 7
 """Batches in memory beside one a decoding thread: those that are ready, that of the step, and one that is being let go."""
 
 
-def work(job: Job, device: torch.device, report: Report) -> Json:
-    """Train to the end of the run; returns the summary of `finish`, on rank 0. Raises OSError where the device is lost."""
+def work(job: Job, device: torch.device, report: Report, startup: StartUp | None = None) -> Json:
+    """Train to the end of the run; returns the summary of `finish`, on rank 0. Raises OSError where the device is lost.
+
+    startup: what came before, which rank 0 reports after its first step.
+    """
     with ended_with_its_device(own_process=job.recipe.train.workers > 0):
-        return _work(job, device, report)
+        return _work(job, device, report, startup or StartUp())
 
 
 @contextmanager
@@ -59,8 +63,9 @@ def ended_with_its_device(own_process: bool) -> Iterator[None]:
         raise OSError(f"{said}; run the same command again, it goes on from the last checkpoint") from error
 
 
-def _work(job: Job, device: torch.device, report: Report) -> Json:
+def _work(job: Job, device: torch.device, report: Report, startup: StartUp) -> Json:
     here = Rank.restored(job, device)
+    startup.reached("model")
     course = here.course
     hooks = Hooks(
         partial(log, here, report),
@@ -70,15 +75,15 @@ def _work(job: Job, device: torch.device, report: Report) -> Json:
         validates=course.validates,
         checkpoints=course.checkpoints,
     )
-    train_loop(here.step, batches(here, report), here.first, course.steps, hooks)
+    train_loop(here.step, batches(here, report, startup), here.first, course.steps, hooks)
     return finish(here)
 
 
-def batches(here: Rank, report: Report) -> Iterator[Batch]:
+def batches(here: Rank, report: Report, startup: StartUp) -> Iterator[Batch]:
     """The batches of this rank. What is read is what was planned (else RuntimeError); what was rejected is written down."""
-    plan = here.course.plan
+    plan, accumulate = here.course.plan, here.course.train.accumulate
     for n, columns in enumerate(_timed(columns_of(here, report), here)):
-        expected = plan.start.step + n // here.course.train.accumulate
+        expected = plan.start.step + n // accumulate
         rows, found = len(columns["key"]), int(columns["step"][0])
         if found != expected or rows != plan.batch:
             raise RuntimeError(f"the stream gave {rows} rows of step {found} where {plan.batch} of step {expected} were due")
@@ -89,7 +94,12 @@ def batches(here: Rank, report: Report) -> Iterator[Batch]:
             _count_roots(here, here.job.manifest, n, [problem is None for problem in columns["problem"]])
         _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
         here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
+        if n == 0:
+            startup.reached("data")
         yield here.teachers.taught(to_batch(columns), columns)
+        if n == accumulate - 1 and rank() == 0 and not here.first:  # a group that starts again has other parts
+            startup.reached("step")
+            report(here.first + 1, str(startup))
 
 
 def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:
@@ -124,7 +134,10 @@ def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     if data.decode != "auto":
         return stream(pairs, items, data.decode, threads)
     find = partial(_feeders, course.train.use_gpu, data.decode_workers)
-    return stream_auto(pairs, items, threads, find, report if rank() == 0 else lambda step, text: None)
+    return stream_auto(pairs, items, threads, find, report if rank() == 0 else _silent)
+
+
+def _silent(step: int, text: str) -> None: ...
 
 
 def _feeders(gpu: bool, wanted: int | None) -> Feeders:

@@ -1,4 +1,4 @@
-"""The cluster files against the schemas of what reads them. KubeRay's own schema accepts unknown keys, so the fields are listed here."""
+"""The cluster files against the schemas of what reads them. KubeRay's own schema accepts unknown keys; the fields stand in kube_fields."""
 
 from __future__ import annotations
 
@@ -13,58 +13,9 @@ import yaml
 
 from pipelines.cli import RECIPES, STAGES
 from tests.support import ROOT
+from tests.support.kube_fields import CLUSTER_SPEC, JOB_SPEC, SERVICE_SPEC, unknown_keys
 
 CLUSTER = ROOT / "cluster"
-
-# Fields of ray.io/v1 in KubeRay 1.6. None = any value; ... = free names whose values are scalars; [x] = a list of x.
-POD: dict[str, Any] = {
-    "spec": {
-        "containers": [
-            {
-                "name": None,
-                "image": None,
-                "envFrom": [{"configMapRef": {"name": None}, "secretRef": {"name": None}}],
-                "ports": [{"containerPort": None, "name": None}],
-                "resources": {"requests": ..., "limits": ...},
-                "volumeMounts": [{"name": None, "mountPath": None}],
-            }
-        ],
-        "volumes": [{"name": None, "emptyDir": {"medium": None, "sizeLimit": None}}],
-        "tolerations": [{"key": None, "operator": None, "effect": None}],
-    }
-}
-CLUSTER_SPEC = {
-    "rayVersion": None,
-    "authOptions": {"mode": None},
-    "enableInTreeAutoscaling": None,
-    "autoscalerOptions": {"version": None, "idleTimeoutSeconds": None},
-    "headGroupSpec": {"labels": ..., "rayStartParams": ..., "template": POD},
-    "workerGroupSpecs": [
-        {
-            "groupName": None,
-            "replicas": None,
-            "minReplicas": None,
-            "maxReplicas": None,
-            "labels": ...,
-            "rayStartParams": ...,
-            "template": POD,
-        }
-    ],
-}
-JOB_SPEC = {
-    "submissionMode": None,
-    "entrypoint": None,
-    "runtimeEnvYAML": None,
-    "shutdownAfterJobFinishes": None,
-    "ttlSecondsAfterFinished": None,
-    "activeDeadlineSeconds": None,
-    "preRunningDeadlineSeconds": None,
-    "backoffLimit": None,
-    "submitterConfig": {"backoffLimit": None},
-    "suspend": None,
-    "rayClusterSpec": CLUSTER_SPEC,
-}
-SERVICE_SPEC = {"serveConfigV2": None, "rayClusterConfig": CLUSTER_SPEC}
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -77,21 +28,6 @@ def cluster_specs() -> list[dict[str, Any]]:
 
 def all_specs() -> list[dict[str, Any]]:
     return [*cluster_specs(), manifest("rayservice.yaml")["spec"]["rayClusterConfig"]]
-
-
-def unknown_keys(value: Any, known: Any, where: str = "") -> list[str]:
-    if known is None:
-        return [] if not isinstance(value, dict | list) else [f"{where} should be a scalar"]
-    if known is ...:
-        return [f"{where}.{k} should be a scalar" for k, v in value.items() if isinstance(v, dict | list)]
-    if isinstance(known, list):
-        if not isinstance(value, list):
-            return [f"{where} should be a list"]
-        return [problem for n, item in enumerate(value) for problem in unknown_keys(item, known[0], f"{where}[{n}]")]
-    if not isinstance(value, dict):
-        return [f"{where} should be a mapping"]
-    wrong = [f"{where}.{key}" for key in value if key not in known]
-    return wrong + [problem for key in value if key in known for problem in unknown_keys(value[key], known[key], f"{where}.{key}")]
 
 
 def test_the_walk_finds_a_misspelt_key_at_any_depth():

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from itm.config import Recipe, parse_recipe
 from itm.data import files
 from itm.data.manifest import NAME, Manifest, receipt_uri
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.shards import Sample, read_manifest, read_samples
+from itm.evaluation.metrics import chance_metrics, retrieval_metrics
 from tests.support.study_page import METRICS, gains, queries, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,16 +98,9 @@ def soft(variant: Variant, tau: float, itc: dict[str, Any], head: str = "linear"
     return {"kind": "cusa", "options": said}
 
 
-def measured(recipe: Recipe, members: list[str], split: str = "val") -> dict[str, float]:
-    """Recalls of the mean score of some runs on the features that training read: photos would cost 25 CPU-seconds a run."""
-    from itm.evaluation.metrics import retrieval_metrics
-
-    scores, encoded = scores_of(recipe, members, split)
-    return {name: float(value) for name, value in retrieval_metrics(scores, encoded.positives).items() if name in METRICS}
-
-
-def scores_of(recipe: Recipe, members: list[str], split: str) -> tuple[Any, Any]:
-    """Mean (I,T) scores of some matcher folders, and the split as they see it."""
+def scores_of(recipe: Recipe, matcher_uri: str, split: str = "val") -> tuple[Tensor, Any]:
+    """(I,T) scores of a matcher folder on the features that training read (photos would cost 25 CPU-seconds a run), and the split as it
+    sees it."""
     import itm
     from itm.evaluation.dataset import checked, encode_shard, shards_of
     from itm.evaluation.scoring import score_matrix
@@ -112,18 +108,13 @@ def scores_of(recipe: Recipe, members: list[str], split: str) -> tuple[Any, Any]
 
     folder = files.join(recipe.data.root, split)
     manifest = read_manifest(folder)
-    first = next(s for s in read_samples(files.join(folder, manifest.shards[0].name)) if isinstance(s, Sample))
-    found: list[Any] = []
-    encoded: Any = None
-    for uri in members:
-        matcher = itm.load_matcher(uri)
-        matcher.inputs = Inputs(ImageInput.trained_on(recipe.data, first.regions), matcher.inputs.tokenizer)
-        text: Any = matcher.encoders()["text"]
-        if remember_captions(text, manifest.captions):
-            text.training = True  # of a frozen encoder: it asks its memory, and its model stays as it is
-        encoded = checked([encode_shard(matcher, shard, sha256, 256) for shard, sha256 in shards_of(folder, manifest)], folder, 0.0)
-        found.append(score_matrix(matcher, encoded.images, encoded.captions))
-    return sum(found) / len(found), encoded
+    matcher = itm.load_matcher(matcher_uri)
+    matcher.inputs = Inputs(ImageInput.trained_on(recipe.data, next(samples_of(folder)).regions), matcher.inputs.tokenizer)
+    text: Any = matcher.encoders()["text"]
+    if remember_captions(text, manifest.captions):
+        text.training = True  # of a frozen encoder: it asks its memory, and its model stays as it is
+    encoded = checked([encode_shard(matcher, shard, sha256, 256) for shard, sha256 in shards_of(folder, manifest)], folder, 0.0)
+    return score_matrix(matcher, encoded.images, encoded.captions), encoded
 
 
 def fold(study: Study, cells: int, held_out: int) -> str:
@@ -148,39 +139,53 @@ def fold(study: Study, cells: int, held_out: int) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the study: which table and row it belongs to, its recipe, and what it is measured with (several: an ensemble)."""
+    """One training of the study: which table and row it belongs to, its recipe, and of an ensemble the runs whose mean score it is."""
 
     table: str
     row: str
     seed: int
     recipe: Recipe
-    members: tuple[str, ...] = ()
+    members: tuple[Run, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.recipe.name
+        return self.recipe.name.replace("/", "-")
 
     def result(self, study: Study) -> dict[str, Any]:
-        """As it is stored, else made now: train, measure, store."""
-        from pipelines.teach import teach
-        from pipelines.train import train
-
-        path = study.runs / "results" / f"{self.name.replace('/', '-')}.json"
+        """As it is stored, else made now: train, measure, store. The scores are kept too, for ensembles."""
+        path = study.runs / "results" / f"{self.name}.json"
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text())
             return found
         began, cpu = time.time(), time.process_time()
-        members = list(self.members)
-        if not members:
-            if self.recipe.teachers.image is not None:
-                teach(self.recipe)
-            members = [train(self.recipe)["matcher"]]
-        metrics = measured(self.recipe, members)
-        said = {"table": self.table, "row": self.row, "seed": self.seed, "metrics": metrics, "fingerprint": self.recipe.fingerprint()}
+        scores, positives, about = self._mean(study) if self.members else self._trained()
+        (study.runs / "scores").mkdir(exist_ok=True)
+        np.savez(study.runs / "scores" / f"{self.name}.npz", scores=scores.numpy(), positives=positives.numpy())
+        metrics = {name: float(value) for name, value in retrieval_metrics(scores, positives).items() if name in METRICS}
+        said = {"table": self.table, "row": self.row, "seed": self.seed, "metrics": metrics, **about}
         said |= {"cpu": round(time.process_time() - cpu, 1), "wall": round(time.time() - began, 1)}
         files.write_atomic(str(path), json.dumps(said, indent=1).encode())
         print(f"{self.name}: rSum {metrics['rsum']:.1f}, {said['cpu']:.0f} CPU-seconds, {said['wall']:.0f} s", flush=True)
         return said
+
+    def scores(self, study: Study) -> tuple[Tensor, Tensor]:
+        """(I,T) scores on val, and which pairs belong together, of a run that is done."""
+        with np.load(study.runs / "scores" / f"{self.name}.npz", allow_pickle=False) as held:
+            return torch.from_numpy(held["scores"]), torch.from_numpy(held["positives"])
+
+    def _trained(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        from pipelines.teach import teach
+        from pipelines.train import train
+
+        if self.recipe.teachers.image is not None:
+            teach(self.recipe)
+        scores, encoded = scores_of(self.recipe, train(self.recipe)["matcher"])
+        losses = [json.loads(line) for line in Path(self.recipe.folder, "losses.jsonl").read_text().splitlines()]
+        return scores, encoded.positives, {"fingerprint": self.recipe.fingerprint(), "last": losses[-1]}
+
+    def _mean(self, study: Study) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        each = [member.scores(study) for member in self.members]
+        return torch.stack([scores for scores, _ in each]).mean(0), each[0][1], {}
 
 
 DUAL_STEPS, DUAL_BATCH, DUAL_SEEDS = 300, 128, 4
@@ -216,34 +221,25 @@ def dual_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
             yield dual_run(study, variant, 0.1, seed)
 
 
-LATE_STEPS, LATE_BATCH, LATE_SEEDS, LATE_TAU, CELLS = 300, 32, 3, 0.1, 5
+LATE_STEPS, LATE_BATCH, LATE_SEEDS, LATE_TAU, CELLS = 200, 32, 3, 0.25, 5
 LATE_TRAIN = {"workers": 0, "steps": LATE_STEPS, "batch_size": LATE_BATCH, "lr": 5e-4, "log_every": 100, "checkpoint_every": LATE_STEPS}
-TRIPLET = {"triplet": {"margin": 0.2, "reduction": "mean"}}  # a mean, as CSA and USA are: docs/methods/cusa.md#other-base-models
-WEIGHTS = {"scan": (0.6, 0.75), "sgr": (0.6, 0.75), "saf": (1.0, 0.75), "uarda": (0.6, 0.75)}
 LATE: dict[str, dict[str, Any]] = {
     "scan": {"agg_func": "Mean"},
-    "sgr": {"sim_dim": 128, "regions": CELLS * CELLS},
-    "saf": {"sim_dim": 128, "regions": CELLS * CELLS},
     "uarda": {"direction": "t2i"},
+    "saf": {"sim_dim": 64, "regions": CELLS * CELLS},
+    "sgr": {"sim_dim": 64, "regions": CELLS * CELLS},
 }
 
 
 def late_run(study: Study, kind: str, variant: Variant, seed: int) -> Run:
-    """A late-interaction matcher on 25 grid regions and MiniLM's words, both frozen. Its scores have no temperature to borrow: CSA and USA
-    begin with LATE_TAU, and learn the student's."""
+    """A late-interaction matcher on 25 grid regions and MiniLM's words, both frozen, with the losses of the dual encoder."""
     image = {"kind": "efficientnet_lite0", "cells": CELLS, "freeze": True}
-    options: dict[str, Any] = {"csa": False, "usa": False, **TRIPLET}
-    csa, usa = WEIGHTS[kind]
-    if variant.csa:
-        options["csa"] = {"weight": csa, "student": LATE_TAU, "teacher": LATE_TAU}
-    if variant.usa:
-        options["usa"] = {"weight": usa, "student": LATE_TAU, "teacher": LATE_TAU}
     recipe = study.recipe(
         f"late/{kind}-{variant.name.replace(' ', '-')}/{seed}",
         CELLS,
         {"kind": kind, "options": {"image": image, "text": MINILM, **LATE[kind]}},
         data={"cache_features": True},
-        method={"kind": "cusa", "options": options},
+        method=soft(variant, LATE_TAU, INFO_NCE),
         train=LATE_TRAIN,
         teachers=study.teachers(CELLS, variant.teacher) if variant.teacher != NONE else {},
         seed=seed,
@@ -257,13 +253,9 @@ def late_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
             for variant in (BASE, CONTROL, CUSA, *(ALONE if kind == "scan" else ())):
                 yield late_run(study, kind, variant, seed)
         for variant in (BASE, CONTROL, CUSA):
-            pair = [late_run(study, kind, variant, seed).recipe for kind in ("sgr", "saf")]
-            name = f"late/sgraf-{variant.name}/{seed}"
-            yield Run("sgraf", f"sgraf {variant.name}", seed, pair[0].model_copy(update={"name": name}), _folders(pair))
-
-
-def _folders(recipes: list[Recipe]) -> tuple[str, ...]:
-    return tuple(f"{recipe.folder}/matcher" for recipe in recipes)
+            pair = tuple(late_run(study, kind, variant, seed) for kind in ("sgr", "saf"))
+            recipe = pair[0].recipe.model_copy(update={"name": f"late/sgraf-{variant.name}/{seed}"})
+            yield Run("sgraf", f"sgraf {variant.name}", seed, recipe, pair)
 
 
 def fold_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
@@ -299,12 +291,7 @@ def pages(study: Study) -> None:
 
 def chance(study: Study) -> dict[str, float]:
     """Of val: what random scores give."""
-    from itm.evaluation.metrics import chance_metrics
-
-    folder = files.join(study.data, "val")
-    shards = read_manifest(folder).shards
-    samples = (item for shard in shards for item in read_samples(files.join(folder, shard.name)))
-    counts = [len(item.captions) for item in samples if isinstance(item, Sample)]
+    counts = [len(sample.captions) for sample in samples_of(files.join(study.data, "val"))]
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     found = chance_metrics(torch.arange(len(counts))[:, None] == owner[None, :])
     return {name: float(found[name]) for name in METRICS}
@@ -348,22 +335,28 @@ weights of CSA and USA as published for SGR and SAF, those of SGR for SCAN and U
 
 def show_queries(study: Study, run: Run, count: int = 50) -> Path:
     """`count` captions of val with the first photo that is not theirs."""
-    members = list(run.members) or [f"{run.recipe.folder}/matcher"]
-    scores, encoded = scores_of(run.recipe, members, "val")
-    names = encoded.names
-    folder = files.join(run.recipe.data.root, "val")
-    held = {s.key: s.image for i in read_manifest(folder).shards for s in read_samples(files.join(folder, i.name)) if isinstance(s, Sample)}
-    chosen = torch.randperm(scores.shape[1], generator=torch.Generator().manual_seed(0))[:count].tolist()
+    scores, positives = run.scores(study)
+    photos, texts, owner = [], [], []
+    for sample in samples_of(files.join(study.data, "val")):
+        photos.append(sample.image or b"")
+        texts += [caption.text for caption in sample.captions]
+        owner += [len(photos) - 1] * len(sample.captions)
+    if not torch.equal(positives.bool(), torch.arange(len(photos))[:, None] == torch.tensor(owner)[None, :]):
+        raise ValueError(f"the scores of {run.name} are of other photos than those in {study.data}")
     shown = []
-    for caption in chosen:
-        order = scores[:, caption].argsort(descending=True).tolist()
-        right = int(names.caption_image[caption])
+    for caption in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:count].tolist():
+        order, right = scores[:, caption].argsort(descending=True).tolist(), owner[caption]
         wrong = next(image for image in order if image != right)
-        photos = [held[names.image_keys[image]] for image in (right, wrong)]
-        shown.append((names.texts[caption], photos[0], photos[1], order.index(right) + 1))
+        shown.append((texts[caption], photos[right], photos[wrong], order.index(right) + 1))
     path = study.runs / "queries.html"
     queries(path, shown)
     return path
+
+
+def samples_of(folder: str) -> Iterator[Sample]:
+    """What can be read of a split, in its order."""
+    for shard in read_manifest(folder).shards:
+        yield from (item for item in read_samples(files.join(folder, shard.name)) if isinstance(item, Sample))
 
 
 def main() -> None:

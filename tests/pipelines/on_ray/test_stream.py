@@ -111,3 +111,14 @@ def test_batches_stay_as_planned_when_actors_take_over_from_threads_that_are_too
     [(step, text)] = said
     assert step == items[WARM + PROBE].step
     assert ("2 actors a trainer decode on" in text) == feeds, text
+
+
+def test_the_items_of_a_rank_are_made_as_they_are_asked_for_in_the_order_of_steps_and_micro_steps() -> None:
+    expected = [Work(step, micro, 3) for step in range(5, 9) for micro in range(2)]
+    items = work_of(3, 5, 9, 2)
+    assert (list(items), len(items), items[0], items[-1]) == (expected, 8, expected[0], expected[-1])
+    assert list(items[3:6]) == expected[3:6] and list(items[5:][1:]) == expected[6:]
+    assert not work_of(0, 4, 4, 2)
+    assert len(work_of(0, 0, 10**12, 4)) == 4 * 10**12, "a list would not fit"
+    with pytest.raises(IndexError):
+        items[8]

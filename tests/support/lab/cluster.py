@@ -34,6 +34,7 @@ RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # else a group that lost a node waits a minute for another before it shrinks
+    "RAY_prestart_worker_first_driver": "0",  # else each job starts eight idle processes, a CPU-second each
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
@@ -147,6 +148,7 @@ class Lab:
         begin = time.monotonic()
         said = self.submitter.run(command, check=check)
         self.seconds[stage] = time.monotonic() - begin
+        (self.folder / f"{stage}.log").write_text(said)
         print(f"{stage}: {self.seconds[stage]:.0f} s", flush=True)
         return said
 
@@ -178,10 +180,9 @@ def lab(folder: Path, workers: int = 4, cpus: int = 2, feeders: int = 0) -> Iter
         store, tracking = stack.enter_context(services(folder, TRACKING.removeprefix("http://")))
         switch = Machine("switch", SERVICES)
         stack.callback(switch.lose)
-        proxies = [Proxy(switch, 9000, store), Proxy(switch, 5000, tracking)]
-        for proxy in proxies:
+        found = Lab(folder, switch, Proxy(switch, 9000, store), Proxy(switch, 5000, tracking), stack)
+        for proxy in (found.store, found.tracking):
             stack.callback(proxy.close)
-        found = Lab(folder, switch, *proxies, stack)
         found.add("head", 0)
         for number in range(1, workers + 1):
             found.add(f"w{number}", cpus, labels=f"{LABEL}=true" if number > workers - feeders else "")

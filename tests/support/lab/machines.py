@@ -26,7 +26,7 @@ from tests.support import ROOT
 SUBNET = "10.77.0"
 SERVICES = f"{SUBNET}.1"
 """Where the machines find the services: an address of the switch, behind proxies."""
-DISK = "3g"
+DISK = "700m"
 CLONE_NEWNET = 0x40000000
 NEEDED = ("unshare", "nsenter", "setpriv", "ip", "mount", "bash")
 
@@ -143,7 +143,7 @@ class Machine:
 
     def run(self, command: str | Sequence[str], *, given: bytes = b"", check: bool = True, **environment: str) -> str:
         """What the command printed. Raises AssertionError when it fails."""
-        process = self.start(command, **environment)
+        process = self.start(command, None, **environment)
         said = process.communicate(given)[0].decode()
         assert not check or process.returncode == 0, f"{self.name}: {command} ended with {process.returncode}:\n{said[-4000:]}"
         return said

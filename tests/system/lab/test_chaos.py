@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.lab.chaos import disturbed, quiet
+from tests.support.lab.chaos import FIRST, disturbed, quiet
 from tests.support.lab.cluster import lab
-from tests.support.lab.faults import Blow
 from tests.support.lab.machines import missing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: faults of a cluster; {why}")]
-BLOWS = [
-    Blow("store cut", "pack", 0.6, 0),
-    Blow("driver killed", "teach", 0.5, 0),
-    Blow("tracking cut", "train", 0.4, 0),
-    Blow("node lost", "train", 0.6, 0),
-    Blow("store half", "evaluate", 0.3, 0),
-]
 
 
 def test_a_walk_on_which_five_faults_fall_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     with lab(tmp_path, workers=3) as there:
         usual, expected = quiet(there)
-        row = disturbed(there, 1, BLOWS, usual, expected)
+        row = disturbed(there, 1, FIRST, usual, expected)
     assert row.get("different") == [], row
     assert sum(len(submission["blows"]) for submission in row["submissions"]) >= 3, "stages ended before the faults fell"
