@@ -56,6 +56,7 @@ STAGES = {
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
+    "index": Stage("use", "shards or photos -> vectors of a matcher that are searched"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
     "serve": Stage("use", "serve a matcher over HTTP with a page to search by; a moved alias is taken up without a gap"),
     "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),

@@ -15,8 +15,8 @@ from itm.evaluation.dataset import encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
 from itm.evaluation.uni_modal import likeness
 from itm.precision import computing
-from itm.retrieval.index import Find
 from itm.retrieval.questions import Question
+from itm.retrieval.sides import Find
 from itm.types import Encoded, Matcher
 
 Scorer = Callable[[Encoded], Tensor]

@@ -9,7 +9,7 @@ each standardised over the same evenly spread rows of the index, since a matcher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypedDict, Unpack
 
 import torch
@@ -23,9 +23,10 @@ from itm.precision import computing
 from itm.retrieval.answers import answered
 from itm.retrieval.asking import Asked, Scorer
 from itm.retrieval.explaining import explained
-from itm.retrieval.index import Find, Index, Side
+from itm.retrieval.index import Index
 from itm.retrieval.questions import Explanation, Hit, Hits, Question
 from itm.retrieval.scan import PART_ROWS, VECTOR_ROWS, best
+from itm.retrieval.sides import Find, Side
 from itm.types import Encoded, Matcher
 
 __all__ = ["Calibration", "Engine", "Explanation", "Find", "Hit", "Hits", "Place", "Question", "search"]
@@ -148,17 +149,23 @@ class Engine:
 
 
 class Place(TypedDict, total=False):
-    """index: where encoded splits are kept (default <shards>/index); device: auto (default), cpu, cuda, ... (`resolve_device`)."""
+    """Where and how to search.
+
+    index: what `itm index` wrote, or where encoded splits are kept (default <shards>/index); device: auto (default), cpu, cuda, ...
+    (`resolve_device`); where: filters; rerank: candidates that a first stage proposes, None = as the index says, else all.
+    """
 
     index: str | None
     device: str
+    where: Mapping[str, Sequence[str]]
+    rerank: int | None
 
 
 def search(
     text: str | None = None,
     *,
     model: str | Matcher,
-    shards: str,
+    shards: str | None = None,
     image: str | None = None,
     k: int = 5,
     find: Find | None = None,
@@ -172,11 +179,23 @@ def search(
     without any, or a matcher without vectors asked within a modality.
     """
     find = find or ("captions" if text is None else "images")
-    asked = Question(text, None if image is None else files.read_bytes(image), find, k)
+    asked = Question(text, None if image is None else files.read_bytes(image), find, k, where=place.get("where") or {})
     asked.check()
     where = resolve_device(place.get("device", "auto"))
     matcher = itm.load_matcher(model) if isinstance(model, str) else model
     uni = (find == "captions") == (text is not None)
-    index = Index.of_shards(matcher, shards, place.get("index"), where, uni)
-    (found,) = Engine(matcher, index, str(where)).answer([asked])
+    index = _index(matcher, shards, place.get("index"), where, uni)
+    (found,) = Engine(matcher, index, str(where), place.get("rerank")).answer([asked])
     return Hits(text if text is not None else str(image), found.searched, found.hits)
+
+
+def _index(matcher: Matcher, shards: str | None, index: str | None, device: torch.device, uni: bool) -> Index:
+    """A finished index where one is named, or lies in its usual place and is of this matcher; else the split, encoded and kept."""
+    if shards is None:
+        if index is None:
+            raise ValueError("say what to search: --shards FOLDER, or --index FOLDER that `itm index` wrote")
+        return Index.open(index, matcher)
+    place = index or files.join(shards, "index")
+    if Index.made(place, matcher):
+        return Index.open(place, matcher)
+    return Index.of_shards(matcher, shards, place, device, uni)
