@@ -7,7 +7,8 @@
 
 A moved alias is seen within 30 seconds: the new version is loaded and its index opened (or made, from --shards) while the old one answers,
 then they change places between two questions. A version that does not fit its index is refused, and the old one goes on.
-One --index or --shards counts for every model; as many as models, in their order, belong to one each.
+One --index or --shards counts for every model; as many as models, in their order, belong to one each. In --index, {version} is the number
+of a version: --index 'data/index/{version}'.
 The API is described at /v1/docs and in docs/registry-and-serving.md.
 """
 
@@ -124,7 +125,7 @@ def _anywhere(uri: str | None) -> str | None:
     """A path as processes with another working folder can read it; an address, or the name of a model, as it is."""
     from itm.data import files
 
-    if uri is None or re.match(r"(models|runs):/", uri) or not files.exists(uri):
+    if uri is None or re.match(r"(models|runs):/", uri) or not files.exists(uri.partition("{")[0]):
         return uri
     return files.absolute(uri)
 

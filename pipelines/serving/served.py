@@ -39,7 +39,7 @@ CACHED = 2_000  # thumbnails
 @dataclass(frozen=True)
 class Place:
     """What a model is made from. name: as clients call it; model, index, shards: URIs; rerank: candidates that are scored exactly;
-    calibrate: a validation split on which a version without a calibration gets one."""
+    calibrate: a validation split on which a version without a calibration gets one. `{version}` in index: the number of the version."""
 
     name: str
     model: str
@@ -118,7 +118,8 @@ class ServedModel:
         """Takes a moved alias or a grown index into service; returns whether it did. The old one answers until the new one can, and goes
         on where the new one is refused: `problem` says why."""
         try:
-            found = version_of(self.place.model) or self.now.version, stamp_of(self.place)
+            version = version_of(self.place.model)
+            found = version or self.now.version, stamp_of(at(self.place, version))
         except Exception as error:  # a registry or a store that does not answer is no reason to stop
             self.problem = f"cannot look for a newer version: {error}"
             return False
@@ -129,7 +130,7 @@ class ServedModel:
             return False
         self.tried, self.tried_at = found, time.monotonic()
         try:
-            self.now = load(self.place, found[0])
+            self.now = load(self.place, version)
         except Exception as error:
             self.problem = f"version {found[0]} is refused, version {self.now.version} goes on: {error}"
             log.error("%s: %s", self.place.name, self.problem)
@@ -227,6 +228,12 @@ def version_of(uri: str) -> str:
     return f"{found[1]}/{find_version(uri).version}"
 
 
+def at(place: Place, version: str) -> Place:
+    """The place of one version."""
+    number = version.rpartition("/")[2] or place.model.rstrip("/").rpartition("/")[2]
+    return place if place.index is None else replace(place, index=place.index.replace("{version}", number))
+
+
 def stamp_of(place: Place) -> float:
     """When the index was last written; 0 where it is made from shards."""
     told = files.join(place.index, "index.json") if place.index else ""
@@ -235,6 +242,7 @@ def stamp_of(place: Place) -> float:
 
 def load(place: Place, version: str) -> Loaded:
     """Matcher, index and engine. Raises ValueError, naming both, where the index does not fit the matcher."""
+    place = at(place, version)
     stamp = stamp_of(place)
     matcher = itm.load_matcher(f"models:/{version}" if version else place.model, allow=place.allow)
     index = _index(place, matcher)
