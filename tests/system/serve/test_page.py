@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from tests.support.registry_world import picture
+from tests.support.serving_process import QUESTION
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HAVE = CHROMIUM and importlib.util.find_spec("playwright") and importlib.util.find_spec("axe_playwright_python")
 pytestmark = pytest.mark.skipif(not HAVE, reason="SKIPPED: the page is NOT tested here; it needs Chromium and the extra dev (playwright)")
-QUESTION = "a red circle to the left of a blue square"
 WIDTHS = {"phone": (390, 844), "desk": (1600, 1000)}
 
 

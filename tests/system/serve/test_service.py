@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,56 +13,10 @@ import pytest
 import itm
 from itm.retrieval.engine import search
 from itm.tracking.registry import crown
-from pipelines.serving.client import Client, ServiceRefused
+from pipelines.serving.client import ServiceRefused
+from tests.support.serving_process import QUESTION, Asking, replicas, until
 
-QUESTION = "a red circle to the left of a blue square"
 SWAPPED = 60.0  # seconds; 30 are promised, on a machine that has nothing else to do
-
-
-class Asking:
-    """Clients that ask all the time; what fails is kept."""
-
-    def __init__(self, address: str, clients: int = 4) -> None:
-        self.faults: list[str] = []
-        self.versions: list[str] = []
-        self.over = threading.Event()
-        self.threads = [threading.Thread(target=self._ask, args=(Client(address, tries=1),)) for _ in range(clients)]
-
-    def _ask(self, client: Client) -> None:
-        while not self.over.is_set():
-            try:
-                self.versions.append(client.search(QUESTION, k=3)["version"])
-            except Exception as error:
-                self.faults.append(f"{type(error).__name__}: {error}")
-
-    def __enter__(self) -> Asking:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        for thread in self.threads:
-            thread.join()
-
-
-def until(true: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not within {seconds:g} s"
-        time.sleep(0.2)
-
-
-def replicas(process: int, name: str) -> list[psutil.Process]:
-    """Processes below `process` that hold a replica of the model."""
-    found = []
-    for child in psutil.Process(process).children(recursive=True):
-        try:
-            if f"ServeReplica:itm:model-{name}" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
 
 
 def test_the_answers_are_those_of_a_search_in_this_process(service: SimpleNamespace):
