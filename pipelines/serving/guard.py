@@ -147,6 +147,8 @@ class Reply:
             return
         body = json.dumps(refused.body()).encode()
         plain = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        if refused.status == 413:
+            plain["Connection"] = "close"  # or the server reads the rest of the body
         headers = [(name.encode(), value.encode()) for name, value in (plain | refused.headers()).items()]
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
