@@ -14,6 +14,7 @@ EXTRAS = {  # extra -> packages
     "lora": ("peft",),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "grpc_reflection"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "faiss": ("faiss",),
 }
 
 

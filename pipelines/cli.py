@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 import itm
+from itm.data.patience import ASKED, first_contact
 from itm.extras import needed_by
+from itm.progress import json_lines
 from pipelines.stopping import STOPPED, failed, sigterm_as_interrupt, stopped, traced
 
 if TYPE_CHECKING:
@@ -121,13 +124,15 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     # operation (a batch of texts has thousands) waits until a spinning thread is taken off its core: 2 to 70 times the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
-    module, args = None, None
-    with sigterm_as_interrupt():
+    module, args, asked = None, None, (ASKED.again, ASKED.waited)
+    with sigterm_as_interrupt(), ExitStack() as stack:
         try:
             module = import_module(module_of(stage))
             _, args = parsed(stage, module, argv)
+            if stage != "submit" and (args.log or os.environ.get("ITM_LOG")) == "json":  # what submit prints is lines of the job
+                stack.enter_context(json_lines(stage))
             check_submitted(stage)
-            with needed_by(f"itm {stage}", extra="pipeline"):
+            with needed_by(f"itm {stage}", extra="pipeline"), first_contact(args.wait_for):
                 if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
                     import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
                     return 0
@@ -143,6 +148,9 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             said, code = failed(stage, error)
             print(said, file=sys.stderr)
             return code
+        finally:
+            if said := ASKED.since(asked):
+                print(said, file=sys.stderr)
 
 
 def check_submitted(stage: str) -> None:
@@ -169,6 +177,15 @@ def parsed(stage: str, module: ModuleType, argv: list[str]) -> tuple[argparse.Ar
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show errors as Python does, with the way there (as ITM_TRACEBACK=1 does)")
+    parser.add_argument(
+        "--wait-for",
+        type=float,
+        metavar="SECONDS",
+        help="how long a store or tracking server that does not answer at the beginning is waited for (default: it is refused at once)",
+    )
+    parser.add_argument(
+        "--log", choices=("text", "json"), help="json: what is printed is JSON lines of time, stage, step, loss, ... (as ITM_LOG=json does)"
+    )
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     if args.traceback:
         os.environ["ITM_TRACEBACK"] = "1"  # also for the processes that a stage starts

@@ -4,6 +4,8 @@
     itm index --model runs/clip/matcher --shards data/shards/train data/shards/test --output data/index --dtype int8
     itm index --model runs/clip/matcher --photos ~/Pictures --output data/album
     itm index --model runs/clip/matcher --output data/index --add
+    itm index --model runs/clip/matcher --shards data/shards/train --faiss recall=.95
+    itm index --model runs/scan/matcher --shards data/shards/test --screen own --loss .01
     itm search "two dogs" --model runs/clip/matcher --shards data/shards/test --index data/index
 
 --photos takes a folder of photos as people keep them, with or without captions, and packs it to <output>/shards first. Shards that were
@@ -11,6 +13,10 @@ encoded are kept, so it can be stopped at any time and run again: the index ends
 were changed, are encoded, and those that are gone are not found any more; nothing else is done again. --part K/N encodes a share of the
 shards, so that N machines can work on one --output, or on one each, which --merge then puts together. What cannot be read is listed in
 quarantine.jsonl. index.json is written last.
+
+A search compares with every vector, exactly. Of matchers that score pairs, --screen scores only candidates: --loss says how many hits that
+may cost, and the number of candidates is the least that was measured to keep it. --faiss (extra `faiss`) proposes candidates in less than a
+pass over all vectors; the share of the best ten that it finds is measured, too.
 """
 
 from __future__ import annotations
@@ -41,14 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="actors that encode; 0 = in this process (default: one for each GPU, or one)")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--device", default="auto", help=HELP)
+    parser.add_argument("--screen", metavar="URI", help="first stage of a matcher that scores pairs: own, or URI of a dual encoder")
+    parser.add_argument("--loss", type=float, default=0.01, help="share of hits that the first stage may lose (default .01)")
+    parser.add_argument("--faiss", metavar="recall=R", help="also a structure of faiss that finds this share of the best ten")
+    parser.add_argument("--sample", type=int, default=1000, help="questions that --screen and --faiss are measured on (default 1000)")
     allow_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    wanted = wanted_of(args)
+    wanted, recall = wanted_of(args), recall_of(args.faiss)
     catalogue = index(wanted)
-    if catalogue is not None:
-        print(f"{flow_line(catalogue)}; {wanted.output}")
+    if catalogue is None:
+        return
+    print(f"{flow_line(catalogue)}; {wanted.output}")
+    if args.screen or recall is not None:
+        from pipelines.indexing.settings import Chosen, settle
+
+        for line in settle(wanted, catalogue, Chosen(args.screen, args.loss, args.sample, recall)):
+            print(line)
 
 
 def kept(args: argparse.Namespace) -> str:
@@ -102,6 +118,19 @@ def part_of(said: str | None) -> tuple[int, int]:
     if not (slash and number.isdigit() and of.isdigit()):
         raise ValueError(f"--part {said} is no share: say K/N, e.g. 1/4")
     return int(number), int(of)
+
+
+def recall_of(said: str | None) -> float | None:
+    """recall=R as a number. Raises ValueError."""
+    if said is None:
+        return None
+    name, _, value = said.partition("=")
+    try:
+        if name != "recall":
+            raise ValueError
+        return float(value)
+    except ValueError:
+        raise ValueError(f"--faiss {said} is not understood: say --faiss recall=.95") from None
 
 
 def index(wanted: Wanted) -> Catalogue | None:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Any
 
 from itm.config import Part, Recipe
-from itm.data import files
+from itm.data import files, lease
 from itm.data.formats import Json, read_json
 from itm.data.manifest import (
     NAME,
@@ -38,6 +38,7 @@ from itm.data.manifest import (
     write_manifest,
     write_receipt,
 )
+from itm.data.patience import ASKED
 from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources.parting import build_source
@@ -110,7 +111,11 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
-    return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
+    made = {}
+    for split in splits or source.splits:
+        with lease.held(files.join(data.root, split), "pack"):
+            made[split] = _pack_split(recipe, split, overwrite)
+    return made
 
 
 def packed(recipe: Recipe) -> dict[str, Manifest] | None:
@@ -241,20 +246,22 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: 
 def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
 
-    from pipelines.on_ray.reach import confirmed, shared
+    from pipelines.on_ray.reach import counted, shared
     from pipelines.on_ray.session import core
     from pipelines.places import places_in
 
     receipts: dict[str, Receipt] = {}
     read = {place.key: place.given for place in places_in(recipe) if place.key.startswith("data.source.")}
     with shared({"data.root": recipe.data.root}, read) as tokens, Progress(title, sum(j.stop - j.start for j in jobs), "image") as progress:
-        task = ray.remote(num_cpus=core(), max_retries=3)(confirmed)
+        task = ray.remote(num_cpus=core(), max_retries=3)(counted)
         pending = {task.remote(tokens, pack_shard, job): job for job in jobs}
         while pending:
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
             try:
-                receipts[job.uri] = Receipt.model_validate_json(ray.get(done))
+                receipt, again, waited = ray.get(done)
+                receipts[job.uri] = Receipt.model_validate_json(receipt)
+                ASKED.add(waited, again)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             progress.update(job.stop - job.start)

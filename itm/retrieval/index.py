@@ -38,6 +38,8 @@ class Index:
         self.live = live
         """(I,) bool, False for images that are gone or shown by an earlier row; None where all can be found."""
         self.settings: Json = {}
+        self.uri = ""
+        """Of an index that was opened."""
         self.image_numbers: Tensor | None = None
         """(I,) int64 of an index that was opened: equal for rows that show one image."""
 
@@ -74,7 +76,7 @@ class Index:
         """
         found = load(uri, matcher)
         index = cls(found.identity, found.names, found.sides, found.columns, None if bool(found.live.all()) else found.live)
-        index.settings, index.image_numbers = found.settings, found.image_numbers
+        index.settings, index.image_numbers, index.uri = found.settings, found.image_numbers, uri
         return index
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,12 +37,25 @@ def load_split(matcher: Any, shards: str, index: str, device: str | torch.device
         kept = _read_index(uri, shards)
         if not (uni and matcher.uni_width) or kept.images.uni is not None:
             return kept
-    files.check_writable(index)
+    kept_there = _is_writable(index)
     split = encode_split(matcher, shards, device=device, bare=True)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
-    _write_index(uri, split)
+    if kept_there:
+        _write_index(uri, split)
     return split
+
+
+def _is_writable(index: str) -> bool:
+    """Warns where not: what is encoded is of use without being kept."""
+    try:
+        files.check_writable(index)
+    except ValueError as error:
+        warnings.warn(
+            f"{error}. The encoded split is not kept, and made again by the next search; --index names a folder for it", stacklevel=3
+        )
+        return False
+    return True
 
 
 def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:

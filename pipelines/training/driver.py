@@ -14,8 +14,10 @@ import yaml
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
+from itm.data.lease import held
 from itm.data.manifest import Manifest
 from itm.data.mix import Mixture, parts_of
+from itm.data.patience import ASKED
 from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
@@ -39,9 +41,15 @@ def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = Non
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
-    identity, given = recipe.fingerprint(), recipe
-    recipe = located(recipe)
-    files.check_writable(recipe.folder)
+    folder = located(recipe).folder
+    files.check_writable(folder)
+    with held(folder, "train"):
+        return _train(recipe, overwrite, startup)
+
+
+def _train(given: Recipe, overwrite: bool, startup: StartUp) -> Json:
+    """As `train`, of a folder in which no other driver is at work."""
+    identity, recipe = given.fingerprint(), located(given)
     if overwrite:
         forget(recipe.folder)
     for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
@@ -193,12 +201,14 @@ def execute(job: Job, say: Callable[[str], None], startup: StartUp) -> Json:
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
 
-        def show(done: int, text: str) -> None:
-            progress.to(done, text)
+        def show(done: int, text: str, values: dict[str, float]) -> None:
+            progress.to(done, text, values)
             say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:
-            return run_group(job, show, startup)
+            summary = run_group(job, show, startup)
+            ASKED.add(summary.get("store_waited_s", 0.0), summary.get("store_asked_again", 0))
+            return summary
         device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))

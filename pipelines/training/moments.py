@@ -12,6 +12,7 @@ import torch
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.mix import Mixture, parts_of
+from itm.data.patience import ASKED
 from itm.data.preprocess import ImageInput, Inputs
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
@@ -25,22 +26,23 @@ from itm.training.optim import scalars
 from pipelines.training.rank import Rank
 
 ISD_IMAGES = 16  # for a curve
-Report = Callable[[int, str], None]
-"""(steps done, what else there is to say), called on rank 0 at every logged step."""
+Report = Callable[[int, str, dict[str, float]], None]
+"""(steps done, what else there is to say, the values logged), called on rank 0 at every logged step."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
     """Losses, learning rate, speed and rejected pairs of all ranks, into the state and the tracker."""
-    rejected = all_reduce_sum(torch.tensor(float(len(here.problems.rows)), device=here.step.device))
+    counts = torch.tensor([float(len(here.problems.rows)), ASKED.again, ASKED.waited], device=here.step.device)
+    rejected, *here.asked = all_reduce_sum(counts).tolist()
     # Pairs of all ranks a second, in this process's share of the run, validation and checkpoints not counted.
     speed = (done - here.first) * here.course.plan.global_batch / max(here.clock.here, 1e-9)
-    rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": float(rejected)}
+    rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": rejected}
     values = losses | rates | dict(scalars(here.step.plain)) | shares(here)
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
         here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
-        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
+        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data", values)
 
 
 def shares(here: Rank) -> dict[str, float]:
@@ -146,6 +148,7 @@ def finish(here: Rank) -> Json:
         "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
         "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
         "same_image_share": here.same_image[0] / max(1, here.same_image[1]),
+        **({"store_asked_again": int(here.asked[0]), "store_waited_s": round(here.asked[1], 1)} if here.asked[0] else {}),
         **({"mix": _mix(here)} if isinstance(here.job.manifest, Mixture) else {}),
         "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
         "rows_in": state.pairs,

@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
             val = files.join(data.root, data.val_split)
             read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
-            raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+            raise ValueError(f"{error}; or train without validation: data.val_split=\"''\"") from None
         if "isda" in recipe.evaluation.relations:
             check_annotated(val)
     elif recipe.evaluation.relations:

@@ -99,7 +99,7 @@ def batches(here: Rank, report: Report, startup: StartUp) -> Iterator[Batch]:
         yield here.teachers.taught(to_batch(columns), columns)
         if n == accumulate - 1 and rank() == 0 and not here.first:  # a group that starts again has other parts
             startup.reached("step")
-            report(here.first + 1, str(startup))
+            report(here.first + 1, str(startup), {"startup_s": startup.seconds})
 
 
 def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:

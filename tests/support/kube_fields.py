@@ -1,6 +1,7 @@
 """The fields that Kubernetes and KubeRay take, written from their types: a misspelt key is silently dropped by the server, refused here.
 
-KubeRay: ray.io/v1 of the operator 1.6 (raycluster_types.go, rayjob_types.go, rayservice_types.go). Of Kubernetes (1.30: v1, apps/v1) what manifests here use.
+KubeRay: ray.io/v1 of the operator 1.6 (raycluster_types.go, rayjob_types.go, rayservice_types.go). Of Kubernetes (1.30: v1, apps/v1) what
+manifests here use.
 None = any scalar; ANY = anything; ... = free names whose values are scalars; [x] = a list of x.
 """
 

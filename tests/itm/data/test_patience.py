@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from itm.data import files
-from itm.data.patience import ASKED, asked, passes
+from itm.data.patience import ASKED, passes
+from itm.data.shards import read_manifest
 from tests.support.door import door_to
 from tests.support.s3_server import BUCKET, s3_server
 
@@ -115,11 +116,52 @@ def test_errors_that_pass_are_told_from_those_that_stay(error: Exception, passin
     assert passes(error) is passing
 
 
-def test_expired_credentials_are_said_at_once() -> None:
-    def ask() -> None:
-        raise OSError(
-            "AWS Error UNKNOWN (HTTP status 400) during GetObject operation: ExpiredToken Message: The provided token has expired."
-        )
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[str]:
+    with s3_server():
+        files.write_atomic(f"s3://{BUCKET}/shards/x.bin", b"x")
+        yield f"s3://{BUCKET}"
 
-    with pytest.raises(OSError, match=r"s3://b/x: the credentials of the store have expired .*renew them and run the stage again"):
-        asked(ask, "s3://b/x", "s3://b")
+
+def use(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+
+
+def test_credentials_that_the_store_does_not_know_are_refused_with_the_variables(quiet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use("unknown", monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"s3://bucket/shards: the store does not know these credentials: mend AWS_ACCESS_KEY_ID"):
+        files.list_files(f"{quiet}/shards")
+    with pytest.raises(ValueError, match=r"cannot write below s3://bucket/out: .*does not know these credentials"):
+        files.check_writable(f"{quiet}/out")
+    assert time.monotonic() - began < 5
+
+
+def test_a_bucket_that_may_only_be_read_is_read_and_refused_for_writing(quiet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use("reader", monkeypatch)
+    assert files.read_bytes(f"{quiet}/shards/x.bin") == b"x"
+    with pytest.raises(ValueError, match=r"cannot write below s3://bucket/out: .*the credentials may not do this: have the right"):
+        files.check_writable(f"{quiet}/out")
+
+
+def test_credentials_that_expire_in_the_middle_are_said_and_renewed_ones_count_at_once(quiet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use("expires-4", monkeypatch)
+    assert files.read_bytes(f"{quiet}/shards/x.bin") == b"x"
+    began = time.monotonic()
+    with pytest.raises(
+        OSError, match=r"have expired: renew them and run the stage again, it resumes|expired credentials \(AWS_SESSION_TOKEN\)"
+    ):
+        for _ in range(9):
+            files.read_bytes(f"{quiet}/shards/x.bin")
+    with pytest.raises(OSError, match=r"s3://bucket/shards: the credentials of the store have expired: renew them and run the stage again"):
+        files.list_files(f"{quiet}/shards")
+    assert time.monotonic() - began < 5
+    use("key", monkeypatch)
+    assert files.read_bytes(f"{quiet}/shards/x.bin") == b"x"
+
+
+def test_a_bucket_that_is_not_there_is_not_taken_for_an_empty_folder(quiet: str) -> None:
+    with pytest.raises((ValueError, OSError), match=r"s3://other/test: there is no (such )?bucket"):
+        read_manifest("s3://other/test")
+    with pytest.raises(ValueError, match=r"no manifest\.json and no \.tar in s3://bucket/test; run `itm pack`"):
+        read_manifest("s3://bucket/test")
