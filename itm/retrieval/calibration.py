@@ -73,7 +73,7 @@ class Calibration:
 
     def sized(self, index: Index) -> Calibration:
         """For an index."""
-        return replace(self, sizes={"images": len(index), "captions": len(index.captions)})
+        return replace(self, sizes={"images": len(index), "captions": index.caption_count})
 
     def __call__(self, scores: Tensor, background: Tensor, find: Find) -> Tensor:
         """scores (K,) of the answers, best first, from the very first one; background (B,) of the same question -> probabilities (K,).

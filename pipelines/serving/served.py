@@ -96,6 +96,17 @@ class Loaded:
                 found[name] = [str(value) for value, _ in counts.most_common()] if len(counts) <= VALUES else []
         return found
 
+    def total(self, question: Question) -> int:
+        """Images, or captions, that the question searches."""
+        if not question.where:
+            return self.counts[question.find]
+        rows = self.index.rows(question.find, question.where)
+        return self.counts[question.find] if rows is None else len(rows)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        return {"images": len(self.index), "captions": self.index.caption_count}
+
     @property
     def explains(self) -> bool:
         """Whether the matcher has weights of words over parts, as its class says."""
@@ -154,8 +165,6 @@ class ServedModel:
         return [replies[number] for number in range(len(asked))]
 
     def _told(self, now: Loaded, question: Question, hits: Hits) -> Answers:
-        rows = now.index.rows(question.find, question.where)
-        total = len(now.index.images if question.find == "images" else now.index.captions) if rows is None else len(rows)
         answers = [
             Answer(
                 rank=hit.rank,
@@ -170,7 +179,14 @@ class ServedModel:
             for hit in hits.hits
         ]
         nothing = not answers and question.offset == 0
-        return Answers(model=self.place.name, version=now.version, find=question.find, total=total, nothing_found=nothing, answers=answers)
+        return Answers(
+            model=self.place.name,
+            version=now.version,
+            find=question.find,
+            total=now.total(question),
+            nothing_found=nothing,
+            answers=answers,
+        )
 
     def explain(self, text: str, key: str) -> Looks:
         """Raises Refused for a key that is not there, and where there is nothing to show."""
@@ -204,8 +220,8 @@ class ServedModel:
             name=self.place.name,
             version=now.version,
             kind=now.matcher.kind,
-            images=len(now.index),
-            captions=len(now.index.captions),
+            images=now.counts["images"],
+            captions=now.counts["captions"],
             fields=now.facets,
             calibrated=now.engine.calibration is not None,
             explains=now.explains,
