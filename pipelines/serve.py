@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
@@ -72,7 +73,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.replicas < 1:
         raise ValueError(f"--replicas is {args.replicas}; at least one must answer")
     Access.read(args.auth, args.token_file)
-    return Settings(places_of(args), args.replicas, 0.0, limits_of(args), args.auth, args.token_file, args.log_queries)
+    return Settings(
+        places_of(args),
+        args.replicas,
+        limits=limits_of(args),
+        auth=args.auth,
+        token_file=args.token_file,
+        log_queries=args.log_queries,
+    )
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -148,6 +156,7 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
     from pipelines.serving.app import application
     from pipelines.serving.served import ServedModel
 
+    _check_free(host, port)
     if any(place.model.startswith(("models:/", "runs:/")) for place in settings.places):
         from itm.tracking.addresses import tracking_uri
 
@@ -156,7 +165,7 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         said = ServedModel(place).said()  # what is wrong is said here; an index that must be made is made once
         print(f"{place.name}: {said.kind} version {said.version}, {said.images} images, {said.captions} captions", flush=True)
     connect()
-    settings = replace(settings, gpus=_gpus(len(settings.places) * settings.replicas))
+    settings = replace(settings, **_shares(len(settings.places) * settings.replicas))
     quietly = {"enable_access_log": False, "log_level": "WARNING"}
     http = {"host": host, "port": port, "request_timeout_s": 2 * settings.limits.seconds}
     try:
@@ -172,11 +181,22 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         serve.shutdown()
 
 
-def _gpus(replicas: int) -> float:
-    """What each replica may use of the GPUs that Ray has."""
+def _shares(replicas: int) -> dict[str, float]:
+    """What each replica may keep for itself of what Ray has, so that all of them find a place."""
     import ray
 
-    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / replicas)
+    there = ray.cluster_resources()
+    return {"gpus": min(1.0, there.get("GPU", 0.0) / replicas), "cpus": min(1.0, there.get("CPU", 1.0) / 2 / replicas)}
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ValueError where something listens there already, or the address is not of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as here:
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            here.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}; give another --port or --host") from None
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class Guard:
             self._admit(scope)
             body = await asyncio.wait_for(self._body(scope, receive), self.limits.seconds)
             if self.access.log_queries and body:
-                log.info("%s %s %s", _client(scope), scope["path"], body[:2000].decode(errors="replace"))
+                log.warning("%s %s %s", _client(scope), scope["path"], body[:2000].decode(errors="replace"))
             await asyncio.wait_for(self.app(scope, _once(body, receive), reply), self.limits.seconds)
         except Refused as refused:
             await reply.refuse(refused)

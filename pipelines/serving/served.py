@@ -226,11 +226,11 @@ class ServedModel:
             calibrated=now.engine.calibration is not None,
             explains=now.explains,
             asks=asks,
-            problem=self.problem or None,
+            problem=plain(self.problem) or None,
         )
 
 
-def plain(error: Exception) -> str:
+def plain(error: Exception | str) -> str:
     """The message without the folders of this machine or its stores: what a client may read."""
     return re.sub(r"(?:\w+://|/)(?:[^\s:;,'\"]*/)+", "", str(error))[:500]
 

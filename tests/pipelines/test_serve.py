@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -60,6 +61,15 @@ def test_arguments_that_do_not_fit_are_refused(given: list[str], said: str, monk
     monkeypatch.delenv("ITM_TOKEN", raising=False)
     with pytest.raises(ValueError, match=said):
         serve.settings_of(parsed(*given))
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1:{port}.*give another --port"):
+            serve.serve_here(serve.settings_of(parsed("m", "--index", "i")), "127.0.0.1", port)
 
 
 def test_a_bucket_gives_what_was_promised_on_average_and_at_once():
