@@ -98,18 +98,20 @@ class Fetch:
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        rows: list[Json] = []
+        return _table(self.read(work))
+
+    def read(self, work: Work) -> Columns:
+        """The same as numpy arrays and lists, for this process: a table would hold two copies more of each file."""
         epoch = self.plan.locate(work.step).epoch
         pairs = self.plan.batch_pairs(work.step, work.micro, work.rank).tolist()
         many = self._pool.map if self._pool else map
         begins = dict(many(lambda shard: (shard, self._shard(shard).begins), dict.fromkeys(shard for shard, _ in pairs)))
         numbers = [bisect_right(begins[shard], row) - 1 for shard, row in pairs]
         wanted = dict.fromkeys((shard, number) for (shard, _), number in zip(pairs, numbers, strict=True))
-        samples = dict(zip(wanted, many(lambda at: self._sample(*at, epoch), wanted), strict=True))
-        for (shard, row), number in zip(pairs, numbers, strict=True):
-            pair = self._pair(samples[shard, number], shard, row, row - begins[shard][number])
-            rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
-        return _table(rows, work)
+        samples = dict(zip(wanted, many(lambda key: self._sample(key[0], key[1], epoch), wanted), strict=True))
+        at = zip(pairs, numbers, strict=True)
+        made = (self._pair(samples[shard, number], shard, row, row - begins[shard][number]) for (shard, row), number in at)
+        return _columns([{"problem": pair.row()} if isinstance(pair, Problem) else pair for pair in made], work)
 
     def _open_shard(self, shard: int) -> _Shard:
         info = self.shards[shard]
@@ -124,8 +126,8 @@ class Fetch:
     def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:
         """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
-        start, end = index[number].start, index[number].end
-        found = file.read_at(end - start, start)
+        start = index[number].start
+        found = file.read_at(index[number].end - start, start)
         sample = parse_range(found, uri, start)
         name = self.shards[shard].name
         data = sample.regions if self.kind == "regions" else sample.image
@@ -144,8 +146,7 @@ class Fetch:
     def _pair(self, image: _Image | Problem, shard: int, row: int, ordinal: int) -> Json | Problem:
         if isinstance(image, Problem):
             return image
-        sample, columns = image.sample, dict(image.columns)
-        caption = sample.captions[ordinal]
+        sample, columns, caption = image.sample, dict(image.columns), image.sample.captions[ordinal]
         if "text" in self.stores:
             vector = self._vector("text", shard, row, sample, caption)
             if isinstance(vector, Problem):
@@ -156,8 +157,7 @@ class Fetch:
         return columns | {"caption": caption.id, "text": caption.text}
 
     def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
-        info = self.shards[shard]
-        return self.stores[modality].sidecar(info.name, info.sha256)
+        return self.stores[modality].sidecar(self.shards[shard].name, self.shards[shard].sha256)
 
     def _vector(
         self, modality: str, shard: int, number: int, sample: Sample, caption: Caption | None, epoch: int = 0
@@ -180,17 +180,20 @@ class Fetch:
         return sidecar.vectors[row + epoch % views].astype(np.float32)
 
 
-def _table(rows: list[Json], work: Work) -> pa.Table:
+def _table(columns: Columns) -> pa.Table:
+    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
+    return to_table(columns | files_of | {"problem": pa.array(columns["problem"], pa.string())})
+
+
+def _columns(rows: list[Json], work: Work) -> Columns:
     """A row that cannot be used repeats the columns of a good one, beside its problem."""
     good = next((row for row in rows if "problem" not in row), None)
     if good is None:
         raise unusable(str(rows[0]["problem"]), len(rows), work.step)
     columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
-    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
-    columns |= vectors | files_of | {"image_id": np.array(columns["image_id"], np.int64)}
-    problems = pa.array([row.get("problem") for row in rows], pa.string())
-    return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
+    numbers = {"image_id": np.array(columns["image_id"], np.int64), "step": np.full(len(rows), work.step, np.int64)}
+    return columns | vectors | {"problem": [row.get("problem") for row in rows]} | numbers
 
 
 def unusable(problem: str, rows: int, step: int) -> ValueError:

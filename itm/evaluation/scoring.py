@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,8 +134,7 @@ def _tiled(
     matcher: Matcher, images: Encoded, captions: Encoded, block: int | None, device: torch.device, share: tuple[int, int] = (0, 1)
 ) -> Tensor:
     own, of = share
-    shape = len(images), len(captions)
-    scores = torch.zeros(shape) if of > 1 else torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for large pages, torch does not
+    scores = torch.zeros(len(images), len(captions)) if of > 1 else torch.empty(len(images), len(captions))
     own_tiles = matcher.cuts_tiles(captions)
     order = None if own_tiles or captions.mask is None else by_length(captions)
     columns = OWN_TILES[1] if own_tiles else _columns(images, captions)

@@ -18,10 +18,10 @@ from itm.data.shards import read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split
 from itm.matchers.mean import beside
 from itm.matchers.weights import weights_hash
+from itm.retrieval.sides import FIELDS
 from itm.types import Encoded
 
 FORMAT = 1
-FIELDS = ("vector", "parts", "mask", "uni")
 
 
 def load_split(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu", uni: bool = False) -> EncodedSplit:
@@ -70,7 +70,9 @@ def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:
 
 
 def matcher_identity(matcher: Any) -> str:
-    """12 hex digits of what decides the encoding: weights, architecture and preparation."""
+    """12 hex digits of what decides the encoding: weights, architecture and preparation; of a mean, those of its members."""
+    if len(matcher.averaged) > 1:
+        return hashlib.sha256("+".join(map(matcher_identity, matcher.averaged)).encode()).hexdigest()[:12]
     tokenizer = matcher.inputs.tokenizer
     choices = (weights_hash(matcher), matcher.inputs.image, tokenizer.vocab_size, tokenizer.max_length, tokenizer.clean)
     return hashlib.sha256(repr(choices).encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from itm.data import files
-from itm.retrieval.index import Find
+from itm.retrieval.sides import Find
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
 
 def stream_here(pairs: Pairs, work: Sequence[Work], threads: int) -> Iterator[Columns]:
     """The same batches in the same order, read and prepared by threads of this process."""
-    return in_threads(lambda item: pairs.prepare(pairs.fetch(item)), work, threads)
+    return in_threads(lambda item: pairs.prepare(pairs.fetch.read(item)), work, threads)
 
 
 def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
