@@ -5,6 +5,7 @@
     itm index --model runs/clip/matcher --photos ~/Pictures --output data/album
     itm index --model runs/clip/matcher --output data/index --add
     itm index --model runs/clip/matcher --shards data/shards/train --faiss recall=.95
+    itm index --model runs/clip/matcher --shards data/shards/train data/shards/test --output data/index --report data/index-report
     itm index --model runs/scan/matcher --shards data/shards/test --screen own --loss .01
     itm search "two dogs" --model runs/clip/matcher --shards data/shards/test --index data/index
 
@@ -17,6 +18,9 @@ quarantine.jsonl. index.json is written last.
 A search compares with every vector, exactly. Of matchers that score pairs, --screen scores only candidates: --loss says how many hits that
 may cost, and the number of candidates is the least that was measured to keep it. --faiss (extra `faiss`) proposes candidates in less than a
 pass over all vectors; the share of the best ten that it finds is measured, too.
+
+--report writes a page each about images that are nearly the same (over several splits: leakage), images that no caption finds or that crowd
+out others, and captions that fit another image better than their own.
 """
 
 from __future__ import annotations
@@ -51,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", type=float, default=0.01, help="share of hits that the first stage may lose (default .01)")
     parser.add_argument("--faiss", metavar="recall=R", help="also a structure of faiss that finds this share of the best ten")
     parser.add_argument("--sample", type=int, default=1000, help="questions that --screen and --faiss are measured on (default 1000)")
+    parser.add_argument("--report", type=written_to, metavar="FOLDER", help="pages about duplicates, reach and captions")
+    parser.add_argument("--alike", type=float, default=0.97, help="cosine from which images are near duplicates (default .97)")
     allow_argument(parser)
 
 
@@ -64,6 +70,12 @@ def run(args: argparse.Namespace) -> None:
         from pipelines.indexing.settings import Chosen, settle
 
         for line in settle(wanted, catalogue, Chosen(args.screen, args.loss, args.sample, recall)):
+            print(line)
+    if args.report:
+        from itm.retrieval.index import Index
+        from pipelines.indexing.auditing import audit
+
+        for line in audit(Index.open(wanted.output), args.report, args.alike):
             print(line)
 
 

@@ -1,13 +1,14 @@
 """Serve a matcher over HTTP, with a page to search by: text, photo or both, filters, where the words look, two models side by side.
 
     itm serve runs/demo/demo/matcher --shards data/shards/test                     # http://127.0.0.1:8000
-    itm serve models:/itm-matcher@champion --index data/index --replicas 2
+    itm serve models:/itm-matcher@champion --index data/index --calibrate data/shards/val --replicas 2
     itm serve --model old=models:/itm-matcher@previous --model new=models:/itm-matcher@champion --shards data/shards/test
     ITM_TOKEN=$(openssl rand -hex 24) itm serve models:/itm-matcher@champion --index s3://itm/index --auth --host 0.0.0.0
 
 A moved alias is seen within 30 seconds: the new version is loaded and its index opened (or made, from --shards) while the old one answers,
 then they change places between two questions. A version that does not fit its index is refused, and the old one goes on.
-One --index or --shards counts for every model; as many as models, in their order, belong to one each.
+One --index or --shards counts for every model; as many as models, in their order, belong to one each. In --index, {version} is the number
+of a version: --index 'data/index/{version}'.
 The API is described at /v1/docs and in docs/registry-and-serving.md.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--replicas", type=int, default=1, help="processes that answer, for each model (default 1)")
     parser.add_argument("--rerank", type=int, metavar="N", help="candidates that are scored exactly (default: all)")
+    parser.add_argument(
+        "--calibrate", type=read_from, metavar="URI", help="a validation split: scores become probabilities, where the index has none yet"
+    )
     parser.add_argument("--device", default="auto", help=HELP)
     allow_argument(parser)
     _limits_arguments(parser)
@@ -68,7 +73,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.replicas < 1:
         raise ValueError(f"--replicas is {args.replicas}; at least one must answer")
     Access.read(args.auth, args.token_file)
-    return Settings(places_of(args), args.replicas, 0.0, limits_of(args), args.auth, args.token_file, args.log_queries)
+    return Settings(
+        places_of(args),
+        args.replicas,
+        limits=limits_of(args),
+        auth=args.auth,
+        token_file=args.token_file,
+        log_queries=args.log_queries,
+    )
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
@@ -91,7 +103,9 @@ def places_of(args: argparse.Namespace) -> tuple[Place, ...]:
         raise ValueError(f"two models are called {named[0][0]!r}: write --model NAME=URI")
     indexes, shards = _each(args.index, len(named), "--index"), _each(args.shards, len(named), "--shards")
     return tuple(
-        Place(name, _anywhere(uri), _anywhere(index), _anywhere(split), tuple(args.allow), args.device, args.rerank)
+        Place(
+            name, _anywhere(uri), _anywhere(index), _anywhere(split), tuple(args.allow), args.device, args.rerank, _anywhere(args.calibrate)
+        )
         for (name, uri), index, split in zip(named, indexes, shards, strict=True)
     )
 
@@ -119,7 +133,7 @@ def _anywhere(uri: str | None) -> str | None:
     """A path as processes with another working folder can read it; an address, or the name of a model, as it is."""
     from itm.data import files
 
-    if uri is None or re.match(r"(models|runs):/", uri) or not files.exists(uri):
+    if uri is None or re.match(r"(models|runs):/", uri) or not files.exists(uri.partition("{")[0]):
         return uri
     return files.absolute(uri)
 
@@ -142,6 +156,7 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
     from pipelines.serving.app import application
     from pipelines.serving.served import ServedModel
 
+    _check_free(host, port)
     if any(place.model.startswith(("models:/", "runs:/")) for place in settings.places):
         from itm.tracking.addresses import tracking_uri
 
@@ -150,7 +165,7 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         said = ServedModel(place).said()  # what is wrong is said here; an index that must be made is made once
         print(f"{place.name}: {said.kind} version {said.version}, {said.images} images, {said.captions} captions", flush=True)
     connect()
-    settings = replace(settings, gpus=_gpus(len(settings.places) * settings.replicas))
+    settings = replace(settings, **_shares(len(settings.places) * settings.replicas))
     quietly = {"enable_access_log": False, "log_level": "WARNING"}
     http = {"host": host, "port": port, "request_timeout_s": 2 * settings.limits.seconds}
     try:
@@ -166,11 +181,22 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         serve.shutdown()
 
 
-def _gpus(replicas: int) -> float:
-    """What each replica may use of the GPUs that Ray has."""
+def _shares(replicas: int) -> dict[str, float]:
+    """What each replica may keep for itself of what Ray has, so that all of them find a place."""
     import ray
 
-    return min(1.0, ray.cluster_resources().get("GPU", 0.0) / replicas)
+    there = ray.cluster_resources()
+    return {"gpus": min(1.0, there.get("GPU", 0.0) / replicas), "cpus": min(1.0, there.get("CPU", 1.0) / 2 / replicas)}
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ValueError where something listens there already, or the address is not of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as here:
+        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            here.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot listen at {host}:{port}: {error.strerror or error}; give another --port or --host") from None
 
 
 if __name__ == "__main__":

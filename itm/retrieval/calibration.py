@@ -36,7 +36,7 @@ ANSWERS = 10  # of each question that the curve is fitted to
 BACKGROUND = 256  # rows, evenly spread, as the engine takes them
 LEAST = 50  # questions below which nothing is fitted
 THRESHOLDS = (0.0, 0.5, 0.8)
-_RIDGE, _ROUNDS = 1e-3, 50
+_RIDGE, _ROUNDS = 1e-2, 50
 _FEATURES = 5
 
 
@@ -73,7 +73,7 @@ class Calibration:
 
     def sized(self, index: Index) -> Calibration:
         """For an index."""
-        return replace(self, sizes={"images": len(index), "captions": len(index.captions)})
+        return replace(self, sizes={"images": len(index), "captions": index.caption_count})
 
     def __call__(self, scores: Tensor, background: Tensor, find: Find) -> Tensor:
         """scores (K,) of the answers, best first, from the very first one; background (B,) of the same question -> probabilities (K,).
@@ -110,7 +110,9 @@ def features(scores: Tensor, background: Tensor, size: int) -> Tensor:
     return torch.stack([first, 1 - first, above, lead * first, lead * (1 - first)], 2)
 
 
-def calibrate(matcher: Matcher, split: EncodedSplit, identity: str, device: str = "cpu", relevance: Tensor | None = None) -> Calibration:
+def calibrate(
+    matcher: Matcher, split: EncodedSplit, identity: str, device: str | torch.device = "cpu", relevance: Tensor | None = None
+) -> Calibration:
     """Fitted on a split with captions. relevance (I,T) bool: which captions are right for an image; unset: its own.
 
     Raises ValueError for a split with fewer than LEAST images.
@@ -158,7 +160,7 @@ def logistic(rows: Tensor, labels: Tensor) -> Tensor:
     """Weights (F) of the logistic regression of labels (...) on features (..., F), by Newton's method with a small ridge."""
     x, y = rows.reshape(-1, rows.shape[-1]).double(), labels.reshape(-1).double()
     weights = torch.zeros(x.shape[1], dtype=torch.float64)
-    ridge = torch.eye(x.shape[1], dtype=torch.float64) * _RIDGE * len(x)
+    ridge = torch.eye(x.shape[1], dtype=torch.float64) * _RIDGE
     for _ in range(_ROUNDS):
         p = torch.sigmoid(x @ weights)
         slope = x.T @ (y - p) - ridge @ weights

@@ -38,11 +38,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Settings:
-    """places: the models, the first of which answers where a client names none; gpus: of each replica."""
+    """places: the models, the first of which answers where a client names none; gpus and cpus: what Ray keeps free for each replica."""
 
     places: tuple[Place, ...]
     replicas: int = 1
     gpus: float = 0.0
+    cpus: float = 1.0
     limits: Limits = field(default_factory=Limits)
     auth: bool = False
     token_file: str | None = None
@@ -167,7 +168,7 @@ class Front:
 def application(given: Settings | dict[str, Any]) -> serve.Application:
     """What Ray Serve runs: of `Settings`, or of the mapping that a manifest holds under `args`."""
     settings = given if isinstance(given, Settings) else Settings.of(given)
-    actor = {"num_cpus": 0.5, "num_gpus": settings.gpus}
+    actor = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
     quick = {"health_check_period_s": 2, "health_check_timeout_s": 20, "graceful_shutdown_timeout_s": 5}
     handles = [
         serve.deployment(

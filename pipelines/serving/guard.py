@@ -80,7 +80,7 @@ class Guard:
             self._admit(scope)
             body = await asyncio.wait_for(self._body(scope, receive), self.limits.seconds)
             if self.access.log_queries and body:
-                log.info("%s %s %s", _client(scope), scope["path"], body[:2000].decode(errors="replace"))
+                log.warning("%s %s %s", _client(scope), scope["path"], body[:2000].decode(errors="replace"))
             await asyncio.wait_for(self.app(scope, _once(body, receive), reply), self.limits.seconds)
         except Refused as refused:
             await reply.refuse(refused)
@@ -147,6 +147,8 @@ class Reply:
             return
         body = json.dumps(refused.body()).encode()
         plain = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        if refused.status == 413:
+            plain["Connection"] = "close"  # or the server reads the rest of the body
         headers = [(name.encode(), value.encode()) for name, value in (plain | refused.headers()).items()]
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
         await self({"type": "http.response.body", "body": body})

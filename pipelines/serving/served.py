@@ -13,11 +13,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
+
 import itm
 from itm.data import files
 from itm.data.pixels import decode
+from itm.data.shards import read_manifest
+from itm.evaluation.dataset import encode_split, exact_relevance
 from itm.matchers.weights import weights_hash
-from itm.retrieval.calibration import load_calibration
+from itm.retrieval.calibration import Calibration, calibrate, load_calibration, write_calibration
 from itm.retrieval.engine import Engine, Hits, Question
 from itm.retrieval.index import Index
 from itm.types import Matcher
@@ -34,7 +38,8 @@ CACHED = 2_000  # thumbnails
 
 @dataclass(frozen=True)
 class Place:
-    """What a model is made from. name: as clients call it; model, index, shards: URIs; rerank: candidates that are scored exactly."""
+    """What a model is made from. name: as clients call it; model, index, shards: URIs; rerank: candidates that are scored exactly;
+    calibrate: a validation split on which a version without a calibration gets one. `{version}` in index: the number of the version."""
 
     name: str
     model: str
@@ -43,6 +48,7 @@ class Place:
     allow: tuple[str, ...] = ()
     device: str = "auto"
     rerank: int | None = None
+    calibrate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,17 @@ class Loaded:
                 found[name] = [str(value) for value, _ in counts.most_common()] if len(counts) <= VALUES else []
         return found
 
+    def total(self, question: Question) -> int:
+        """Images, or captions, that the question searches."""
+        if not question.where:
+            return self.counts[question.find]
+        rows = self.index.rows(question.find, question.where)
+        return self.counts[question.find] if rows is None else len(rows)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        return {"images": len(self.index), "captions": self.index.caption_count}
+
     @property
     def explains(self) -> bool:
         """Whether the matcher has weights of words over parts, as its class says."""
@@ -112,7 +129,8 @@ class ServedModel:
         """Takes a moved alias or a grown index into service; returns whether it did. The old one answers until the new one can, and goes
         on where the new one is refused: `problem` says why."""
         try:
-            found = version_of(self.place.model) or self.now.version, stamp_of(self.place)
+            version = version_of(self.place.model)
+            found = version or self.now.version, stamp_of(at(self.place, version))
         except Exception as error:  # a registry or a store that does not answer is no reason to stop
             self.problem = f"cannot look for a newer version: {error}"
             return False
@@ -123,7 +141,7 @@ class ServedModel:
             return False
         self.tried, self.tried_at = found, time.monotonic()
         try:
-            self.now = load(self.place, found[0])
+            self.now = load(self.place, version)
         except Exception as error:
             self.problem = f"version {found[0]} is refused, version {self.now.version} goes on: {error}"
             log.error("%s: %s", self.place.name, self.problem)
@@ -147,8 +165,6 @@ class ServedModel:
         return [replies[number] for number in range(len(asked))]
 
     def _told(self, now: Loaded, question: Question, hits: Hits) -> Answers:
-        rows = now.index.rows(question.find, question.where)
-        total = len(now.index.images if question.find == "images" else now.index.captions) if rows is None else len(rows)
         answers = [
             Answer(
                 rank=hit.rank,
@@ -163,7 +179,14 @@ class ServedModel:
             for hit in hits.hits
         ]
         nothing = not answers and question.offset == 0
-        return Answers(model=self.place.name, version=now.version, find=question.find, total=total, nothing_found=nothing, answers=answers)
+        return Answers(
+            model=self.place.name,
+            version=now.version,
+            find=question.find,
+            total=now.total(question),
+            nothing_found=nothing,
+            answers=answers,
+        )
 
     def explain(self, text: str, key: str) -> Looks:
         """Raises Refused for a key that is not there, and where there is nothing to show."""
@@ -197,17 +220,17 @@ class ServedModel:
             name=self.place.name,
             version=now.version,
             kind=now.matcher.kind,
-            images=len(now.index),
-            captions=len(now.index.captions),
+            images=now.counts["images"],
+            captions=now.counts["captions"],
             fields=now.facets,
             calibrated=now.engine.calibration is not None,
             explains=now.explains,
             asks=asks,
-            problem=self.problem or None,
+            problem=plain(self.problem) or None,
         )
 
 
-def plain(error: Exception) -> str:
+def plain(error: Exception | str) -> str:
     """The message without the folders of this machine or its stores: what a client may read."""
     return re.sub(r"(?:\w+://|/)(?:[^\s:;,'\"]*/)+", "", str(error))[:500]
 
@@ -221,6 +244,12 @@ def version_of(uri: str) -> str:
     return f"{found[1]}/{find_version(uri).version}"
 
 
+def at(place: Place, version: str) -> Place:
+    """The place of one version."""
+    number = version.rpartition("/")[2] or place.model.rstrip("/").rpartition("/")[2]
+    return place if place.index is None else replace(place, index=place.index.replace("{version}", number))
+
+
 def stamp_of(place: Place) -> float:
     """When the index was last written; 0 where it is made from shards."""
     told = files.join(place.index, "index.json") if place.index else ""
@@ -229,11 +258,12 @@ def stamp_of(place: Place) -> float:
 
 def load(place: Place, version: str) -> Loaded:
     """Matcher, index and engine. Raises ValueError, naming both, where the index does not fit the matcher."""
+    place = at(place, version)
     stamp = stamp_of(place)
     matcher = itm.load_matcher(f"models:/{version}" if version else place.model, allow=place.allow)
     index = _index(place, matcher)
-    calibration = load_calibration(place.index, index) if place.index else None
-    engine = Engine(matcher, index, place.device, place.rerank, calibration)
+    engine = Engine(matcher, index, place.device, place.rerank)
+    engine.calibration = _calibration(place, matcher, index, engine.device)
     loaded = Loaded(version or weights_hash(matcher), stamp, matcher, index, engine)
     engine.answer([Question(text="a", k=1)])  # the first answer is slow, and shows whether there are any
     return loaded
@@ -250,6 +280,21 @@ def _index(place: Place, matcher: Matcher) -> Index:
     if not place.shards:
         raise ValueError(f"{place.name}: nothing to search: give --index, or --shards to make one from")
     return Index.of_shards(matcher, place.shards, uni=bool(matcher.uni_width))
+
+
+def _calibration(place: Place, matcher: Matcher, index: Index, device: torch.device) -> Calibration | None:
+    """What lies beside the index, or is made now; None where nobody asked for one."""
+    folder = place.index or files.join(str(place.shards), "index")
+    found = load_calibration(folder, index)
+    if found is None and place.calibrate:
+        split = encode_split(matcher, place.calibrate, device=device)
+        told = calibrate(
+            matcher, split, index.identity.matcher, device, exact_relevance(read_manifest(place.calibrate).source, split.names)
+        )
+        log.warning("%s: calibrated on %s\n%s", place.name, place.calibrate, told)
+        write_calibration(folder, told)
+        found = told.sized(index)
+    return found
 
 
 def _prepared(now: Loaded, asked: Asked) -> Question | Refused:

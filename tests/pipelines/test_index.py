@@ -6,16 +6,22 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
+from itm.config import Indexed
 from itm.data.formats import NewerFormat
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Record
 from itm.data.shards import read_manifest, write_shard
+from itm.matchers.folder import save_matcher
 from itm.retrieval.engine import Engine, Question
 from itm.retrieval.index import Index
 from itm.retrieval.store import check_vectors, stored
@@ -23,10 +29,12 @@ from itm.types import Encoded, Matcher
 from pipelines import index as stage
 from pipelines import search
 from pipelines.cli import stage_main
+from pipelines.contract import stages_of
 from pipelines.indexing import actors
 from pipelines.indexing.building import Wanted
 from tests.support.disc_index import COLOURS, SCAN, disc, write_discs
 from tests.support.registry_world import matcher_folder, picture, tiny_matcher
+from tests.support.small_split import small_run
 
 
 @pytest.fixture
@@ -227,3 +235,40 @@ def test_codes_of_eight_bits_are_off_by_half_a_step_and_vectors_of_zeros_are_ref
     vectors[7, 0] = torch.nan
     with pytest.raises(ValueError, match="image '7' has a vector that is not finite"):
         check_vectors(Encoded(vector=vectors), "image", [str(n) for n in range(50)])
+
+
+def test_a_recipe_names_the_splits_that_a_run_indexes_and_the_stage_is_done_until_weights_or_shards_change(tmp_path):
+    recipe = small_run(tmp_path, 6, index={"splits": ["test"], "dtype": "int8"}, train={"workers": 0})
+    (contract,) = [c for c in stages_of(recipe) if c.stage == "index"]
+    assert contract.done(recipe) is None
+    line = contract.work(recipe)
+    assert line == "6 images = 6 indexed + 0 rejected, 30 captions in 2 shards"
+    assert contract.done(recipe) == line
+    assert contract.manifest(recipe) == [f"{recipe.folder}/index/index.json"]
+    assert "index" not in [c.stage for c in stages_of(recipe.model_copy(update={"index": Indexed()}))]
+    assert recipe.fingerprint() == recipe.model_copy(update={"index": Indexed()}).fingerprint()
+    other = tiny_matcher(3)
+    save_matcher(other, f"{recipe.folder}/matcher")
+    assert contract.done(recipe) is None
+    contract.work(recipe)
+    assert Index.open(f"{recipe.folder}/index", other).settings == {}
+
+
+@pytest.mark.e2e
+def test_actors_write_the_bytes_that_one_process_writes_and_a_kill_keeps_what_is_whole(tmp_path, ray_local):
+    shards = write_discs(tmp_path / "shards" / "test", COLOURS * 4, per_shard=2)
+    folder = str(matcher_folder(tmp_path / "m", 2))
+    asked = [sys.executable, "-m", "pipelines.index", "--model", folder, "--shards", shards, "--batch-size", "2", "--workers", "0"]
+    killed = subprocess.Popen([*asked, "--output", str(tmp_path / "torn")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "torn").glob("test/*.captions.arrow")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    left = {f: os.stat(f).st_ino for f in (tmp_path / "torn" / "test").glob("0000?.arrow")}
+    assert len(left) < 12, "killed before the end"
+    assert not (tmp_path / "torn" / "index.json").exists()
+    index(folder, shards, tmp_path / "torn", workers=1)
+    assert {f: os.stat(f).st_ino for f in left} == left, "what was done is not done again"
+    index(folder, shards, tmp_path / "whole")
+    assert bytes_of(tmp_path / "torn") == bytes_of(tmp_path / "whole")

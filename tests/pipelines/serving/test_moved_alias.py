@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
 from itm.data import files
+from itm.retrieval.index import Index
 from itm.tracking.registry import crown, promote
 from itm.tracking.runs import Tracker
+from pipelines.index import index
+from pipelines.indexing.building import Wanted
 from pipelines.serving.served import Place, ServedModel
-from tests.support.disc_index import write_discs
+from tests.support.disc_index import COLOURS, write_discs
 from tests.support.registry_world import matcher_folder, register_matcher
 from tests.support.serving_world import service
 
@@ -73,3 +77,41 @@ def test_a_registry_that_does_not_answer_stops_nobody(two_versions: str, tmp_pat
 def test_an_alias_that_is_not_there_is_told_at_the_start(two_versions: str, tmp_path: Path):
     with pytest.raises(ValueError, match="has no alias 'nobody'; it has"):
         ServedModel(Place("tiny", "models:/tiny@nobody", shards=write_discs(tmp_path / "test")))
+
+
+def test_an_index_of_its_own_is_opened_for_each_version_and_another_matchers_is_refused_by_name(two_versions: str, tmp_path: Path):
+    shards = write_discs(tmp_path / "test")
+    for number in (1, 2):
+        index(Wanted(str(tmp_path / f"m{number}"), (shards,), str(tmp_path / "index" / str(number)), device="cpu", workers=0))
+    model = ServedModel(Place("tiny", two_versions, str(tmp_path / "index" / "{version}")))
+    fixed = ServedModel(Place("fixed", two_versions, str(tmp_path / "index" / "1")))
+    crown("tiny", "2")
+    assert (model.refresh(), fixed.refresh()) == (True, False)
+    assert (model.said().version, fixed.said().version) == ("tiny/2", "tiny/1")
+    ours, theirs = (Index.open(str(tmp_path / "index" / number)).identity.matcher for number in ("1", "2"))
+    assert ours in fixed.problem and theirs in fixed.problem
+    assert model.said().fields["colour"], "fields of the samples can be filtered by"
+
+
+def test_a_grown_index_is_taken_up(tmp_path: Path):
+    shards, place = write_discs(tmp_path / "test", COLOURS[:3]), Place("m", str(matcher_folder(tmp_path / "m", 1)), str(tmp_path / "index"))
+    wanted = Wanted(place.model, (shards,), str(place.index), device="cpu", workers=0)
+    index(wanted)
+    model = ServedModel(place)
+    assert model.said().images == 3
+    write_discs(tmp_path / "test", COLOURS)
+    assert not model.refresh(), "the index itself is as it was"
+    index(replace(wanted, add=True))
+    assert model.refresh()
+    assert model.said().images == 6
+
+
+def test_a_half_built_index_and_one_whose_shards_have_changed_are_refused(tmp_path: Path):
+    shards, place = write_discs(tmp_path / "test"), Place("m", str(matcher_folder(tmp_path / "m", 1)), str(tmp_path / "index"))
+    index(Wanted(place.model, (shards,), str(place.index), device="cpu", workers=0))
+    write_discs(tmp_path / "test", COLOURS[::-1])
+    with pytest.raises(ValueError, match="chang"):
+        ServedModel(place)
+    (tmp_path / "index" / "index.json").unlink()
+    with pytest.raises(ValueError, match="no finished index"):
+        ServedModel(place)
