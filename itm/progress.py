@@ -73,7 +73,8 @@ class Progress:
         if isinstance(self.out, JsonLines):
             self.out.say(step=self.done, of=self.total, unit=self.unit, work=self.title, **(values or {}))
             return
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, self._left()]
+        left = "" if words.endswith(" left") else self._left()  # a caller who knows the time left has said it
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, left]
         print(f"{time.strftime('%H:%M:%S')} {self.title}: {', '.join(filter(None, parts))}", file=self.out, flush=True)
 
     def _left(self) -> str:
@@ -122,7 +123,7 @@ def json_lines(stage: str) -> Iterator[None]:
     """Inside, what this process prints on stdout and stderr is JSON lines."""
     before = sys.stdout, sys.stderr
     streams = JsonLines(before[0], stage), JsonLines(before[1], stage)
-    sys.stdout, sys.stderr = streams  # type: ignore[assignment]  # they are written to, and no more
+    sys.stdout, sys.stderr = streams
     try:
         yield
     finally:

@@ -53,6 +53,7 @@ STAGES = {
     "teach": Stage("teach", "score shards with the teachers -> Arrow soft-label stores"),
     "verify": Stage("teach", "recompute random rows of a soft-label store and report the largest difference"),
     "train": Stage("train", "train a matcher on shards (Ray Data -> Ray Train)"),
+    "sweep": Stage("train", "train variants of a recipe side by side, stop the hopeless ones, write the recipe of the best"),
     "evaluate": Stage("judge", "recall and equivalence metrics of a matcher on a split, or of a score file"),
     "report": Stage("judge", "one self-contained HTML page about a run"),
     "explain": Stage("judge", "why a matcher scores one pair as it does: words, relations, gates, edges, on one page"),
@@ -65,7 +66,7 @@ STAGES = {
     "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
-TRACKED = ("pack", "teach", "train", "evaluate", "register", "models", "run", "demo")  # stages that record a run, or read records
+TRACKED = ("pack", "teach", "train", "sweep", "evaluate", "register", "models", "run", "demo")  # stages that record a run, or read records
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -134,7 +135,8 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             check_submitted(stage)
             with needed_by(f"itm {stage}", extra="pipeline"), first_contact(args.wait_for):
                 if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
-                    import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
+                    only = {"plan": None, "run": None, "sweep": "train"}.get(stage, stage)  # a sweep is trainings
+                    import_module(module_of("plan")).show(recipe_from(args), only=only)
                     return 0
                 return int(module.run(args) or 0)
         except KeyboardInterrupt:

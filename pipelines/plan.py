@@ -202,6 +202,11 @@ class Costs:
         found = getattr(self, "_training", None)
         yield self._add(TRACKING, 4.0 * found.weights if found else 0.0)
 
+    def _index(self) -> Iterator[str]:
+        splits = [self._split(name) for name in self.recipe.index.splits]
+        images, captions = sum(split.images for split in splits), sum(split.captions for split in splits)
+        yield f"makes   vectors of {images:,} images and {captions:,} captions, as {self.recipe.index.dtype}"
+
     def _report(self) -> Iterator[str]:
         yield self._add(1.0, 2e5)
 

@@ -52,6 +52,7 @@ FLOORS = {
     "pipelines.evaluating": 7.5,
     "pipelines.reporting": 7.5,
     "pipelines.serving": 7.5,
+    "pipelines.sweeping": 7.7,  # a trial is a training
     "pipelines": 8,
     "cluster": 9,
 }

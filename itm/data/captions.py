@@ -25,7 +25,12 @@ def captions_of(key: str, content: dict[str, bytes]) -> tuple[Json, list[Caption
         raw = text.split("\n") if content.get("txt") else []
     if not isinstance(raw, list):
         raise ValueError(f"json captions must be a list, not a {type(raw).__name__}")
-    return meta, [_caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
+    return meta, [Caption(c["id"], c["text"]) if _plain(c) else _caption(f"{key}#{n}", c) for n, c in enumerate(raw)], said_none
+
+
+def _plain(raw: object) -> bool:
+    """Whether a caption has two strings, `id` and `text`, and nothing else, as nearly all have."""
+    return isinstance(raw, dict) and len(raw) == 2 and isinstance(raw.get("id"), str) and isinstance(raw.get("text"), str)
 
 
 def _caption(default_id: str, raw: object) -> Caption:
@@ -33,5 +38,5 @@ def _caption(default_id: str, raw: object) -> Caption:
         return Caption(default_id, raw)
     if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
         raise ValueError(f"a caption must be a string or an object with a string `text`, not {repr(raw)[:80]}")
-    meta = {name: value for name, value in raw.items() if name not in ("id", "text")} if len(raw) > 2 or "id" not in raw else {}
+    meta = {name: value for name, value in raw.items() if name not in ("id", "text")}
     return Caption(str(raw.get("id", default_id)), raw["text"], meta)

@@ -133,7 +133,7 @@ def _made(uri: str, lease: Lease, instead: Lease | None) -> bool:
     """Whether the lease is now ours: made where there was none, or in the place of that of a dead driver."""
     if not files.is_remote(uri):
         return _made_here(files.absolute(uri), lease, instead)
-    if uri.startswith("s3://") and (made := put_if(uri, lease.said(), instead and instead.said())) is not None:
+    if uri.startswith("s3://") and (made := put_if(uri, lease.said(), instead.said() if instead else None)) is not None:
         return made
     if not _is(uri, instead):
         return False

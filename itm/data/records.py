@@ -92,7 +92,7 @@ class Caption:
         """Why this caption cannot be used, or None."""
         if self.unread:
             return self.unread
-        if not self.text.strip():
+        if not self.text or self.text.isspace():
             return f"caption {self.id} is empty"
         if len(self.text) > MAX_CAPTION:
             return f"caption {self.id} has {len(self.text):,} characters, the limit is {MAX_CAPTION:,}"

@@ -170,9 +170,14 @@ class Tracker:
             if not told_at_last(self):
                 return
         if self._owner:
-            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
         else:
             self.close()
+
+
+def end_run(run_id: str, uri: str, status: str) -> None:
+    """End a run of another process, which can no longer do it: FINISHED, FAILED or KILLED."""
+    client(uri).set_terminated(run_id, status)
 
 
 def _started_monitor(run_id: str, uri: str, node: str) -> SystemMetricsMonitor:

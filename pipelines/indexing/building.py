@@ -103,6 +103,16 @@ def build(wanted: Wanted) -> Catalogue | None:
     return _closed(wanted, Catalogue(choices, matcher.kind, []), splits, before)
 
 
+def finished(wanted: Wanted) -> Catalogue | None:
+    """The index, where it is whole, of this matcher, and of the shards as they are now; None while there is work to do."""
+    matcher = itm.load_matcher(wanted.model, allow=wanted.allow) if isinstance(wanted.model, str) else wanted.model
+    found = read_catalogue(wanted.output)
+    if found.choices != Choices(matcher_identity(matcher), wanted.dtype, wanted.fields):
+        return None
+    named = {files.absolute(uri).rstrip("/"): read_manifest(uri).fingerprint() for uri in wanted.shards}
+    return found if named == {place_of(wanted.output, s.uri): s.fingerprint for s in found.splits} else None
+
+
 def _before(wanted: Wanted, choices: Choices) -> Catalogue | None:
     """The finished index that is there. Raises ValueError where it, or one that was begun, is of other choices and must stay."""
     held: Json | None = None

@@ -34,7 +34,7 @@ class Rank:
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
     was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
-    and all. given: of a mixture, the pairs that each root has given to this process.
+    and all. told: the steps that the exporter knows of. given: of a mixture, the pairs that each root has given to this process.
     asked: how often the processes of this run asked a store again, and the seconds that passed, as last logged.
     """
 
@@ -49,6 +49,7 @@ class Rank:
     unsaved: Tensor
     waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
+    told: int = 0
     given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     asked: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
@@ -76,6 +77,7 @@ class Rank:
             OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
             _tracker(job, state) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
+            told=state.position.step,
         )
 
     @property

@@ -74,6 +74,15 @@ def test_a_caller_with_intervals_of_its_own_gets_a_line_each_and_its_start_is_no
     ]
 
 
+def test_a_time_left_that_the_caller_knows_is_not_said_twice(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress("train demo", 100, "step", every=0, out=out) as here:
+        here.to(20, "loss 0.2000, 9 s left")
+        clock.now += 5.0
+        here.to(40, "loss 0.4000, 7 s left")
+    assert said(out) == ["train demo: 20 of 100 steps, loss 0.2000, 9 s left", "train demo: 40 of 100 steps, loss 0.4000, 7 s left"]
+
+
 def test_what_failed_has_no_last_line(clock: Clock) -> None:
     out = io.StringIO()
     with pytest.raises(ValueError, match="shard 3"), Progress("pack", 10, "image", out=out) as here:

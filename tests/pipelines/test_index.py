@@ -16,10 +16,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from itm.config import Indexed
 from itm.data.formats import NewerFormat
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Record
 from itm.data.shards import read_manifest, write_shard
+from itm.matchers.folder import save_matcher
 from itm.retrieval.engine import Engine, Question
 from itm.retrieval.index import Index
 from itm.retrieval.store import check_vectors, stored
@@ -27,10 +29,12 @@ from itm.types import Encoded, Matcher
 from pipelines import index as stage
 from pipelines import search
 from pipelines.cli import stage_main
+from pipelines.contract import stages_of
 from pipelines.indexing import actors
 from pipelines.indexing.building import Wanted
 from tests.support.disc_index import COLOURS, SCAN, disc, write_discs
 from tests.support.registry_world import matcher_folder, picture, tiny_matcher
+from tests.support.small_split import small_run
 
 
 @pytest.fixture
@@ -231,6 +235,23 @@ def test_codes_of_eight_bits_are_off_by_half_a_step_and_vectors_of_zeros_are_ref
     vectors[7, 0] = torch.nan
     with pytest.raises(ValueError, match="image '7' has a vector that is not finite"):
         check_vectors(Encoded(vector=vectors), "image", [str(n) for n in range(50)])
+
+
+def test_a_recipe_names_the_splits_that_a_run_indexes_and_the_stage_is_done_until_weights_or_shards_change(tmp_path):
+    recipe = small_run(tmp_path, 6, index={"splits": ["test"], "dtype": "int8"}, train={"workers": 0})
+    (contract,) = [c for c in stages_of(recipe) if c.stage == "index"]
+    assert contract.done(recipe) is None
+    line = contract.work(recipe)
+    assert line == "6 images = 6 indexed + 0 rejected, 30 captions in 2 shards"
+    assert contract.done(recipe) == line
+    assert contract.manifest(recipe) == [f"{recipe.folder}/index/index.json"]
+    assert "index" not in [c.stage for c in stages_of(recipe.model_copy(update={"index": Indexed()}))]
+    assert recipe.fingerprint() == recipe.model_copy(update={"index": Indexed()}).fingerprint()
+    other = tiny_matcher(3)
+    save_matcher(other, f"{recipe.folder}/matcher")
+    assert contract.done(recipe) is None
+    contract.work(recipe)
+    assert Index.open(f"{recipe.folder}/index", other).settings == {}
 
 
 @pytest.mark.e2e
