@@ -63,7 +63,11 @@ class Data(Strict):
     )
     val_images: int | None = Field(None, ge=1, description="validation reads the first so many images of val_split; unset = all")
     max_reject_rate: float = Field(0.01, ge=0, le=1, description="share of rejected samples past which a stage fails")
-    decode: Literal["actors", "trainer"] = Field("trainer", description="who decodes: actors on any node, or threads of each trainer")
+    decode: Literal["actors", "trainer", "auto"] = Field(
+        "trainer",
+        description="who decodes: actors on any node, threads of each trainer, or auto: the threads, unless they are measured to be too "
+        "slow and nodes without a trainer can do it",
+    )
     decode_workers: int | None = Field(
         None, ge=1, description="actors or threads that decode for a trainer; unset = for a GPU its share of the cores, for a CPU one"
     )
@@ -214,6 +218,17 @@ class Train(Encoders):
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end after so many validations in a row in which registry.metric has not risen; unset = never",
+    )
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="end after so many hours of training, all restarts together, with a validation and a checkpoint; looked at with each "
+        "logged step. Unset = no limit",
+    )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
     log_shares: bool = Field(
         False,
@@ -245,6 +260,14 @@ class Evaluation(Strict):
     )
 
 
+class Indexed(Strict):
+    """Vectors of splits by the matcher that was trained, for searching."""
+
+    splits: list[str] = Field(default_factory=list, description="sub-folders of data.root that `itm run` indexes; empty = no such stage")
+    output: str | None = Field(None, description="folder or URI of the index; unset = index in the run's folder")
+    dtype: Literal["fp16", "int8", "fp32"] = Field("fp16", description="how vectors are stored; int8 with one scale each")
+
+
 class Registry(Strict):
     """Experiment tracking and the promotion gate."""
 
@@ -252,7 +275,9 @@ class Registry(Strict):
     model: str = Field("itm-matcher", description="name in the model registry")
     metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
-    loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
+    loggers: list[Part] = Field(
+        default_factory=list, description="where metrics go beside MLflow: console, tensorboard, or package.module:Name"
+    )
     licence: str = Field("", description="licence of the weights, for the model card; empty = not stated there")
 
     @field_validator("model", "experiment")

@@ -28,9 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pipelines.training import driver
+    import psutil
 
-    done = train(recipe_from(args), overwrite=args.overwrite)
+    from pipelines.training import driver
+    from pipelines.training.startup import StartUp
+
+    done = driver.train(recipe_from(args), args.overwrite, StartUp(psutil.Process().create_time()))
     best = done["best"]
     print(f"{done['steps']} steps in {done['seconds']:.0f} s ({done['samples_per_s']:.0f} pairs/s), MLflow run {done['run_id']}")
     if (share := done.get("same_image_share")) is not None:
@@ -38,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"best validation rSum {best['metrics']['rsum']:.1f} at step {best['step']}" if best else "no validation split: last weights kept"
     )
+    if done.get("ended"):
+        print(f"ended before its last step: {done['ended']}")
     print(f"matcher: {done['matcher']}")
     print(driver.flow_line(done))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -28,6 +29,7 @@ from itm.data.shards import Sample, index_shard, parse_range
 from itm.data.sidecar import Sidecar, Store
 
 _OPEN_SHARDS = 64
+_READERS = 32  # reads at a time from an object store, where each waits for tens of milliseconds and a batch needs hundreds
 _MOST_OPEN = 512  # of a window over more shards the others are opened again: a process may hold 1,024 files at least
 
 
@@ -77,6 +79,7 @@ class Fetch:
         self.shards, self.folders = manifest.shards, folders_of(split, manifest)
         self.split, self.manifest, self.plan, self.kind, self.stores = split, manifest, plan, kind, stores
         self.online = frozenset(online)
+        self.readers = _READERS if any(map(files.is_remote, dict.fromkeys(self.folders))) else 1
         self._caches()
 
     def _caches(self) -> None:
@@ -84,9 +87,10 @@ class Fetch:
         kept = min(_MOST_OPEN, max(_OPEN_SHARDS, self.plan.window))
         self._shard = lru_cache(kept)(self._open_shard)
         self._sidecar = lru_cache(2 * kept)(self._open_sidecar)
+        self._pool = ThreadPoolExecutor(self.readers) if self.readers > 1 else None
 
     def __getstate__(self) -> Json:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shard", "_sidecar", "_pool")}
 
     def __setstate__(self, state: Json) -> None:
         self.__dict__.update(state)
@@ -94,17 +98,20 @@ class Fetch:
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        samples: dict[tuple[int, int], _Image | Problem] = {}
-        rows: list[Json] = []
+        return _table(self.read(work))
+
+    def read(self, work: Work) -> Columns:
+        """The same as numpy arrays and lists, for this process: a table would hold two copies more of each file."""
         epoch = self.plan.locate(work.step).epoch
-        for shard, row in self.plan.batch_pairs(work.step, work.micro, work.rank).tolist():
-            begins = self._shard(shard).begins
-            number = bisect_right(begins, row) - 1
-            if (shard, number) not in samples:
-                samples[shard, number] = self._sample(shard, number, epoch)
-            pair = self._pair(samples[shard, number], shard, row, row - begins[number])
-            rows.append({"problem": pair.row()} if isinstance(pair, Problem) else pair)
-        return _table(rows, work)
+        pairs = self.plan.batch_pairs(work.step, work.micro, work.rank).tolist()
+        many = self._pool.map if self._pool else map
+        begins = dict(many(lambda shard: (shard, self._shard(shard).begins), dict.fromkeys(shard for shard, _ in pairs)))
+        numbers = [bisect_right(begins[shard], row) - 1 for shard, row in pairs]
+        wanted = dict.fromkeys((shard, number) for (shard, _), number in zip(pairs, numbers, strict=True))
+        samples = dict(zip(wanted, many(lambda key: self._sample(key[0], key[1], epoch), wanted), strict=True))
+        at = zip(pairs, numbers, strict=True)
+        made = (self._pair(samples[shard, number], shard, row, row - begins[shard][number]) for (shard, row), number in at)
+        return _columns([{"problem": pair.row()} if isinstance(pair, Problem) else pair for pair in made], work)
 
     def _open_shard(self, shard: int) -> _Shard:
         info = self.shards[shard]
@@ -112,17 +119,15 @@ class Fetch:
         index = index_shard(uri, info.sha256)
         begins = [0, *accumulate(s.captions for s in index)]
         if (len(index), begins[-1]) != (info.samples, info.captions):
-            raise ValueError(
-                f"{uri} holds {len(index)} samples with {begins[-1]} captions, its manifest says {info.samples} with {info.captions}: "
-                f"{CHANGED}"
-            )
+            held = f"{uri} holds {len(index)} samples with {begins[-1]} captions"
+            raise ValueError(f"{held}, its manifest says {info.samples} with {info.captions}: {CHANGED}")
         return _Shard(uri, index, begins, files.open_file(uri))
 
     def _sample(self, shard: int, number: int, epoch: int) -> _Image | Problem:
         """An image of the plan, or why it cannot be used."""
         uri, index, _, file = self._shard(shard)
-        start, end = index[number].start, index[number].end
-        found = file.read_at(end - start, start)
+        start = index[number].start
+        found = file.read_at(index[number].end - start, start)
         sample = parse_range(found, uri, start)
         name = self.shards[shard].name
         data = sample.regions if self.kind == "regions" else sample.image
@@ -141,8 +146,7 @@ class Fetch:
     def _pair(self, image: _Image | Problem, shard: int, row: int, ordinal: int) -> Json | Problem:
         if isinstance(image, Problem):
             return image
-        sample, columns = image.sample, dict(image.columns)
-        caption = sample.captions[ordinal]
+        sample, columns, caption = image.sample, dict(image.columns), image.sample.captions[ordinal]
         if "text" in self.stores:
             vector = self._vector("text", shard, row, sample, caption)
             if isinstance(vector, Problem):
@@ -153,8 +157,7 @@ class Fetch:
         return columns | {"caption": caption.id, "text": caption.text}
 
     def _open_sidecar(self, modality: str, shard: int) -> Sidecar:
-        info = self.shards[shard]
-        return self.stores[modality].sidecar(info.name, info.sha256)
+        return self.stores[modality].sidecar(self.shards[shard].name, self.shards[shard].sha256)
 
     def _vector(
         self, modality: str, shard: int, number: int, sample: Sample, caption: Caption | None, epoch: int = 0
@@ -177,17 +180,20 @@ class Fetch:
         return sidecar.vectors[row + epoch % views].astype(np.float32)
 
 
-def _table(rows: list[Json], work: Work) -> pa.Table:
+def _table(columns: Columns) -> pa.Table:
+    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
+    return to_table(columns | files_of | {"problem": pa.array(columns["problem"], pa.string())})
+
+
+def _columns(rows: list[Json], work: Work) -> Columns:
     """A row that cannot be used repeats the columns of a good one, beside its problem."""
     good = next((row for row in rows if "problem" not in row), None)
     if good is None:
         raise unusable(str(rows[0]["problem"]), len(rows), work.step)
     columns: Columns = {name: [row.get(name, value) for row in rows] for name, value in good.items()}
     vectors = {name: np.stack(values) for name, values in columns.items() if name.startswith("teacher_")}
-    files_of = {name: pa.array(columns[name], pa.large_binary()) for name in ("data", "sample") if name in columns}
-    columns |= vectors | files_of | {"image_id": np.array(columns["image_id"], np.int64)}
-    problems = pa.array([row.get("problem") for row in rows], pa.string())
-    return to_table(columns | {"problem": problems, "step": [work.step] * len(rows)})
+    numbers = {"image_id": np.array(columns["image_id"], np.int64), "step": np.full(len(rows), work.step, np.int64)}
+    return columns | vectors | {"problem": [row.get("problem") for row in rows]} | numbers
 
 
 def unusable(problem: str, rows: int, step: int) -> ValueError:

@@ -6,6 +6,7 @@ An S3 store other than Amazon's is named by AWS_ENDPOINT_URL, its keys by the us
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -14,13 +15,15 @@ import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import unquote, urlparse, urlsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
+
+from itm.data.remote import Remote, RemoteFile, open_remote
 
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
 _ATOMIC_STORES = {"s3", "gcs", "abfs"}
@@ -29,7 +32,8 @@ _TEMPORARY = ".tmp-"
 _WRITER = re.compile(re.escape(_TEMPORARY) + r"(?P<host>(?:(?!\.tmp-).)*)-(?P<pid>\d+)-[0-9a-f]{8}$")
 _ABANDONED = 3600.0  # seconds after which a half-written file of another machine is nobody's
 _SPOOL = 64 << 20  # bytes of an upload that are held in memory
-_S3_ATTEMPTS = 6  # with exponential pauses: about ten seconds of errors are sat out
+_COPIES = 8  # files of a folder that are copied at a time
+_COPIED = 16 << 20  # bytes of a file that are asked for at a time
 
 
 def is_remote(uri: str | Path) -> bool:
@@ -54,34 +58,12 @@ def absolute(uri: str | Path) -> str:
     return os.path.abspath(os.path.expanduser(uri))
 
 
-def resolve(uri: str | Path) -> tuple[fs.FileSystem, str]:
+def resolve(uri: str | Path) -> tuple[fs.LocalFileSystem | Remote, str]:
     """The filesystem and the path inside it. Raises ValueError for a scheme that neither pyarrow nor fsspec knows."""
     uri = absolute(uri)
     if not is_remote(uri):
         return fs.LocalFileSystem(), uri
-    if uri.startswith("s3://") and "?" not in uri and "@" not in uri:
-        return _s3(uri.split("/")[2], os.environ.get("AWS_ENDPOINT_URL")), uri.removeprefix("s3://").rstrip("/")
-    try:
-        return fs.FileSystem.from_uri(uri)
-    except pa.ArrowInvalid:
-        import fsspec
-
-        try:
-            filesystem, path = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"cannot open {uri}: {error}") from None
-        return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
-
-
-@lru_cache(maxsize=16)
-def _s3(bucket: str, endpoint: str | None) -> fs.S3FileSystem:
-    """One client a bucket: each holds its own connections, and finding a bucket's region costs a request."""
-    given: dict[str, Any] = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS), "connect_timeout": 10}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint:
-        place = urlparse(endpoint)
-        return fs.S3FileSystem(endpoint_override=place.netloc, scheme=place.scheme, region=region or "us-east-1", **given)
-    return fs.S3FileSystem(region=region or fs.resolve_s3_region(bucket), **given)
+    return open_remote(uri)
 
 
 def join(uri: str | Path, *names: str) -> str:
@@ -129,7 +111,7 @@ def read_view(uri: str | Path) -> memoryview:
         return memoryview(stream.read_buffer())
 
 
-def open_file(uri: str | Path) -> pa.NativeFile:
+def open_file(uri: str | Path) -> pa.NativeFile | RemoteFile:
     """A file for reads at positions, by any number of threads. Raises FileNotFoundError."""
     filesystem, path = resolve(uri)
     return filesystem.open_input_file(path)
@@ -191,6 +173,15 @@ def is_folder(uri: str | Path) -> bool:
     return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
 
 
+def check_store(uri: str | Path) -> None:
+    """Raises ValueError when a URI names a bucket that is not there: a listing of it is as empty as that of a missing folder."""
+    filesystem, path = resolve(uri)
+    bucket = path.partition("/")[0]
+    if isinstance(filesystem, Remote) and filesystem.type_name == "s3" and filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+        place = os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
+        raise ValueError(f"{uri}: there is no bucket {bucket!r} at {place}: mend the name, or AWS_ENDPOINT_URL, or make the bucket")
+
+
 def list_folders(uri: str | Path) -> list[str]:
     """URIs of the folders right inside a folder, sorted."""
     filesystem, path = resolve(uri)
@@ -208,11 +199,9 @@ def atomic_stream(uri: str | Path) -> Iterator[Any]:
     filesystem, path = resolve(uri)
     with _named(uri):
         make_parent(uri)
-    if filesystem.type_name in _ATOMIC_STORES:
-        with tempfile.SpooledTemporaryFile(_SPOOL) as spool:  # closing an upload after an error would publish the half of it
-            yield _Writing(spool, uri)
-            with _named(uri):
-                _upload(spool, filesystem, path)
+    if isinstance(filesystem, Remote):
+        with _uploaded(filesystem, path, uri) as stream:
+            yield stream
         return
     target = temporary(path)
     try:
@@ -229,6 +218,24 @@ def atomic_stream(uri: str | Path) -> Iterator[Any]:
         with contextlib.suppress(OSError):
             filesystem.delete_file(target)
         raise
+
+
+@contextlib.contextmanager
+def _uploaded(remote: Remote, path: str, uri: str | Path) -> Iterator[_Writing]:
+    """A stream that is sent to `path` when the block has ended: what is kept till then can be sent again, and nobody sees half of it."""
+    with tempfile.SpooledTemporaryFile(_SPOOL) as spool:
+        yield _Writing(spool, uri)
+        target = path if remote.type_name in _ATOMIC_STORES else temporary(path)
+        try:
+            with _named(uri):
+                remote.upload(spool, target)
+                if target != path:
+                    remote.move(target, path)
+        except BaseException:
+            if target != path:
+                with contextlib.suppress(OSError):
+                    remote.delete_file(target)
+            raise
 
 
 def temporary(name: str) -> str:
@@ -250,12 +257,6 @@ class _Writing(io.RawIOBase):
         with _named(self.uri):
             self.stream.write(data)
         return len(data)
-
-
-def _upload(spool: IO[bytes], filesystem: fs.FileSystem, path: str) -> None:
-    spool.seek(0)
-    with filesystem.open_output_stream(path) as stream:
-        shutil.copyfileobj(spool, stream, 1 << 20)
 
 
 @contextlib.contextmanager
@@ -284,7 +285,7 @@ def remove_abandoned(folder: str | Path) -> list[str]:
     halves = [(i, m) for i in found if (m := _WRITER.search(i.base_name))]
     if not halves:
         return []
-    now = _clock_of(filesystem, path)
+    now = clock_of(folder)
     dead = [i for i, m in halves if not _alive(m["host"], int(m["pid"]), now - _time(i))]
     for info in dead:
         with contextlib.suppress(FileNotFoundError):
@@ -304,18 +305,29 @@ def _alive(host: str, pid: int, silent: float) -> bool:
     return True
 
 
-def _clock_of(filesystem: fs.FileSystem, path: str) -> float:
+def clock_of(folder: str | Path) -> float:
     """The time that a file written now is stamped with: machines that share a store may disagree on the time."""
-    probe = f"{path}/{temporary('clock')}"
-    with filesystem.open_output_stream(probe):
-        pass
-    stamped = _time(filesystem.get_file_info(probe))
-    filesystem.delete_file(probe)
+    probe = join(folder, temporary("clock"))
+    write_atomic(probe, b"")
+    stamped = modified(probe)
+    delete(probe)
     return stamped
 
 
 def _time(info: fs.FileInfo) -> float:
     return float(info.mtime_ns or 0) / 1e9
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A lock on a local folder itself, so that no lock file stays behind. Some network file systems lock no folders: there nobody waits."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomic(uri: str | Path, data: bytes) -> None:
@@ -359,6 +371,25 @@ def local_copy(uri: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="itm-") as folder:
         target = Path(folder) / name_of(path)
         if filesystem.get_file_info(path).type == fs.FileType.Directory:
-            target.mkdir()
-        fs.copy_files(path, str(target), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+            _copy_folder(filesystem, path, target)
+        else:
+            _copy_file(filesystem, path, target)
         yield target
+
+
+def _copy_folder(remote: Remote, path: str, target: Path) -> None:
+    """Everything below a folder of a store, some files at a time."""
+    start = len(path.rstrip("/")) + 1
+    found = remote.get_file_info(fs.FileSelector(path, recursive=True))
+    for folder in [target, *(target / i.path[start:] for i in found if i.type == fs.FileType.Directory)]:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(_COPIES) as pool:
+        copies = [pool.submit(_copy_file, remote, i.path, target / i.path[start:]) for i in found if i.type == fs.FileType.File]
+        for copy in copies:
+            copy.result()
+
+
+def _copy_file(remote: Remote, path: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with remote.open_input_file(path) as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, _COPIED)

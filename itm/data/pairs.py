@@ -57,13 +57,13 @@ class Pairs:
 
     def __call__(self, work: Work) -> pa.Table:
         """Raises ValueError when not one pair of the batch can be used, or the shards are not those of the manifest."""
-        columns = self.prepare(self.fetch(work))
+        columns = self.prepare(self.fetch.read(work))
         payloads = {name: pa.array(value, pa.large_binary()) for name, value in columns.items() if name.startswith("online_")}
         return to_table(columns | payloads)
 
-    def prepare(self, fetched: pa.Table) -> Columns:
-        """The columns of one batch that `fetch` read. Raises ValueError when not one pair can be used."""
-        rows = to_columns(fetched)
+    def prepare(self, fetched: pa.Table | Columns) -> Columns:
+        """The columns of one batch that `fetch` read; those given may be written to. Raises ValueError when not one pair can be used."""
+        rows = to_columns(fetched) if isinstance(fetched, pa.Table) else fetched
         images = self._images(rows)
         words = self._words(rows) | {f"online_{modality}": _payloads(prepare, rows, modality) for modality, prepare in self.online.items()}
         problems, keep = rows["problem"], {name: value for name, value in rows.items() if name not in READ}

@@ -142,6 +142,8 @@ def decode_jpeg(data: bytes, least: int | None = None, into: np.ndarray | None =
 
 def _jpeg_orientation(data: bytes) -> int:
     """As PIL has it, which is asked only where there is an EXIF or XMP segment: opening costs as much as decoding a small image."""
+    if b"Exif\0" not in data and b"http://ns.adobe.com/xap/" not in data:  # a tenth of the time of a walk
+        return 1
     for marker, start, end in _segments(data):
         if marker == 0xE1 and data[start:end].startswith((b"Exif\0", b"http://ns.adobe.com/xap/")):
             try:

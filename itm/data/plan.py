@@ -14,8 +14,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal, Protocol
+from functools import cached_property, lru_cache
+from typing import Literal, Protocol, cast
 
 import numpy as np
 
@@ -46,6 +46,22 @@ class Counted(Protocol):
     def fingerprint(self) -> str: ...
 
 
+class Counts(tuple[int, ...]):
+    """The captions of each shard. What every step asks of them, of a hundred thousand shards, is found once: their sum, and their hash,
+    which is that of the tuple."""
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True)
 class Plan:
     """counts: captions of each shard. batch: pairs per rank and micro-step. start: where this run (or its resumption) begins."""
@@ -58,6 +74,10 @@ class Plan:
     accumulate: int = 1
     window: int = 8
     start: Position = Position()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.counts, Counts):
+            object.__setattr__(self, "counts", Counts(self.counts))
 
     @classmethod
     def of(cls, manifest: Counted, *, seed: int, batch: int, ranks: int = 1, accumulate: int = 1, window: int = 8) -> Plan:
@@ -72,7 +92,7 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        return sum(self.counts)
+        return cast(Counts, self.counts).total
 
     @property
     def global_batch(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from itm.data.formats import Json
+from itm.data.npz import plain_arrays
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -91,10 +92,12 @@ class Caption:
         """Why this caption cannot be used, or None."""
         if self.unread:
             return self.unread
-        if not self.text.strip():
+        if not self.text or self.text.isspace():
             return f"caption {self.id} is empty"
         if len(self.text) > MAX_CAPTION:
             return f"caption {self.id} has {len(self.text):,} characters, the limit is {MAX_CAPTION:,}"
+        if self.text.isascii() and self.id.isascii():
+            return None
         try:
             (self.id + self.text).encode()
         except UnicodeEncodeError as error:
@@ -136,15 +139,19 @@ class Regions:
 
     @classmethod
     def from_npz(cls, data: bytes) -> Regions:
-        """Raises ValueError when the bytes are no region file. Nothing in them is unpickled."""
-        try:
-            with zipfile.ZipFile(io.BytesIO(data)) as held:
-                if (size := sum(info.file_size for info in held.infolist())) > MAX_REGION_BYTES:
-                    raise ValueError(f"it unpacks to {size:,} bytes, the limit is {MAX_REGION_BYTES:,}")
-                inside = set(held.namelist())
-                arrays = {name: _array(held, f"{name}.npy") for name in _REGION_ARRAYS if f"{name}.npy" in inside}
-        except Exception as error:  # crafted archives make zipfile and numpy raise almost anything
-            raise ValueError(f"not a region file: {error}") from None
+        """Arrays may be views of `data`. Raises ValueError when the bytes are no region file. Nothing in them is unpickled."""
+        arrays = plain_arrays(data, MAX_REGION_BYTES)
+        if arrays is None:
+            try:
+                with zipfile.ZipFile(io.BytesIO(data)) as held:
+                    if (size := sum(info.file_size for info in held.infolist())) > MAX_REGION_BYTES:
+                        raise ValueError(f"it unpacks to {size:,} bytes, the limit is {MAX_REGION_BYTES:,}")
+                    inside = set(held.namelist())
+                    arrays = {name: _array(held, f"{name}.npy") for name in _REGION_ARRAYS if f"{name}.npy" in inside}
+            except Exception as error:  # crafted archives make zipfile and numpy raise almost anything
+                raise ValueError(f"not a region file: {error}") from None
+        else:
+            arrays = {name: arrays[name] for name in _REGION_ARRAYS if name in arrays}
         if "features" not in arrays:
             raise ValueError("a region file needs the array 'features'")
         for name, array in arrays.items():

@@ -6,9 +6,11 @@ import io
 import tarfile
 from collections.abc import Iterator
 from typing import NamedTuple
+from zlib import adler32
 
 BLOCK = 512
 _REGULAR = b"0\0"
+_PLAIN = ord("0")
 _SKIPPED = b"5"  # directories carry nothing
 _EXTENDED = b"LKxgS"  # GNU long names, PAX records, sparse files
 
@@ -52,6 +54,28 @@ def members(tar: memoryview, fragment: bool = False) -> Iterator[Member | str]:
     yield from found
     if problem:
         raise problem
+
+
+def plain_files(data: bytes) -> dict[str, bytes] | None:
+    """Name -> content of a run of whole members that are all regular files with short plain names, each name once, as `write_shard` writes
+    them. None for what `members` has to judge."""
+    found: dict[str, bytes] = {}
+    position = 0
+    while position < len(data):
+        header = data[position : position + BLOCK]
+        if len(header) < BLOCK or header[156] != _PLAIN or header[345]:
+            return None
+        name = header[:100].partition(b"\0")[0]
+        try:
+            size = _checked_size(header, position)
+        except TarProblem:
+            return None
+        start = position + BLOCK
+        position = start + -(-size // BLOCK) * BLOCK
+        if start + size > len(data) or not name.isascii() or b"/" in name or b"\\" in name or (text := name.decode()) in found:
+            return None
+        found[text] = data[start : start + size]
+    return found
 
 
 def _fast_members(tar: memoryview, fragment: bool) -> Iterator[Member | str]:
@@ -114,9 +138,14 @@ def _checked_size(header: bytes, position: int) -> int:
         size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
         checksum, size = -1, 0
-    if checksum != sum(header, 8 * 32) - sum(header[148:156]) or size < 0:
+    if checksum != _byte_sum(header) + 8 * 32 - sum(header[148:156]) or size < 0:
         raise TarProblem(f"corrupt header at byte {position:,}")
     return size
+
+
+def _byte_sum(header: bytes) -> int:
+    """Sum of up to 512 bytes: the low half of an Adler-32 is 1 plus the sum, exact below 65,521, a tenth of the time of `sum`."""
+    return (adler32(header[:256]) & 0xFFFF) + (adler32(header[256:]) & 0xFFFF) - 2
 
 
 def _renames(pax: bytes) -> bool:

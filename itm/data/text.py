@@ -94,7 +94,9 @@ class WordVocabulary:
             content = json.loads(files.read_bytes(path))
             rules = content.get("rules", "treebank" if "idx2word" in content else "plain")
             return cls(content["word2idx"], max_length=max_length, clean=clean, rules=rules)
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except OSError as error:
+            raise ValueError(f"cannot read the word vocabulary {path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no word vocabulary (json with word2idx): {error}") from None
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

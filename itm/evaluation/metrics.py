@@ -10,22 +10,20 @@ Recalls are percent (0..100); mAP@R and R-precision are fractions (0..1); medR a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from itm.evaluation import TIES
+from itm.evaluation.counting import blocks, ranks_in
 
 # How equal scores are ordered. pessimistic: negatives first. optimistic: positives first. official: the later index first, which is
 # the authors' "ascending argsort, reversed" made deterministic. official_iais: the same, with the t2i recall inflated as the
 # IAIS and UNITER code inflates it. lower_index: the earlier index first (a stable descending sort).
 KS = (1, 5, 10)
-BLOCK_SCORES = 4 << 20
-SORT_FROM = 64  # positives of one query from which sorting its row costs less than comparing it with each
 
 Positives = Tensor | tuple[Tensor, Tensor]
 
@@ -94,6 +92,11 @@ def retrieval_metrics(scores: Scores, positives: Positives, relevance: Tensor | 
     Raises ValueError for NaN scores, shapes that differ, or a query without a positive, with counts and the first index.
     """
     check_scores(scores, positives)
+    return checked_metrics(scores, positives, relevance, tie)
+
+
+def checked_metrics(scores: Scores, positives: Positives, relevance: Tensor | None = None, tie: str = "pessimistic") -> dict[str, float]:
+    """`retrieval_metrics` of scores that `check_scores` has passed: it reads the whole matrix, once is enough."""
     metrics: dict[str, float] = {}
     for way, by_query, truth, wider in _directions(scores, positives, relevance):
         annotated = rank_queries(by_query, truth, tie)
@@ -121,12 +124,8 @@ def rank_queries(scores: Scores, positives: Positives, tie: str = "pessimistic",
         return scores.rank(positives, tie, absent)
     query, column = pairs_of(positives)
     counts = torch.bincount(query, minlength=scores.shape[0])
-    ends = counts.cumsum(0).tolist()
-    pieces = [torch.zeros(0, dtype=torch.int64)]
-    for start, block in _blocks(scores):
-        first, last = ends[start - 1] if start else 0, ends[start + len(block) - 1]
-        pieces.append(_rank_block(block, query[first:last] - start, column[first:last], tie))
-    return ranking_of(query, torch.cat(pieces), counts, 0 if absent is None else absent, scores.shape[1])
+    rank = ranks_in(scores, query, column, counts, tie)
+    return ranking_of(query, rank, counts, 0 if absent is None else absent, scores.shape[1])
 
 
 def equivalence_metrics(ranking: Ranking) -> dict[str, float]:
@@ -170,9 +169,10 @@ def chance_of(counts: Tensor, gallery: int, absent: Tensor | None = None, ks: Se
     absent (Q,): positives outside the gallery, as in `rank_queries`; queries without any positive are left out.
     """
     wanted = counts if absent is None else counts + absent
-    kinds, times = torch.unique(torch.stack([counts, wanted])[:, wanted > 0], dim=1, return_counts=True)
+    base = int(wanted.max()) + 1 if len(wanted) else 1
+    codes, times = torch.unique((counts * base + wanted)[wanted > 0], return_counts=True)  # unique pairs of rows take ten times as long
     shares = (times.double() / times.sum()).tolist()
-    sizes = list(zip(*kinds.tolist(), shares, strict=True))
+    sizes = list(zip((codes // base).tolist(), (codes % base).tolist(), shares, strict=True))
     found = {f"r{k}": 100 * sum(p * _chance_recall(n, gallery, k) for n, _, p in sizes) for k in ks}
     return found | {
         "meanr": sum(p * (gallery + 1) / (n + 1) for n, _, p in sizes),
@@ -197,7 +197,7 @@ def check_scores(scores: Scores, positives: Positives, names: tuple[Sequence[str
     if isinstance(scores, Streamed):
         return
     count, first = 0, (0, 0)
-    for start, block in _blocks(scores):
+    for start, block in blocks(scores):
         if np.isnan(block.max(initial=-np.inf)):  # a maximum of NaN costs less than a mask
             bad = np.argwhere(np.isnan(block))
             first = first if count else (start + int(bad[0, 0]), int(bad[0, 1]))
@@ -212,19 +212,6 @@ def _directions(scores: Scores, positives: Positives, relevance: Tensor | None) 
     return [("i2t", scores, positives, relevance), ("t2i", scores.T, turned, None if relevance is None else relevance.T)]
 
 
-def _blocks(scores: Scores) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, block of rows in memory of its own order); a block of a row-major matrix is no copy."""
-    rows = max(1, BLOCK_SCORES // max(1, scores.shape[1]))
-    for start in range(0, scores.shape[0], rows):
-        piece = scores[start : start + rows]
-        block = piece.detach().cpu() if isinstance(piece, Tensor) else torch.from_numpy(np.array(piece))  # a mapped file may be read-only
-        if block.dtype in (torch.float16, torch.bfloat16):
-            block = block.float()
-        if block.stride(0) < block.stride(1):  # a turned matrix: whole columns in a piece first, a plain transpose then
-            block = block.T.contiguous().T
-        yield start, block.contiguous().numpy()
-
-
 def pairs_of(positives: Positives) -> tuple[Tensor, Tensor]:
     """(query (P,), column (P,)) of every positive, by query, then column."""
     if not isinstance(positives, tuple):
@@ -237,68 +224,6 @@ def pairs_of(positives: Positives) -> tuple[Tensor, Tensor]:
     query = torch.arange(len(queries)).repeat_interleave(counts)
     place = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
     return query, order[first[query] + place]
-
-
-def _rank_block(scores: np.ndarray, query: Tensor, column: Tensor, tie: str) -> Tensor:
-    """(P,) int64: ranks (top = 1) of the positives of a block, in rising order within their query.
-
-    All scores ahead are counted, positives too; k, its number among the positives, then stands for the hits that the rule puts ahead.
-    """
-    own = torch.from_numpy(scores[query.numpy(), column.numpy()])
-    order = in_order(query, own, tie)
-    query, column, own = query[order], column[order], own[order]
-    if tie == "pessimistic":
-        return ranks_of(query, own, _count(scores, query, own, "left"), tie)
-    ahead = _count(scores, query, own, "right")
-    if tie != "optimistic":
-        for p in (_count(scores, query, own, "left") > ahead + 1).nonzero()[:, 0].tolist():
-            same = scores[int(query[p])] == float(own[p])
-            ahead[p] += int(np.count_nonzero(same[int(column[p]) + 1 :] if tie.startswith("official") else same[: int(column[p])]))
-    return ranks_of(query, own, ahead, tie)
-
-
-def in_order(query: Tensor, own: Tensor, tie: str) -> Tensor:
-    """The order (P,) that sorts positives, given by query and column, by query and then by rank: score first, equal scores by the rule."""
-    order = torch.arange(len(query)).flip(0) if tie.startswith("official") else torch.arange(len(query))
-    order = order[own[order].argsort(descending=True, stable=True)]
-    return order[query[order].argsort(stable=True)]
-
-
-def ranks_of(query: Tensor, own: Tensor, ahead: Tensor, tie: str) -> Tensor:
-    """(P,) int64 ranks (top = 1) of positives `in_order`, from the scores ahead of each in its row, positives counted.
-
-    ahead: scores not below its own (pessimistic), above it (optimistic), or put ahead of it by the rule.
-
-    A rank is the number of negatives ahead plus the positive's own number among the positives of its query. `ahead` counts positives
-    as well. In a run of positives of equal score, those counted reach to the last of the run (pessimistic: not below includes them all)
-    or end before its first (optimistic: above includes none); taking their number away leaves the negatives.
-    """
-    number = torch.arange(len(query)) - torch.searchsorted(query, query) + 1  # 1, 2, ... within each query
-    begins = torch.ones(len(query), dtype=torch.bool)  # a run of equal positives of one query
-    begins[1:] = (query[1:] != query[:-1]) | (own[1:] != own[:-1])
-    run = begins.cumsum(0) - 1
-    if tie == "pessimistic":
-        last_of_run = number[begins.roll(-1)][run]
-        return ahead - last_of_run + number
-    if tie == "optimistic":
-        first_of_run = number[begins][run]
-        return ahead - (first_of_run - 1) + number
-    return ahead + 1
-
-
-def _count(scores: np.ndarray, query: Tensor, own: Tensor, side: Literal["left", "right"]) -> Tensor:
-    """(P,) int64: scores in the query's row above the positive's own (side right), or not below it (left). `query` is sorted."""
-    counts = np.zeros(len(query), dtype=np.int64)
-    compare = np.greater if side == "right" else np.greater_equal
-    ends = torch.bincount(query, minlength=len(scores)).cumsum(0).tolist()
-    values, first = own.tolist(), 0
-    for row, last in zip(scores, ends, strict=True):
-        if last - first > SORT_FROM:
-            counts[first:last] = len(row) - np.searchsorted(np.sort(row), own[first:last].numpy(), side=side)
-        else:
-            counts[first:last] = [np.count_nonzero(compare(row, value)) for value in values[first:last]]
-        first = last
-    return torch.from_numpy(counts)
 
 
 def ranking_of(query: Tensor, rank: Tensor, counts: Tensor, absent: Tensor | int, gallery: int) -> Ranking:

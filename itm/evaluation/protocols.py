@@ -16,15 +16,16 @@ from torch import Tensor
 
 from itm.data.formats import Json
 from itm.evaluation import PROTOCOLS, coco_truth
+from itm.evaluation.counting import BLOCK_SCORES
 from itm.evaluation.dataset import Names
 from itm.evaluation.metrics import (
-    BLOCK_SCORES,
     KS,
     Ranking,
     Scores,
     chance_metrics,
     chance_of,
     check_scores,
+    checked_metrics,
     equivalence_metrics,
     rank_queries,
     retrieval_metrics,
@@ -125,7 +126,7 @@ def run_protocol(name: str, scored: Scored, tie: str = "pessimistic", options: O
 def all_pairs(scored: Scored, tie: str, title: str = "all images x all captions") -> Outcome:
     """Every image against every caption of the split; mAP@R over the exact relevance where the source knows it."""
     positives = scored.names.positives
-    metrics = retrieval_metrics(scored.scores, positives, scored.relevance, tie)
+    metrics = checked_metrics(scored.scores, positives, scored.relevance, tie)
     counts = {"images": len(positives[0]), "captions": len(positives[1])}
     if scored.relevance is not None:
         counts["relevant_pairs"] = int(scored.relevance.sum())
@@ -184,11 +185,17 @@ def folds(scored: Scored, count: int, tie: str = "pessimistic") -> tuple[dict[st
     for start in range(0, size * count, size):
         columns = ((scored.names.caption_image >= start) & (scored.names.caption_image < start + size)).nonzero()[:, 0]
         truth = (torch.arange(size), scored.names.caption_image[columns] - start)
-        relevance = None if scored.relevance is None else scored.relevance[start : start + size, columns]
-        rows.append(
-            (retrieval_metrics(scored.scores[start : start + size][:, columns], truth, relevance, tie), chance_metrics(truth, relevance))
-        )
+        chosen = _span(columns)
+        relevance = None if scored.relevance is None else scored.relevance[start : start + size, chosen]
+        found = retrieval_metrics(scored.scores[start : start + size][:, chosen], truth, relevance, tie)
+        rows.append((found, chance_metrics(truth, relevance)))
     return _mean([metrics for metrics, _ in rows]), _mean([chance for _, chance in rows])
+
+
+def _span(rows: Tensor) -> slice | Tensor:
+    """The slice of rising numbers that follow each other, which copies nothing; others as they are."""
+    whole = len(rows) > 0 and int(rows[-1] - rows[0]) == len(rows) - 1
+    return slice(int(rows[0]), int(rows[-1]) + 1) if whole else rows
 
 
 class ECCV(ScoreProtocol):

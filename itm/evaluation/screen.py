@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itm.evaluation.metrics import BLOCK_SCORES, KS, Positives, Ranking, Streamed, rank_queries
+from itm.evaluation.counting import BLOCK_SCORES
+from itm.evaluation.metrics import KS, Positives, Ranking, Streamed, rank_queries
 from itm.evaluation.scoring import score_matrix
 from itm.types import Encoded, Matcher, Options
 

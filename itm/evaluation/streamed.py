@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itm.evaluation.metrics import Positives, Ranking, Streamed, in_order, pairs_of, ranking_of, ranks_of
+from itm.evaluation.counting import in_order, ranks_of
+from itm.evaluation.metrics import Positives, Ranking, Streamed, pairs_of, ranking_of
 from itm.evaluation.tiles import Job, Spread, Tile, TileStore, read_tile
 
 

@@ -85,8 +85,7 @@ class TileStore:
 
         Raises ValueError when nothing can be written there, or when the folder holds scores of another identity.
         """
-        digest = hashlib.sha256(json.dumps([FORMAT, identity, asdict(grid)], sort_keys=True).encode()).hexdigest()[:12]
-        store = cls(files.join(root, f"scores-{digest}"), grid, by_length(captions), identity)
+        store = cls(cls.uri_of(root, identity, grid), grid, by_length(captions), identity)
         files.check_writable(store.uri)
         files.remove_abandoned(store.uri)
         if files.exists(store._receipt):
@@ -96,6 +95,16 @@ class TileStore:
             raise ValueError(f"{held} lists the captions in another order than this split and matcher do; delete {store.uri}")
         _save(held, store.order.numpy())
         return store
+
+    @staticmethod
+    def uri_of(root: str, identity: Options, grid: Grid) -> str:
+        digest = hashlib.sha256(json.dumps([FORMAT, identity, asdict(grid)], sort_keys=True).encode()).hexdigest()[:12]
+        return files.join(root, f"scores-{digest}")
+
+    @classmethod
+    def is_finished(cls, root: str, identity: Options, grid: Grid) -> bool:
+        """Whether `create` would give a store that lacks nothing."""
+        return files.exists(files.join(cls.uri_of(root, identity, grid), "store.json"))
 
     @classmethod
     def open(cls, uri: str, identity: Options | None = None) -> TileStore:
@@ -132,6 +141,20 @@ class TileStore:
         files.write_atomic(self._receipt, json.dumps(receipt, indent=1).encode())
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows to be scored into a store of their own: (images, captions) of each member; names: image keys and caption ids, for errors."""
+
+    store: TileStore
+    encoded: Sequence[tuple[Encoded, Encoded]]
+    names: tuple[Sequence[str], Sequence[str]]
+
+    def refuse(self, tile: Tile, bad: tuple[int, int, int]) -> ValueError:
+        rows, columns = self.store.grid.span(tile)
+        image, caption = self.names[0][rows.start + bad[1]], self.names[1][int(self.store.order[columns.start + bad[2]])]
+        return ValueError(f"{bad[0]} scores of {self.store.tile_uri(tile)} are NaN, the first at image {image!r}, caption {caption!r}")
+
+
 def fill(
     store: TileStore,
     members: Sequence[Matcher],
@@ -141,24 +164,38 @@ def fill(
     put: Callable[[Any], Any] = lambda value: value,
     options: Options | None = None,
 ) -> None:
-    """Compute the tiles that are missing, telling how far they are, and write the receipt.
+    """`fill_parts` of one part."""
+    fill_parts([Part(store, encoded, names)], members, spread, put, options)
 
-    encoded: (images, captions) of each member. names: image keys and caption ids, for errors. put: stores a value once for all jobs and
-    returns what stands for it in their arguments; `spread` gives the workers the value. options: some of `score_matrix`.
-    Raises ValueError naming the first NaN.
+
+def fill_parts(
+    parts: Sequence[Part],
+    members: Sequence[Matcher],
+    spread: Spread = itertools.starmap,
+    put: Callable[[Any], Any] = lambda value: value,
+    options: Options | None = None,
+) -> None:
+    """Compute the tiles that are missing, telling how far they are, and write the receipts.
+
+    put: stores a value once for all jobs and returns what stands for it in their arguments; `spread` gives the workers the value.
+    options: some of `score_matrix`. Raises ValueError naming the first NaN.
     """
-    todo, pairs = store.missing(), store.grid.images * store.grid.captions
-    left = sum(math.prod(store.grid.shape(tile)) for tile in todo)
+    todo = [(part, part.store.missing()) for part in parts]
+    pairs = sum(part.store.grid.images * part.store.grid.captions for part in parts)
+    left = sum(math.prod(part.store.grid.shape(tile)) for part, tiles in todo for tile in tiles)
     shared = put(list(members))
-    jobs = ((store.tile_uri(tile), shared, *blocks, options or {}) for tile, blocks in _blocks(store, todo, encoded, put))
+    jobs = (
+        (part.store.tile_uri(tile), shared, *blocks, options or {})
+        for part, tiles in todo
+        for tile, blocks in _blocks(part.store, tiles, part.encoded, put)
+    )
     with Progress("score", pairs, "pair", initial=pairs - left) as progress:
-        for tile, bad in zip(todo, spread(score_tile, jobs), strict=True):
+        for (part, tile), bad in zip(((part, tile) for part, tiles in todo for tile in tiles), spread(score_tile, jobs), strict=True):
             if bad is not None:
-                rows, columns = store.grid.span(tile)
-                image, caption = names[0][rows.start + bad[1]], names[1][int(store.order[columns.start + bad[2]])]
-                raise ValueError(f"{bad[0]} scores of {store.tile_uri(tile)} are NaN, the first at image {image!r}, caption {caption!r}")
-            progress.update(math.prod(store.grid.shape(tile)))
-    store.finish()
+                raise part.refuse(tile, bad)
+            progress.update(math.prod(part.store.grid.shape(tile)))
+    for part in parts:
+        part.store.finish()
 
 
 def score_tile(

@@ -18,9 +18,9 @@ from itm.data.formats import Json
 from itm.data.manifest import full_key
 from itm.data.records import Caption
 from itm.data.shards import Sample, index_shard, read_manifest, read_range, read_samples
+from itm.evaluation.attention import places, spelled
 from itm.evaluation.scoring import scoring_mode
 from itm.precision import computing
-from itm.report.attended import places, spelled
 from itm.report.gates import edges_of, gates_of
 from itm.report.relations import relations_of
 from itm.report.thresholds import cut_of

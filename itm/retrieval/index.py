@@ -1,107 +1,148 @@
-"""The encoded split that a search reads, kept in one Arrow file for each pair of weights and manifest."""
+"""What is searched: the encoded images and captions of shards, their names, and the columns that answers can be filtered by.
+
+`Index.open` opens what `itm index` wrote; `Index.of_shards` encodes a split in memory, as a search without an index does.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from itm.data import files
-from itm.data.formats import check_format
-from itm.data.shards import read_manifest
-from itm.evaluation.dataset import EncodedSplit, Names, encode_split
-from itm.matchers.mean import beside
-from itm.matchers.weights import weights_hash
-from itm.types import Encoded
+from itm.data.formats import Json
+from itm.data.manifest import full_key
+from itm.data.shards import Sample, index_shard, read_manifest, read_range
+from itm.evaluation.dataset import EncodedSplit, Names
+from itm.retrieval.filters import chosen
+from itm.retrieval.kept import load_split, matcher_identity
+from itm.retrieval.loading import load
+from itm.retrieval.sides import Find, Held, Identity, Side
+from itm.retrieval.store import NAME, read_catalogue
+from itm.types import Matcher
 
-FORMAT = 1
-FIELDS = ("vector", "parts", "mask", "uni")
 
+class Index:
+    """Rows are numbered as they were indexed; `names` and both sides have all of them, `rows` says which can be found.
 
-def load_index(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu", uni: bool = False) -> EncodedSplit:
-    """The encoded split, from the cache or made now. A change of weights, preparation or shards is another file.
-
-    uni: the vectors of uni-modal heads are needed, which files of earlier versions do not hold: those are made again. A mean has the files
-    of its members. Raises ValueError where a member cannot read images that another one reads.
+    columns: a column for each image row, by name; the key, the shard and the split are always there.
     """
-    if len(matcher.averaged) > 1:
-        return _joined([load_index(member, shards, index, device, uni) for member in matcher.averaged], shards)
-    uri = files.join(index, f"{_identity(matcher)}-{read_manifest(shards).fingerprint()}.arrow")
-    if files.exists(uri):
-        kept = _read_index(uri, shards)
-        if not (uni and matcher.uni_width) or kept.images.uni is not None:
-            return kept
-    files.check_writable(index)
-    split = encode_split(matcher, shards, device=device, bare=True)
-    for problem in split.problems:
-        print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
-    _write_index(uri, split)
-    return split
 
+    def __init__(self, identity: Identity, names: Names, sides: tuple[Side, Side], columns: Mapping[str, Any], live: Tensor | None) -> None:
+        self.identity, self.names, self.columns = identity, names, dict(columns)
+        self.images, self.captions = sides
+        self.live = live
+        """(I,) bool, False for images that are gone or shown by an earlier row; None where all can be found."""
+        self.settings: Json = {}
+        self.uri = ""
+        """Of an index that was opened."""
+        self.image_numbers: Tensor | None = None
+        """(I,) int64 of an index that was opened: equal for rows that show one image."""
 
-def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:
-    """The split as a mean sees it."""
-    names = splits[0].names
-    for number, other in enumerate(splits[1:], 2):
-        lost = set(names.image_keys) ^ set(other.names.image_keys)
-        if lost or names.caption_ids != other.names.caption_ids:
-            what = f"{len(lost)} images, e.g. {min(lost)!r}" if lost else "some captions"
-            raise ValueError(f"{shards}: only one of the members 1 and {number} of the mean can read {what}")
-    return EncodedSplit(beside([split.images for split in splits]), beside([split.captions for split in splits]), names)
+    @classmethod
+    def of_split(cls, split: EncodedSplit, identity: Identity) -> Index:
+        """Of a split that was encoded in this process."""
+        names = split.names
+        columns = {
+            "key": pa.array(names.image_keys, pa.string()),
+            "shard": pa.array([files.name_of(shard) for shard in names.image_shards], pa.string()),
+            "split": pa.array([files.name_of(shard.rpartition("/")[0]) for shard in names.image_shards], pa.string()),
+        }
+        return cls(identity, names, (Held(split.images), Held(split.captions)), columns, None)
 
+    @classmethod
+    def of_shards(cls, matcher: Matcher, shards: str, index: str | None = None, device: Any = "cpu", uni: bool = False) -> Index:
+        """Of a folder of shards: encoded now, or read from what an earlier search kept below `index` (default <shards>/index).
 
-def _identity(matcher: Any) -> str:
-    """12 hex digits of what decides the encoding: weights, architecture and preparation."""
-    tokenizer = matcher.inputs.tokenizer
-    choices = (weights_hash(matcher), matcher.inputs.image, tokenizer.vocab_size, tokenizer.max_length, tokenizer.clean)
-    return hashlib.sha256(repr(choices).encode()).hexdigest()[:12]
+        uni: the vectors of uni-modal heads are needed. Raises ValueError as `load_split`.
+        """
+        split = load_split(matcher, shards, index or files.join(shards, "index"), device, uni)
+        return cls.of_split(split, Identity(matcher_identity(matcher), {shards: read_manifest(shards).fingerprint()}))
 
+    @staticmethod
+    def made(uri: str, matcher: Matcher) -> bool:
+        """Whether a finished index of this matcher lies at `uri`. Raises NewerFormat; ValueError for a damaged one."""
+        return files.exists(files.join(uri, NAME)) and read_catalogue(uri).choices.matcher == matcher_identity(matcher)
 
-def _write_index(uri: str, split: EncodedSplit) -> None:
-    """Two Arrow streams in one file, images and then captions."""
-    names = split.names
-    images = {"key": pa.array(names.image_keys), "shard": pa.array([files.name_of(s) for s in names.image_shards])}
-    captions = {"id": pa.array(names.caption_ids), "text": pa.array(names.texts), "image": pa.array(names.caption_image.numpy())}
-    with files.atomic_stream(uri) as stream:
-        for columns, encoded in ((images, split.images), (captions, split.captions)):
-            table = pa.table(columns | {field: _column(value) for field in FIELDS if (value := getattr(encoded, field)) is not None})
-            table = table.replace_schema_metadata({"itm": json.dumps({"format": FORMAT})})
-            with pa.ipc.new_stream(stream, table.schema) as writer:
-                writer.write_table(table)
+    @classmethod
+    def open(cls, uri: str, matcher: Matcher | None = None) -> Index:
+        """What `itm index` wrote to `uri`, local files memory-mapped.
 
+        Raises ValueError, naming both, for an index of another matcher, or of shards that have changed; and for a half-built one.
+        """
+        found = load(uri, matcher)
+        index = cls(found.identity, found.names, found.sides, found.columns, None if bool(found.live.all()) else found.live)
+        index.settings, index.image_numbers, index.uri = found.settings, found.image_numbers, uri
+        return index
 
-def _column(tensor: torch.Tensor) -> pa.Array:
-    flat = tensor.flatten(1).contiguous()
-    values = pa.array(flat.flatten().numpy().astype(np.uint8 if tensor.dtype == torch.bool else np.float32))
-    kind = pa.fixed_shape_tensor(values.type, tensor.shape[1:])
-    return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(values, flat.shape[1]))
+    def __len__(self) -> int:
+        """Images that can be found."""
+        return len(self.images) if self.live is None else int(self.live.sum())
 
+    @property
+    def place(self) -> str:
+        """The splits, as a message names them."""
+        return ", ".join(self.identity.data)
 
-def _read_index(uri: str, shards: str) -> EncodedSplit:
-    stream = pa.BufferReader(files.read_bytes(uri))
-    images, captions = pa.ipc.open_stream(stream).read_all(), pa.ipc.open_stream(stream).read_all()
-    check_format(uri, json.loads((images.schema.metadata or {}).get(b"itm", b"{}")), FORMAT)
-    names = Names(
-        image_keys=images["key"].to_pylist(),
-        caption_ids=captions["id"].to_pylist(),
-        caption_image=torch.tensor(captions["image"].to_numpy()),
-        texts=captions["text"].to_pylist(),
-        image_shards=[files.join(shards, name) for name in images["shard"].to_pylist()],
-    )
-    return EncodedSplit(_encoded(images), _encoded(captions), names)
+    def rows(self, find: Find, where: Mapping[str, Sequence[str]] | None = None) -> Tensor | None:
+        """The rows (N,) int64, in order, of images or captions that can be found and pass the filters; None = all.
 
+        Raises ValueError as `chosen`.
+        """
+        kept = self.live
+        if where:
+            passed = chosen(self.columns, where)
+            kept = passed if kept is None else kept & passed
+        if kept is None:
+            return None
+        return (kept if find == "images" else kept[self.names.caption_image]).nonzero()[:, 0]
 
-def _encoded(table: pa.Table) -> Encoded:
-    tensors: Any = {}
-    for field in FIELDS:
-        if field in table.column_names:
-            array = table[field].combine_chunks()
-            array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-            tensor = torch.tensor(array.to_numpy_ndarray())
-            tensors[field] = tensor.bool() if field == "mask" else tensor
-    return Encoded(each=(), **tensors)
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The columns of an image beside its key, shard and split; those that it has."""
+        cells = ((name, column[row].as_py()) for name, column in self.columns.items() if name not in ("key", "shard", "split"))
+        return {name: value for name, value in cells if value is not None}
+
+    def captions_of(self, image: int) -> list[int]:
+        """The rows of an image's captions, in order."""
+        order, starts = self._by_image
+        return order[starts[image] : starts[image + 1]].tolist()
+
+    @property
+    def caption_count(self) -> int:
+        """Captions that can be found."""
+        rows = self.rows("captions")
+        return len(self.captions) if rows is None else len(rows)
+
+    def row_of(self, key: str) -> int:
+        """The row of an image. Raises ValueError for a key that is not there."""
+        try:
+            return self._by_key[key]
+        except KeyError:
+            first = next(iter(self._by_key), None)
+            raise ValueError(f"the index holds no image {key!r}; keys look like {first!r}") from None
+
+    def sample(self, key: str) -> Sample:
+        """An image with its files, read from its shard. Raises ValueError for a key that is not there, or a shard that has changed."""
+        shard = self.names.image_shards[self.row_of(key)]
+        if not files.exists(shard):
+            raise ValueError(f"{shard}, which holds image {key!r}, is not there: put the shards back, or run `itm index` where they are")
+        split = files.name_of(shard.rpartition("/")[0])
+        entries = ((entry, full_key(shard, entry.key)) for entry in index_shard(shard))
+        entry = next((entry for entry, full in entries if key in (entry.key, full, f"{split}/{full}")), None)
+        if entry is None:
+            raise ValueError(f"{shard} holds no sample {key!r} any more: run `itm index` again")
+        return read_range(shard, entry.start, entry.end)
+
+    @cached_property
+    def _by_key(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.names.image_keys)}
+
+    @cached_property
+    def _by_image(self) -> tuple[Tensor, Tensor]:
+        owners = self.names.caption_image
+        counts = torch.bincount(owners, minlength=len(self.images))
+        return owners.argsort(stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])

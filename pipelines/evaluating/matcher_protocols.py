@@ -30,7 +30,7 @@ def probe(args: argparse.Namespace, recipe: Recipe | None, name: str, protocol: 
     if recipe is None and not (uris and (by_pairs or args.shards)):
         raise ValueError(f"protocol {name} needs -c RECIPE or --matcher FOLDER" + " with --shards FOLDER" * (not by_pairs))
     members = uris if uris or recipe is None else recipe.evaluation.ensemble or [files.join(recipe.folder, "matcher")]
-    output = args.output if recipe is None else output_of(recipe, uris, _split(args, recipe), name)
+    output = args.output if recipe is None else output_of(recipe, uris, _split(args, recipe), name, args.pairs or ())
     if recipe is None and by_pairs and not output:
         output = args.pairs[0].rstrip("/") + f".{name}" * (name != "sts") + ".evaluation.json"
     loaded = [itm.load_matcher(uri, allow=args.allow if recipe is None else recipe.allowed) for uri in members]

@@ -92,13 +92,14 @@ def _caption(names: Names, row: int) -> Json:
     return {"caption": names.caption_ids[row], "text": names.texts[row] if names.texts else names.caption_ids[row]}
 
 
-def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str) -> str:
-    """`evaluation.json` for what the recipe says; another split, protocol or matcher gets a name of its own.
+def output_of(recipe: Recipe, matchers: Sequence[str], split: str, protocol: str, pairs: Sequence[str] = ()) -> str:
+    """`evaluation.json` for what the recipe says; another split, protocol, matcher or list of files of pairs gets a name of its own.
 
     A matcher is named by the last words of its folder and a digest of its whole name, an ensemble by all its members.
     """
     words = ["evaluation"] + [split] * (split != recipe.data.test_split)
     words += [re.sub(r"[^\w.-]", "-", protocol)] * (protocol != recipe.evaluation.protocol)
+    words += [re.sub(r"\W+", "_", files.name_of(uri).partition(".")[0])[:40] for uri in pairs]
     if len(matchers) > 1:
         words += [re.sub(r"\W+", "_", uri.removesuffix("/matcher").rsplit("/", 1)[-1])[:40] for uri in matchers]
     if matchers:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from itm.data.formats import Json
 from itm.device import resolve_device
-from itm.evaluation.dataset import EncodedSplit
+from itm.evaluation.dataset import EncodedSplit, Names
 from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import score_matrix
 from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
-from itm.evaluation.tiles import Grid, Spread, TileStore, fill, score_tile
+from itm.evaluation.tiles import Grid, Part, Spread, TileStore, fill_parts, score_tile
 from itm.matchers.late.uarda import UARDA
 from itm.matchers.late.uarda_pruned import Prune, Pruning
 from itm.matchers.mean import beside
@@ -51,9 +52,8 @@ def score_split(
 ) -> Scores:
     """Scores (I,T), the mean over the members; `encoded` holds the split as each member sees it, `screen` as the screening matcher does.
 
-    folds: in memory, only so many blocks of images are scored, each with its own captions; the other scores are -inf.
-
-    root: where stores lie. identity: what the scores depend on besides `how`, for the store.
+    folds: where the matrix fits in memory, only so many blocks of images are scored, each with its own captions; the other scores are
+    -inf. root: where stores lie. identity: what the scores depend on besides `how`, for the store.
     """
     if how.compile:
         check_compiler(resolve_device())
@@ -71,34 +71,72 @@ def score_split(
         if costly and gpus_elsewhere():
             return at_gpu(_screened, [member.cpu() for member in members], *given)
         return _screened(members, *given)
-    many = 4 * pairs * folds > DENSE_BYTES or (costly and pairs > IN_PROCESS_PAIRS)
-    if not (how.distributed or many or (costly and gpus_elsewhere())):
+    dense = 4 * pairs * folds <= DENSE_BYTES
+    cut = _folds(sides, encoded[0].names, folds if dense else 1)
+    if not (how.distributed or not dense or (costly and (pairs > IN_PROCESS_PAIRS or gpus_elsewhere()))):
         options["device"] = resolve_device()
-        if folds > 1:
-            return _fold_scores(members, sides, encoded[0].names.caption_image, folds, options)
-        return score_matrix(list(members), [i for i, _ in sides], [c for _, c in sides], **options)
+        found = (score_matrix(list(members), [i for i, _ in fold.sides], [c for _, c in fold.sides], **options) for fold in cut)
+        return _whole(found, cut, sides)
+    stores, spread = _stored([*_folds(sides, encoded[0].names, 1), *(cut if len(cut) > 1 else [])], members, how, root, identity, options)
+    scores = [TiledScores(store, spread) for store in stores]
+    return scores[0] if len(scores) == 1 else _whole((tiled[:] for tiled in scores), cut, sides)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A block of consecutive images with the columns of their own captions; the whole split where there is one fold."""
+
+    sides: Sides
+    names: tuple[Sequence[str], Sequence[str]]
+    rows: slice
+    columns: Tensor
+
+
+def _folds(sides: Sides, names: Names, count: int) -> list[_Fold]:
+    if count == 1:
+        return [_Fold(sides, (names.image_keys, names.caption_ids), slice(None), torch.arange(len(names.caption_ids)))]
+    size, found = len(names.image_keys) // count, []
+    for start in range(0, size * count, size):
+        rows = slice(start, start + size)
+        columns = ((names.caption_image >= start) & (names.caption_image < rows.stop)).nonzero()[:, 0]
+        own = [(images[rows], captions[columns]) for images, captions in sides]
+        found.append(_Fold(own, (names.image_keys[rows], [names.caption_ids[c] for c in columns.tolist()]), rows, columns))
+    return found
+
+
+def _whole(found: Iterable[Tensor], cut: Sequence[_Fold], sides: Sides) -> Tensor:
+    """(I,T): the scores of the folds in their places, -inf elsewhere."""
+    if len(cut) == 1:
+        return next(iter(found))
+    images, captions = sides[0]
+    scores = torch.full((len(images), len(captions)), -torch.inf)
+    for fold, own in zip(cut, found, strict=True):
+        scores[fold.rows, fold.columns] = own
+    return scores
+
+
+def _stored(
+    blocks: Sequence[_Fold], members: Sequence[Matcher], how: How, root: str, identity: Json, options: Json
+) -> tuple[list[TileStore], Spread]:
+    """The store of tiles of the whole split, which is the first of `blocks`, or one of each fold, which are the others; all finished.
+
+    One of the whole that another protocol has left serves the folds too. Also returns how tiles are read by tasks.
+    """
     # Captions lie in the order of the lengths that one member sees; the others are cut to the longest of each tile all the same.
-    images, captions = next((side for side in sides if side[1].mask is not None), sides[0])
-    grid = Grid.of(members, images, captions, how.block)
-    spread, put, options["device"] = by_actors(len(grid.tiles))
+    seen = [next((side for side in block.sides if side[1].mask is not None), block.sides[0]) for block in blocks]
+    grids = [Grid.of(members, images, captions, how.block) for images, captions in seen]
+    folds = range(1, len(blocks))
+    spread, put, options["device"] = by_actors(sum(len(grids[k].tiles) for k in folds or [0]))
     identity = {**identity, **options, "compile": how.compile, "prune": how.prune, "torch": torch.__version__}
     identity |= {} if how.eval_threshold is None else {"eval_threshold": threshold_of(str(how.eval_threshold))}
-    store = TileStore.create(root, identity, grid, captions)
-    names = encoded[0].names.image_keys, encoded[0].names.caption_ids
+    wanted = [(k, identity | {"fold": f"{k} of {len(folds)}"}) for k in folds]
+    if not folds or TileStore.is_finished(root, identity, grids[0]):
+        wanted = [(0, identity)]
+    parts = [Part(TileStore.create(root, own, grids[k], seen[k][1]), blocks[k].sides, blocks[k].names) for k, own in wanted]
     with shared({"output": root}):
         pass  # who joins later writes a tile that the driver then misses, and says so
-    fill(store, [member.cpu() for member in members], sides, names, spread, put, options)
-    return TiledScores(store, spread)
-
-
-def _fold_scores(members: Sequence[Matcher], sides: Sides, caption_image: Tensor, folds: int, options: Json) -> Tensor:
-    images = len(sides[0][0])
-    scores, size = torch.full((images, len(caption_image)), -torch.inf), images // folds
-    for start in range(0, size * folds, size):
-        columns = ((caption_image >= start) & (caption_image < start + size)).nonzero()[:, 0]
-        own = [i[start : start + size] for i, _ in sides], [c[columns] for _, c in sides]
-        scores[start : start + size, columns] = score_matrix(list(members), *own, **options)
-    return scores
+    fill_parts(parts, [member.cpu() for member in members], spread, put, options)
+    return [part.store for part in parts], spread
 
 
 def notes(members: Sequence[Matcher], scores: Scores) -> Json:

@@ -5,23 +5,25 @@ names. Each Ray Train worker streams its own items from its checkpoint's positio
 fewer workers, neither loses nor repeats a pair; no shuffle service, no split coordinator, no join.
 
 Images are decoded where the recipe says (`data.decode`): in the actors, which may be on other machines, or in threads of the
-trainer, which then gets the encoded bytes: a tenth of the traffic, and actors that start without torch.
+trainer, which then gets the encoded bytes: a tenth of the traffic, and actors that start without torch. `auto` begins with the threads
+and goes over to actors where those are too slow and other nodes have cores for it (`pipelines/on_ray/feeding.py`).
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import pyarrow as pa
 
 from itm.data.arrow import Columns, to_columns
 from itm.data.fetch import Fetch, Work
 from itm.device import cores
+from pipelines.on_ray.feeding import BUSY, HANDOVER, Feeders, Watched, measured, words
 from pipelines.on_ray.session import set_up_data
 
 if TYPE_CHECKING:
@@ -81,9 +83,30 @@ def decoders(wanted: int | None, gpu: bool) -> int:
     return max(1, min(MOST_DECODERS, cores() // trainers - 1)) if gpu else 1
 
 
-def work_of(rank: int, first: int, last: int, accumulate: int) -> list[Work]:
+class Items(Sequence[Work]):
+    """The items of one rank for steps [first, last), made when they are asked for: a run may have millions of them."""
+
+    def __init__(self, rank: int, accumulate: int, numbers: range) -> None:
+        self.rank, self.accumulate, self.numbers = rank, accumulate, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Work: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Items: ...
+
+    def __getitem__(self, at: int | slice) -> Work | Items:
+        if isinstance(at, slice):
+            return Items(self.rank, self.accumulate, self.numbers[at])
+        return Work(*divmod(self.numbers[at], self.accumulate), self.rank)
+
+
+def work_of(rank: int, first: int, last: int, accumulate: int) -> Items:
     """The items of one rank for steps [first, last)."""
-    return [Work(step, micro, rank) for step in range(first, last) for micro in range(accumulate)]
+    return Items(rank, accumulate, range(first * accumulate, last * accumulate))
 
 
 def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Iterator[Columns]:
@@ -92,23 +115,65 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
     Raises ValueError as `Pairs` does.
     """
     if decode == "trainer":
-        shards = pairs.fetch.manifest.shards
-        rows = min(FETCHED_ROWS, FETCHED_BYTES * sum(s.samples for s in shards) // sum(s.bytes for s in shards))
-        together = max(1, rows // pairs.fetch.plan.batch)
-        yield from in_threads(pairs.prepare, _tables(FetchActor, pairs.fetch, work, together, 1), workers)
+        yield from in_threads(pairs.prepare, _fetched(pairs, work), workers)
     else:
         yield from map(to_columns, _tables(PrepareActor, pairs, work, 1, workers))
 
 
-def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together: int, actors: int) -> Iterator[pa.Table]:
-    """One table for each of `work`; an item has `together` of them."""
+def stream_auto(
+    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[int, str], None]
+) -> Iterator[Columns]:
+    """As `stream`, by threads of this process until they turn out too slow, and by actors on the nodes that `find` knows from then on.
+
+    say: is told once, with the step, what was decided, and why.
+    """
+    prepare, threads = Watched(pairs.prepare), min(threads, os.cpu_count() or 1)
+    own = in_threads(prepare, _fetched(pairs, work), threads)
+    for number, (columns, busy) in enumerate(measured(own, prepare, threads, _device_done)):
+        yield columns
+        if busy is None:
+            continue
+        found, rest = find(), work[number + 1 + HANDOVER :]
+        moves = busy >= BUSY and bool(found.nodes) and bool(rest)
+        say(work[number].step, words(busy, threads, found, moves))
+        if moves:
+            yield from _handed_over(own, map(to_columns, _tables(PrepareActor, pairs, rest, 1, found.actors, **found.options)))
+            return
+
+
+def _handed_over(own: Generator[Columns, None, None], later: Iterator[Columns]) -> Iterator[Columns]:
+    """HANDOVER batches of `own`, in whose time `later` starts, then those of `later`."""
+    with ThreadPoolExecutor(1) as starter:
+        first = starter.submit(next, later)
+        yield from islice(own, HANDOVER)
+        own.close()  # it has read ahead, and would go on with it
+        yield first.result()
+    yield from later
+
+
+def _device_done() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _fetched(pairs: Pairs, work: Sequence[Work]) -> Iterator[pa.Table]:
+    """One table of undecoded rows for each of `work`."""
+    shards = pairs.fetch.manifest.shards
+    rows = min(FETCHED_ROWS, FETCHED_BYTES * sum(s.samples for s in shards) // sum(s.bytes for s in shards))
+    return _tables(FetchActor, pairs.fetch, work, max(1, rows // pairs.fetch.plan.batch), 1)
+
+
+def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together: int, actors: int, **where: Any) -> Iterator[pa.Table]:
+    """One table for each of `work`; an item has `together` of them. where: options of Ray for the actors."""
     import ray
     from ray.data import ActorPoolStrategy
 
     set_up_data().execution_options.preserve_order = True
-    groups = [work[i : i + together] for i in range(0, len(work), together)]
-    for begin in range(0, len(groups), SEGMENT):
-        segment = [{"work": [vars(w) for w in group]} for group in groups[begin : begin + SEGMENT]]
+    begins = range(0, len(work), together)
+    for begin in range(0, len(begins), SEGMENT):
+        segment = [{"work": [vars(w) for w in work[i : i + together]]} for i in begins[begin : begin + SEGMENT]]
         # One block an item keeps items apart: several in one task would be merged into one output block.
         items = ray.data.from_items(segment, override_num_blocks=len(segment))
         tables = items.map_batches(
@@ -118,6 +183,7 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=4),
             num_cpus=actor.CPUS,
+            **where,
         )
         batch = given.plan.batch if isinstance(given, Fetch) else given.fetch.plan.batch
         blocks: Any = tables.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2)
@@ -129,10 +195,10 @@ def _tables(actor: type[FetchActor], given: Any, work: Sequence[Work], together:
 
 def stream_here(pairs: Pairs, work: Sequence[Work], threads: int) -> Iterator[Columns]:
     """The same batches in the same order, read and prepared by threads of this process."""
-    return in_threads(lambda item: pairs.prepare(pairs.fetch(item)), work, threads)
+    return in_threads(lambda item: pairs.prepare(pairs.fetch.read(item)), work, threads)
 
 
-def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def in_threads(function: Callable[[A], B], items: Iterable[A], threads: int) -> Generator[B, None, None]:
     """`map(function, items)` by threads that work a little ahead of their reader."""
     waiting: deque[Future[B]] = deque()
     rest = iter(items)

@@ -50,7 +50,8 @@ def _made(recipe: Recipe, evaluation: Json, shown: Json, losses: Sequence[Mappin
     models = {name: explained(matcher, pair, device) for name, matcher in named(matchers).items()}
     about = {"image": pair.image.key, "shard": pair.shard, "caption": pair.caption.id, "text": pair.caption.text, "own": pair.own}
     first = next(iter(matchers.values()))
-    batch = batch_of(recipe, first, losses[-1] if losses else {}, device) if len(matchers) == 1 else {"lacks": []}
+    of_members = {"lacks": ["pictures of a batch: an ensemble is not trained; `itm report` of its members makes theirs"]}
+    batch = batch_of(recipe, first, losses[-1] if losses else {}, device) if len(matchers) == 1 else of_members
     return {"pair": about, "models": models, "batch": batch, "lacks": []}
 
 

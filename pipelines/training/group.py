@@ -14,16 +14,18 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.device import resolve_device
 from pipelines.on_ray.errors import cause_of
+from pipelines.on_ray.feeding import away_from_feeders
 from pipelines.on_ray.gpus import LABEL, awaited, most_gpus, why_no_cuda
 from pipelines.on_ray.progress import Board, watched
 from pipelines.on_ray.reach import confirm, shared
 from pipelines.on_ray.session import interruptible
 from pipelines.on_ray.stream import PrepareActor, decoders
 from pipelines.training.job import Job
+from pipelines.training.startup import StartUp
 from pipelines.training.worker import work
 
 
-def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
+def run_group(job: Job, show: Callable[[int, str, dict[str, float] | None], None], startup: StartUp) -> Json:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.
@@ -42,11 +44,16 @@ def run_group(job: Job, show: Callable[[int, str], None]) -> Json:
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     board = ray.remote(num_cpus=0, label_selector=here)(Board).remote()
     workers = (train.min_workers, train.workers) if train.min_workers else train.workers
-    config: dict[str, Any] = {"job": job, "board": board}
+    startup.reached("Ray")
+    config: dict[str, Any] = {"job": job, "board": board, "startup": startup}
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=train.use_gpu),  # type: ignore[arg-type]  # as well
+        scaling_config=ScalingConfig(
+            num_workers=workers,  # type: ignore[arg-type]  # as well
+            use_gpu=train.use_gpu,
+            label_selector=away_from_feeders(ray.nodes()),  # type: ignore[call-arg]  # of V2
+        ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
             name=f"train-{uuid.uuid4().hex[:8]}",  # a name of its own: Ray Train would resume an equal one, which is our part
             storage_path=files.join(job.folder, "ray"),
@@ -112,4 +119,6 @@ def worker_entry(config: Json) -> Json:
     board = config["board"]
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # ranks on one machine would fight for its cores
-    return work(config["job"], get_device(), board.put.remote)
+    startup: StartUp = config["startup"]
+    startup.reached("workers")
+    return work(config["job"], get_device(), board.put.remote, startup)

@@ -22,13 +22,16 @@ from itm.data.formats import Json
 from itm.data.mix import Mixture
 from itm.data.pairs import Pairs
 from itm.device import is_lost
-from itm.distributed import rank
+from itm.distributed import rank, world_size
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
-from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
+from pipelines.on_ray.feeding import Feeders, feeders
+from pipelines.on_ray.stream import MOST_DECODERS, decoders, stream, stream_auto, stream_here, work_of
+from pipelines.training.ending import Ending
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
+from pipelines.training.startup import StartUp
 
 LOST = 74
 """Exit code of a worker whose device is lost (EX_IOERR)."""
@@ -36,10 +39,13 @@ BESIDE = 7
 """Batches in memory beside one a decoding thread: those that are ready, that of the step, and one that is being let go."""
 
 
-def work(job: Job, device: torch.device, report: Report) -> Json:
-    """Train to the end of the run; returns the summary of `finish`, on rank 0. Raises OSError where the device is lost."""
+def work(job: Job, device: torch.device, report: Report, startup: StartUp | None = None) -> Json:
+    """Train to the end of the run; returns the summary of `finish`, on rank 0. Raises OSError where the device is lost.
+
+    startup: what came before, which rank 0 reports after its first step.
+    """
     with ended_with_its_device(own_process=job.recipe.train.workers > 0):
-        return _work(job, device, report)
+        return _work(job, device, report, startup or StartUp())
 
 
 @contextmanager
@@ -58,9 +64,10 @@ def ended_with_its_device(own_process: bool) -> Iterator[None]:
         raise OSError(f"{said}; run the same command again, it goes on from the last checkpoint") from error
 
 
-def _work(job: Job, device: torch.device, report: Report) -> Json:
+def _work(job: Job, device: torch.device, report: Report, startup: StartUp) -> Json:
     here = Rank.restored(job, device)
-    course = here.course
+    startup.reached("model")
+    course, ending = here.course, Ending(here)
     hooks = Hooks(
         partial(log, here, report),
         partial(validate, here),
@@ -68,16 +75,21 @@ def _work(job: Job, device: torch.device, report: Report) -> Json:
         logs=course.logs,
         validates=course.validates,
         checkpoints=course.checkpoints,
+        ends=ending,
     )
-    train_loop(here.step, batches(here), here.first, course.steps, hooks)
-    return finish(here)
+    done = here.first
+    if not ending.before_its_first_step():
+        done = train_loop(here.step, batches(here, report, startup), here.first, course.steps, hooks)
+    if ending.why and here.tracker:
+        report(done, ending.why, {})
+    return finish(here, done, ending.why)
 
 
-def batches(here: Rank) -> Iterator[Batch]:
+def batches(here: Rank, report: Report, startup: StartUp) -> Iterator[Batch]:
     """The batches of this rank. What is read is what was planned (else RuntimeError); what was rejected is written down."""
-    plan = here.course.plan
-    for n, columns in enumerate(_timed(columns_of(here), here)):
-        expected = plan.start.step + n // here.course.train.accumulate
+    plan, accumulate = here.course.plan, here.course.train.accumulate
+    for n, columns in enumerate(_timed(columns_of(here, report), here)):
+        expected = plan.start.step + n // accumulate
         rows, found = len(columns["key"]), int(columns["step"][0])
         if found != expected or rows != plan.batch:
             raise RuntimeError(f"the stream gave {rows} rows of step {found} where {plan.batch} of step {expected} were due")
@@ -88,7 +100,12 @@ def batches(here: Rank) -> Iterator[Batch]:
             _count_roots(here, here.job.manifest, n, [problem is None for problem in columns["problem"]])
         _, which, times = np.unique(columns["image_id"], return_inverse=True, return_counts=True)
         here.same_image = (here.same_image[0] + int((times[which] > 1).sum()), here.same_image[1] + rows)
+        if n == 0:
+            startup.reached("data")
         yield here.teachers.taught(to_batch(columns), columns)
+        if n == accumulate - 1 and rank() == 0 and not here.first:  # a group that starts again has other parts
+            startup.reached("step")
+            report(here.first + 1, str(startup))
 
 
 def _count_roots(here: Rank, mixture: Mixture, n: int, good: list[bool]) -> None:
@@ -111,11 +128,27 @@ def _timed(columns: Iterator[Columns], here: Rank) -> Iterator[Columns]:
         asked = time.perf_counter()
 
 
-def columns_of(here: Rank) -> Iterator[Columns]:
+def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     """The same batches as columns: through Ray Data, or read by threads of this process."""
     job, course, data = here.job, here.course, here.job.recipe.data
     items = work_of(rank(), here.first, course.steps, course.train.accumulate)
     pairs = Pairs(job.split(data.train_split), job.manifest, course.plan, job.inputs, job.stores, here.teachers.prepare)
     threads = decoders(data.decode_workers, course.train.use_gpu)
     pairs.buffers = Buffers(threads + BESIDE)
-    return stream(pairs, items, data.decode, threads) if course.train.workers else stream_here(pairs, items, threads)
+    if not course.train.workers:
+        return stream_here(pairs, items, threads)
+    if data.decode != "auto":
+        return stream(pairs, items, data.decode, threads)
+    find = partial(_feeders, course.train.use_gpu, data.decode_workers)
+
+    def say(step: int, text: str) -> None:
+        if rank() == 0:
+            report(step, text, {})
+
+    return stream_auto(pairs, items, threads, find, say)
+
+
+def _feeders(gpu: bool, wanted: int | None) -> Feeders:
+    import ray
+
+    return feeders(ray.nodes(), gpu, world_size(), MOST_DECODERS, wanted)

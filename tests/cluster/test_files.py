@@ -1,4 +1,4 @@
-"""The cluster files against the schemas of what reads them. KubeRay's own schema accepts unknown keys, so the fields are listed here."""
+"""The cluster files against the schemas of what reads them. KubeRay's own schema accepts unknown keys; the fields stand in kube_fields."""
 
 from __future__ import annotations
 
@@ -13,57 +13,9 @@ import yaml
 
 from pipelines.cli import RECIPES, STAGES
 from tests.support import ROOT
+from tests.support.kube_fields import CLUSTER_SPEC, JOB_SPEC, SERVICE_SPEC, unknown_keys
 
 CLUSTER = ROOT / "cluster"
-
-# Fields of ray.io/v1 in KubeRay 1.6. None = any value; ... = free names whose values are scalars; [x] = a list of x.
-POD: dict[str, Any] = {
-    "spec": {
-        "containers": [
-            {
-                "name": None,
-                "image": None,
-                "envFrom": [{"configMapRef": {"name": None}, "secretRef": {"name": None}}],
-                "ports": [{"containerPort": None, "name": None}],
-                "resources": {"requests": ..., "limits": ...},
-                "volumeMounts": [{"name": None, "mountPath": None}],
-            }
-        ],
-        "volumes": [{"name": None, "emptyDir": {"medium": None, "sizeLimit": None}}],
-        "tolerations": [{"key": None, "operator": None, "effect": None}],
-    }
-}
-CLUSTER_SPEC = {
-    "rayVersion": None,
-    "authOptions": {"mode": None},
-    "enableInTreeAutoscaling": None,
-    "autoscalerOptions": {"version": None, "idleTimeoutSeconds": None},
-    "headGroupSpec": {"labels": ..., "rayStartParams": ..., "template": POD},
-    "workerGroupSpecs": [
-        {
-            "groupName": None,
-            "replicas": None,
-            "minReplicas": None,
-            "maxReplicas": None,
-            "labels": ...,
-            "rayStartParams": ...,
-            "template": POD,
-        }
-    ],
-}
-JOB_SPEC = {
-    "submissionMode": None,
-    "entrypoint": None,
-    "runtimeEnvYAML": None,
-    "shutdownAfterJobFinishes": None,
-    "ttlSecondsAfterFinished": None,
-    "activeDeadlineSeconds": None,
-    "preRunningDeadlineSeconds": None,
-    "backoffLimit": None,
-    "submitterConfig": {"backoffLimit": None},
-    "suspend": None,
-    "rayClusterSpec": CLUSTER_SPEC,
-}
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -74,19 +26,8 @@ def cluster_specs() -> list[dict[str, Any]]:
     return [manifest("raycluster.yaml")["spec"], manifest("rayjob.yaml")["spec"]["rayClusterSpec"]]
 
 
-def unknown_keys(value: Any, known: Any, where: str = "") -> list[str]:
-    if known is None:
-        return [] if not isinstance(value, dict | list) else [f"{where} should be a scalar"]
-    if known is ...:
-        return [f"{where}.{k} should be a scalar" for k, v in value.items() if isinstance(v, dict | list)]
-    if isinstance(known, list):
-        if not isinstance(value, list):
-            return [f"{where} should be a list"]
-        return [problem for n, item in enumerate(value) for problem in unknown_keys(item, known[0], f"{where}[{n}]")]
-    if not isinstance(value, dict):
-        return [f"{where} should be a mapping"]
-    wrong = [f"{where}.{key}" for key in value if key not in known]
-    return wrong + [problem for key in value if key in known for problem in unknown_keys(value[key], known[key], f"{where}.{key}")]
+def all_specs() -> list[dict[str, Any]]:
+    return [*cluster_specs(), manifest("rayservice.yaml")["spec"]["rayClusterConfig"]]
 
 
 def test_the_walk_finds_a_misspelt_key_at_any_depth():
@@ -95,7 +36,14 @@ def test_the_walk_finds_a_misspelt_key_at_any_depth():
     assert unknown_keys(spec, CLUSTER_SPEC) == [".workerGroupSpecs[0].template.spec.containers[0].imagee"]
 
 
-@pytest.mark.parametrize(("name", "kind", "known"), [("raycluster.yaml", "RayCluster", CLUSTER_SPEC), ("rayjob.yaml", "RayJob", JOB_SPEC)])
+MANIFESTS = [
+    ("raycluster.yaml", "RayCluster", CLUSTER_SPEC),
+    ("rayjob.yaml", "RayJob", JOB_SPEC),
+    ("rayservice.yaml", "RayService", SERVICE_SPEC),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "known"), MANIFESTS)
 def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: str, known: dict[str, Any]):
     document = manifest(name)
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
@@ -104,7 +52,7 @@ def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: 
 
 
 def test_the_head_promises_the_gpus_to_which_the_groups_can_grow():
-    for spec in cluster_specs():
+    for spec in all_specs():
         containers = [(group["maxReplicas"], group["template"]["spec"]["containers"][0]) for group in spec["workerGroupSpecs"]]
         most = sum(count * int(container["resources"]["requests"].get("nvidia.com/gpu", 0)) for count, container in containers)
         assert spec["headGroupSpec"]["labels"] == {"itm/gpus": str(most)}
@@ -116,7 +64,7 @@ def test_job_and_standing_cluster_are_the_same_cluster():
 
 
 def test_a_cluster_runs_the_pinned_ray_with_authentication_and_no_work_on_the_head():
-    for spec in cluster_specs():
+    for spec in all_specs():
         assert spec["rayVersion"] == version("ray")
         assert spec["authOptions"] == {"mode": "token"}
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -127,7 +75,7 @@ def test_a_cluster_runs_the_pinned_ray_with_authentication_and_no_work_on_the_he
 
 def test_every_pod_mounts_its_object_store_in_memory_and_reads_settings_that_exist():
     settings = {document["metadata"]["name"] for document in yaml.safe_load_all((CLUSTER / "settings.yaml").read_text())}
-    for spec in cluster_specs():
+    for spec in all_specs():
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             pod = group["template"]["spec"]
             memory = {v["name"] for v in pod["volumes"] if v["emptyDir"]["medium"] == "Memory"}
@@ -217,3 +165,17 @@ def test_the_python_in_the_documents_is_python():
     for line in (ROOT / "docs" / "registry-and-serving.md").read_text().splitlines():
         if found := re.search(r'python -c "(.+)"$', line):
             ast.parse(found.group(1))
+
+
+def test_the_service_is_what_ray_serve_reads_and_asks_for_a_token():
+    from ray.serve.schema import ServeDeploySchema
+
+    from pipelines.serving.app import Settings, application
+
+    said = ServeDeploySchema.model_validate(yaml.safe_load(manifest("rayservice.yaml")["spec"]["serveConfigV2"]))
+    (app,) = said.applications
+    assert app.import_path == f"{application.__module__}:{application.__name__}"
+    settings = Settings.of(app.args)
+    assert settings.auth and settings.replicas == 2 and settings.places[0].model == "models:/itm-matcher@champion"
+    secrets = [d for d in yaml.safe_load_all((CLUSTER / "settings.yaml").read_text()) if d["kind"] == "Secret"]
+    assert len(secrets[0]["stringData"]["ITM_TOKEN"]) >= 16

@@ -1,3 +1,5 @@
+import contextlib
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 
 import itm
 from itm.data.shards import read_manifest
+from itm.evaluation import tiles
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split, exact_relevance
 from itm.evaluation.metrics import retrieval_metrics
 from itm.evaluation.protocols import Coco1KFolds
@@ -19,6 +22,7 @@ from pipelines.cli import stage_main
 from pipelines.evaluate import evaluate_scores
 from pipelines.evaluating import driver as evaluate
 from pipelines.on_ray import scoring
+from pipelines.on_ray.options import How
 from tests.support.ports import free_ports
 from tests.support.small_split import records, small_run, write_split
 
@@ -286,17 +290,35 @@ def test_captions_without_a_word_are_quarantined_and_counted_and_the_rest_is_sco
     assert told == [(rows[2].key, "caption"), *[(rows[5].key, "caption")] * len(rows[5].captions), (rows[5].key, "sample")]
 
 
-def test_a_protocol_of_folds_scores_each_fold_alone_with_the_numbers_of_all_pairs(tmp_path, monkeypatch):
+def run_of_folds(folder, monkeypatch):
+    """A split that has the shape of COCO's 5K test: five folds, of two images here, each image with five captions."""
     monkeypatch.setattr(Coco1KFolds, "images", 10)
-    rows = [replace(r, captions=[replace(c, id=f"{c.id}-{r.key}") for c in (r.captions * 5)[:5]]) for r in records(10)]
-    rows = [replace(r, captions=[replace(c, id=f"{r.key}#{k}") for k, c in enumerate(r.captions)]) for r in rows]
-    recipe = small_run(tmp_path)
-    write_split(tmp_path / "shards" / "test", rows)
-    asked = []
-    score = score_matrix
+    rows = [replace(r, captions=[replace(c, id=f"{r.key}#{k}") for k, c in enumerate((r.captions * 5)[:5])]) for r in records(10)]
+    recipe = small_run(folder)
+    write_split(folder / "shards" / "test", rows)
+    return recipe
+
+
+def test_a_protocol_of_folds_scores_each_fold_alone_with_the_numbers_of_all_pairs(tmp_path, monkeypatch):
+    recipe, asked, score = run_of_folds(tmp_path, monkeypatch), [], score_matrix
     monkeypatch.setattr(scoring, "score_matrix", lambda m, i, c, **o: asked.append(len(i[0]) * len(c[0])) or score(m, i, c, **o))
     by_fold = evaluate.evaluate(recipe, protocol="coco-1k-5fold")["metrics"]
     assert asked == [2 * 10] * 5
     whole = evaluate.evaluate(recipe, protocol="coco-1k-5fold", save_scores=str(tmp_path / "all.npy"))["metrics"]
     assert asked[5:] == [10 * 50]
     assert by_fold == pytest.approx(whole)
+
+
+def test_tiles_of_folds_hold_their_pairs_alone_and_a_finished_store_of_all_pairs_serves_the_folds_too(tmp_path, monkeypatch):
+    recipe = run_of_folds(tmp_path, monkeypatch)
+    monkeypatch.setattr(scoring, "by_actors", lambda tiles: (itertools.starmap, lambda value: value, "cpu"))  # tiles in turn, without Ray
+    monkeypatch.setattr(scoring, "shared", contextlib.nullcontext)
+    scored, by_tiles = [], How(distributed=True)
+    monkeypatch.setattr(tiles, "score_matrix", lambda m, i, c, **o: scored.append(len(i[0]) * len(c[0])) or score_matrix(m, i, c, **o))
+    by_fold = evaluate.evaluate(recipe, protocol="coco-1k-5fold", how=by_tiles)
+    assert scored == [2 * 10] * 5
+    assert by_fold["metrics"] == pytest.approx(evaluate.evaluate(recipe, protocol="coco-1k-5fold")["metrics"])
+    evaluate.evaluate(recipe, protocol="auto", how=by_tiles)
+    assert scored[5:] == [10 * 50]
+    again = evaluate.evaluate(recipe, protocol="coco-1k-5fold", tie="optimistic", how=by_tiles)
+    assert len(scored) == 6 and again["metrics"] == pytest.approx(by_fold["metrics"])

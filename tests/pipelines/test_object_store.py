@@ -148,5 +148,5 @@ def test_a_stream_that_ends_in_an_error_leaves_the_object_as_it_was(monkeypatch:
             files.check_writable("s3://other/place")
     with pytest.raises(OSError, match=r"x\.bin"):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-        monkeypatch.setattr(files, "_S3_ATTEMPTS", 1)
+        monkeypatch.setenv("ITM_PATIENCE", "0")
         files.read_bytes(uri)

@@ -20,7 +20,7 @@ from tests.support import ROOT
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 RECORDED = json.loads((ROOT / "tests" / "fixtures" / "recipes.json").read_text())
-ABLATIONS = ("-contrastive", "-csa", "-usa", "-off")
+ABLATIONS = ("-contrastive", "-csa", "-usa", "-off", "-local", "-global", "-average")
 OF_NO_PAPER = ("demo", "clip-finetune", "small-from-scratch")
 PARTS: Any = {"data": {"image"}, "teachers": True, "model": True, "method": True}
 

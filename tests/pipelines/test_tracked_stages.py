@@ -31,17 +31,17 @@ pytest_plugins = ["tests.support.registry_fixtures"]
 PRINTABLE = "".join(c for c in string.printable if c.isprintable() and c != "/") + "äö"
 
 
-@pytest.mark.e2e
 def sts_of(choices: Recipe, folder: Path) -> Json:
     """The result of a protocol that asks the matcher itself, by the command."""
     pairs = [("a red dog", "a dog", 5), ("a cat", "no cat", 1), ("a blue box on a dog", "a dog under a box", 2)]
     (folder / "pairs.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(f"{a}\t{b}\t{c}\n" for a, b, c in pairs))
     (folder / "recipe.json").write_text(json.dumps(choices.model_dump(mode="json")))
     assert stage_main("evaluate", ["-c", str(folder / "recipe.json"), "--protocol", "sts", "--pairs", str(folder / "pairs.tsv")]) == 0
-    found: Json = json.loads(Path(choices.folder, "evaluation-sts.json").read_text())
+    found: Json = json.loads(Path(choices.folder, "evaluation-sts-pairs.json").read_text())
     return found
 
 
+@pytest.mark.e2e
 def test_the_whole_way_in_a_folder_of_any_name_leaves_nothing_beside_it_and_one_group_a_protocol(
     empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,7 @@ SHAPES = {
 def overrides(recipe: Recipe) -> list[str]:
     """What a run on a CPU with small weights needs."""
     size, kind = recipe.data.image_size, recipe.model.kind
-    shapes = SHAPES.get(kind, SHAPES["scan"] + ["sim_dim=6"] * (kind in ("sgr", "saf")) if kind != "clip" else [])
+    shapes = SHAPES.get(kind, SHAPES["scan"] + ["sim_dim=6"] * (kind in ("sgr", "saf", "sgraf")) if kind != "clip" else [])
     given = ["train.use_gpu=false", "train.workers=0", "train.batch_size=8", "train.steps=2", *(f"model.options.{s}" for s in shapes)]
     if kind == "clip":
         given += [f"model.options.path=weights/clip-{size}", f"text.path=weights/clip-{size}"]

@@ -9,12 +9,9 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,58 +32,13 @@ from pipelines.train import train
 from tests.support import ROOT
 from tests.support.noise_split import small_split
 from tests.support.ports import free_ports
+from tests.support.postgres import postgres, postgres_binaries
 from tests.support.registry_world import wait_for
 from tests.support.s3_server import BUCKET, s3_server
 from tests.support.small_training import recipe, splits
 
 MLFLOW = ROOT / "mlflow"
 pytestmark = pytest.mark.e2e
-
-
-def postgres_binaries() -> Path:
-    """Where initdb, postgres and createdb lie together: Debian keeps them off the PATH."""
-    on_path = [Path(found).resolve().parent] if (found := shutil.which("initdb")) else []
-    for folder in (*on_path, *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)):
-        if (folder / "postgres").exists():
-            return folder
-    pytest.skip("NOT TESTED: the PostgreSQL backend; no PostgreSQL server is installed: apt-get install postgresql")
-
-
-@contextlib.contextmanager
-def postgres(user: str, password: str, database: str) -> Iterator[int]:
-    """The port of a server on 127.0.0.1 that lives as long as the context, with one empty database."""
-    binaries, [port] = postgres_binaries(), free_ports(1)
-    folder = Path(tempfile.mkdtemp(prefix="itm-postgres-", dir="/tmp"))  # pytest's own folders are closed to the server's account
-    secret = folder / "password"
-    secret.write_text(password)
-    account: dict[str, Any] = {"cwd": folder}
-    if os.geteuid() == 0:  # it refuses to run as root
-        account["user"] = "postgres"
-        for path in (folder, secret):
-            shutil.chown(path, "postgres")
-    data, log = folder / "data", (folder / "log").open("wb")
-    initdb = [binaries / "initdb", "--pgdata", data, "--username", user, "--pwfile", secret, "--auth", "scram-sha-256", "--no-sync"]
-    try:
-        subprocess.run([*initdb, "--encoding", "UTF8", "--locale", "C"], **account, stdout=log, stderr=log, check=True)
-        settings = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
-        options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        server = subprocess.Popen([binaries / "postgres", "-D", data, *options], **account, stdout=log, stderr=log)
-        try:
-            create = [binaries / "createdb", "--host", "127.0.0.1", "--port", str(port), "--username", user, database]
-            for _ in range(300):
-                done = subprocess.run(create, env={"PGPASSWORD": password}, capture_output=True, check=False)
-                if done.returncode == 0:
-                    break
-                assert server.poll() is None, (folder / "log").read_text()
-                time.sleep(0.1)
-            assert done.returncode == 0, done.stderr
-            yield port
-        finally:
-            server.send_signal(signal.SIGINT)  # its fast shutdown
-            server.wait(30)
-    finally:
-        log.close()
-        shutil.rmtree(folder)
 
 
 def service(name: str) -> dict[str, Any]:
@@ -125,6 +77,8 @@ class Team:
 @pytest.fixture(scope="module")
 def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """The three services, joined as compose.yaml joins them. The client has the address of one, and no key of the store."""
+    if postgres_binaries() is None:
+        pytest.skip("NOT TESTED: the PostgreSQL backend; no PostgreSQL server is installed: apt-get install postgresql")
     folder = tmp_path_factory.mktemp("server")
     [port], log = free_ports(1), folder / "server.log"
     account = service("database")["environment"]

@@ -22,11 +22,18 @@ class Precomp(Source):
 
     def __init__(self, path: str, captions_per_image: int = 5) -> None:
         self.path, self.per_image = Path(files.absolute(path)), captions_per_image
-        self.splits = [p.name.removesuffix("_ims.npy") for p in sorted(self.path.glob("*_ims.npy"))]
-        self.splits = [s for s in self.splits if self._file(s, "caps.txt").exists()]
+        self.splits = self._complete_splits()
         if not self.splits:
             raise ValueError(f"no {{split}}_ims.npy with {{split}}_caps.txt in {path}")
         self._splits = {split: self._open(split) for split in self.splits}
+
+    def _complete_splits(self) -> list[str]:
+        """Raises ValueError for a split of which only the features or only the captions are there: it would be left out unseen."""
+        with_features, with_captions = ({p.name.removesuffix(end) for p in self.path.glob(f"*{end}")} for end in ("_ims.npy", "_caps.txt"))
+        for split in sorted(with_features ^ with_captions):
+            there, missing = ("ims.npy", "caps.txt") if split in with_features else ("caps.txt", "ims.npy")
+            raise ValueError(f"{self._file(split, there)} is there and {split}_{missing} is not: put it beside it, or move the other away")
+        return sorted(with_features)
 
     def count(self, split: str) -> int:
         return len(self._splits[split][2])

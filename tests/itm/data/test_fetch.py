@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,34 @@ def test_a_sample_without_the_wanted_file_is_a_problem_and_a_batch_of_those_an_e
     fetch.kind = "regions"
     with pytest.raises(ValueError, match="not one of the 6 pairs of step 0 can be used; the first: .*no regions in this sample"):
         fetch(Work(0, 0, 0))
+
+
+class Slow:
+    """A file of a store that answers after a while; counts how many answers are waited for at a time."""
+
+    waiting, most, lock = 0, 0, threading.Lock()
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self.file = file
+
+    def read_at(self, count: int, start: int) -> bytes:
+        with Slow.lock:
+            Slow.waiting += 1
+            Slow.most = max(Slow.most, Slow.waiting)
+        time.sleep(0.02)
+        with Slow.lock:
+            Slow.waiting -= 1
+            return self.file.read_at(count, start)
+
+
+def test_a_store_is_asked_for_many_samples_at_a_time_and_the_rows_are_those_of_one_reader(tmp_path: Path) -> None:
+    here = world(tmp_path, batch=20).fetch
+    assert here.readers == 1, "a disk"
+    there = Fetch("s3://bucket/train", here.manifest, here.plan, here.kind, {})
+    assert there.readers > 8
+    there.split, there.folders = here.split, here.folders
+    there = pickle.loads(pickle.dumps(there))  # as an actor gets it
+    plain = there._shard
+    there._shard = lambda shard: plain(shard)._replace(file=Slow(plain(shard).file))
+    assert [there(Work(step, 0, 0)) for step in range(2)] == [here(Work(step, 0, 0)) for step in range(2)]
+    assert Slow.most > 8

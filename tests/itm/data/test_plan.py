@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,35 @@ def test_the_expected_share_of_flickr30k_and_coco_is_that_of_the_published_loade
 def test_pairs_that_are_shuffled_together_are_rounded_up_to_whole_shards_or_are_all() -> None:
     held = manifest([10] * 12)
     assert [window_of(held, 8, pairs) for pairs in (None, 1, 10, 11, 95, 10_000, "all")] == [8, 1, 1, 2, 10, 12, 12]
+
+
+def test_what_a_step_asks_of_a_plan_takes_no_longer_with_a_thousand_times_the_shards() -> None:
+    """Counted, not timed: a second sum or hash over the shards would be seen."""
+    looks = 0
+
+    class Watched(int):
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__hash__()
+
+        def __radd__(self, other: int) -> int:
+            nonlocal looks
+            looks += 1
+            return int(self) + other
+
+    plan = Plan(tuple(Watched(4) for _ in range(5000)), "m", 0, batch=8, window=2)
+    plan.batch_pairs(0, 0, 0)
+    before = looks
+    for step in range(1, 50):
+        plan.locate(step)
+        plan.resume(plan.locate(step)).batch_pairs(step, 0, 0)
+    assert looks == before >= 10_000, "each shard was looked at for the sum and for the hash, once"
+
+
+def test_counts_are_the_tuple_that_they_were_in_hashes_equality_and_pickles() -> None:
+    plain = (3, 4, 5)
+    counts = Plan(plain, "m", 0, batch=2).counts
+    assert (counts, hash(counts), sum(plain)) == (plain, hash(plain), Plan(plain, "m", 0, batch=2).pairs)
+    assert pickle.loads(pickle.dumps(counts)) == plain
+    assert Plan(plain, "m", 0, batch=2) == Plan(counts, "m", 0, batch=2)

@@ -6,13 +6,14 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from itm.data import files
+from itm.data import files, shards
 from itm.data.records import Caption, Problem, Record, Regions, check_image
-from itm.data.shards import Sample, index_shard, read_manifest, read_range, read_samples, write_shard
+from itm.data.shards import Sample, index_shard, parse_range, read_manifest, read_range, read_samples, write_shard
 from tests.support.tars import pair, png, records, tar_of
 
 
@@ -33,6 +34,36 @@ def test_a_written_shard_reads_back_field_by_field(tmp_path):
         regions = Regions.from_npz(sample.regions)
         assert np.array_equal(regions.features, record.regions.features)
         assert (regions.width, regions.height, regions.boxes.shape) == (64, 48, (2, 4))
+
+
+def test_the_quick_way_to_a_sample_never_gives_another_one_than_the_whole_parser_whatever_byte_is_wrong(tmp_path, monkeypatch):
+    uri = str(tmp_path / "00000.tar")
+    odd = [Caption("c", " "), Caption("d", "naïve"), Caption("e", "a dog", {"logic": [1]}), Caption("f", "\ud800")]
+    write_shard(uri, [*records(), Record("plain", "train", odd[1:3], png())])
+    rng, given = np.random.default_rng(0), []
+    for place in index_shard(uri):
+        data = files.read_span(uri, place.start, place.end)
+        given.append(data)
+        for at in [*range(0, 300), *rng.integers(0, len(data), 200)]:
+            given.append(data[:at] + bytes([rng.integers(256)]) + data[at + 1 :])
+    texts = [caption.text for caption in odd]
+    held = (
+        [("a/x.JPG", png()), ("a/x.json", json.dumps({"captions": texts}).encode())],
+        pair("x", *texts),
+        [*pair("x", "y"), *pair("z", "y")],
+    )
+    given += [Path(tar_of(tmp_path / "foreign.tar", members)).read_bytes()[:-1024] for members in held] + [b"", bytes(512)]
+
+    def outcome(data: bytes) -> object:
+        try:
+            return vars(parse_range(data, uri, 0))
+        except ValueError as error:
+            return str(error)
+
+    quick = [outcome(data) for data in given]
+    monkeypatch.setattr(shards, "plain_files", lambda data: None)
+    assert quick == [outcome(data) for data in given]
+    assert sum(isinstance(found, dict) for found in quick) > 100 < sum(isinstance(found, str) for found in quick)
 
 
 def test_the_same_records_give_the_same_bytes_in_plain_ustar(tmp_path):

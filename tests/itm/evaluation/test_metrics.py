@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from itm.evaluation import metrics
+from itm.evaluation import counting
 from itm.evaluation.metrics import chance_metrics, rank_queries, retrieval_metrics
 from tests.support import oracles
 
@@ -27,11 +27,11 @@ def ragged_worlds(draw):
 @given(ragged_worlds(), st.sampled_from(RULES), st.sampled_from([1, 7, 64, 1 << 20]))
 def test_every_metric_equals_a_loop_over_sorted_lists_for_any_truth_ties_and_block_size(world, tie, block):
     scores, truth = world
-    kept, metrics.BLOCK_SCORES = metrics.BLOCK_SCORES, block
+    kept, counting.BLOCK_SCORES = counting.BLOCK_SCORES, block
     try:
         got = retrieval_metrics(torch.from_numpy(scores), torch.from_numpy(truth), tie=tie)
     finally:
-        metrics.BLOCK_SCORES = kept
+        counting.BLOCK_SCORES = kept
     for way, s, t in (("i2t", scores, truth), ("t2i", scores.T, truth.T)):
         for name, want in oracles.retrieval(s, t, tie).items():
             assert got[f"{way}_{name}"] == pytest.approx(want, abs=1e-9), (way, name)
@@ -54,6 +54,19 @@ def test_truth_by_ids_equals_truth_as_a_matrix_and_a_memory_mapped_file(tmp_path
     np.save(tmp_path / "scores.npy", scores.numpy())
     mapped = np.load(tmp_path / "scores.npy", mmap_mode="r")
     assert retrieval_metrics(scores, (torch.arange(20), ids)) == retrieval_metrics(scores, matrix) == retrieval_metrics(mapped, matrix)
+
+
+@pytest.mark.parametrize("tie", RULES)
+def test_a_turned_matrix_ranks_as_its_copy_for_any_type_and_more_rows_than_a_byte_counts(tie):
+    scores = torch.randint(0, 50, (600, 40))
+    many = torch.randint(0, 40, (600,))  # about 15 positives a query
+    few = torch.where(torch.arange(600) < 200, torch.arange(600) % 37, -1)  # 5 or 6, and three queries without any
+    for kind in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+        turned = scores.to(kind).T
+        for owner in (many, few):
+            got, want = (rank_queries(given, (torch.arange(40), owner), tie) for given in (turned, turned.contiguous()))
+            for name in ("best", "positives", "average_precision", "r_precision"):
+                assert torch.equal(getattr(got, name), getattr(want, name)), (kind, name)
 
 
 def test_constant_scores_earn_nothing_when_ties_count_against_the_model():

@@ -13,9 +13,10 @@ from itm.data.preprocess import ImageInput, Inputs, framed
 from itm.data.records import Record
 from itm.data.sources.scenes import Scenes
 from itm.data.text import WordVocabulary
+from itm.evaluation.attention import spelled
 from itm.evaluation.dataset import EncodedSplit, encode_split
 from itm.matchers.folder import build_matcher
-from itm.report.attended import attended, spelled
+from itm.report.attended import attended
 from tests.support.small_split import write_split
 
 TEXT = {"kind": "gru", "word_dim": 8, "width": 12}

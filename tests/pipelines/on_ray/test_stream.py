@@ -11,8 +11,9 @@ from itm.data.plan import Plan
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
 from itm.device import cores
+from pipelines.on_ray.feeding import HANDOVER, LABEL, PROBE, WARM, Feeders, feeders
 from pipelines.on_ray.session import set_up_data
-from pipelines.on_ray.stream import decoders, stream, stream_here, work_of
+from pipelines.on_ray.stream import decoders, stream, stream_auto, stream_here, work_of
 from tests.support.columns import equal
 from tests.support.noise_split import png, world
 
@@ -88,3 +89,36 @@ def test_a_stream_whose_reader_is_slow_leaves_the_core_to_it(tmp_path: Path, ray
     finally:
         options.resource_limits = free
         batches.close()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("feeds", [True, False])
+def test_batches_stay_as_planned_when_actors_take_over_from_threads_that_are_too_slow(
+    tmp_path: Path, ray_local: object, feeds: bool
+) -> None:
+    pairs = world(tmp_path, batch=3)
+    items, said = work_of(0, 1, WARM + PROBE + HANDOVER + 6, 1), []
+
+    def find() -> Feeders:
+        import ray
+
+        [node] = ray.nodes()
+        return feeders([node | {"Labels": {LABEL: "true"} if feeds else {}}], gpu=False, trainers=1, most=2)
+
+    batches = list(stream_auto(pairs, items, 1, find, lambda step, text: said.append((step, text))))  # a reader that computes nothing
+    assert len(batches) == len(items)
+    assert all(equal(columns, pairs(item)) for item, columns in zip(items, batches, strict=True))
+    [(step, text)] = said
+    assert step == items[WARM + PROBE].step
+    assert ("2 actors a trainer decode on" in text) == feeds, text
+
+
+def test_the_items_of_a_rank_are_made_as_they_are_asked_for_in_the_order_of_steps_and_micro_steps() -> None:
+    expected = [Work(step, micro, 3) for step in range(5, 9) for micro in range(2)]
+    items = work_of(3, 5, 9, 2)
+    assert (list(items), len(items), items[0], items[-1]) == (expected, 8, expected[0], expected[-1])
+    assert list(items[3:6]) == expected[3:6] and list(items[5:][1:]) == expected[6:]
+    assert not work_of(0, 4, 4, 2)
+    assert len(work_of(0, 0, 10**12, 4)) == 4 * 10**12, "a list would not fit"
+    with pytest.raises(IndexError):
+        items[8]

@@ -127,6 +127,9 @@ def test_precomp_rows_that_cannot_be_right_are_refused(tmp_path):
     np.save(tmp_path / "dev_ims.npy", features[:2])
     with pytest.raises(ValueError, match=r"should be \(1 or 5, R, D\)"):
         Precomp(str(tmp_path))
+    (tmp_path / "train_caps.txt").write_text("x\n" * 5)
+    with pytest.raises(ValueError, match=r"train_caps\.txt is there and train_ims\.npy is not"):
+        Precomp(str(tmp_path))
     with pytest.raises(ValueError, match=r"no \{split\}_ims"):
         Precomp(str(tmp_path / "none"))
 
