@@ -176,3 +176,15 @@ def test_a_bucket_that_is_not_there_is_not_taken_for_an_empty_folder(quiet: str)
         read_manifest("s3://other/test")
     with pytest.raises(ValueError, match=r"no manifest\.json and no \.tar in s3://bucket/test; run `itm pack`"):
         read_manifest("s3://bucket/test")
+
+
+def test_an_answer_that_breaks_off_before_it_tells_the_size_is_not_taken_for_an_empty_object() -> None:
+    with s3_server() as server, door_to(server) as door, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", door.address)
+        for name, data in (("some.json", b"{}"), ("none", b"")):
+            uri = f"s3://{BUCKET}/{name}"
+            files.write_atomic(uri, data)
+            for ask, known in ((files.read_bytes, data), (files.size_of, len(data))):
+                door.maimed = 1
+                assert ask(uri) == known
+                assert not door.maimed
