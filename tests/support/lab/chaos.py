@@ -69,10 +69,10 @@ def result(there: Lab, walk: str) -> dict[str, str]:
 
 
 def refusal(said: str) -> str:
-    """The line in which a stage said what stopped it; empty when it ended without a word."""
+    """The line in which a stage said what stopped it; else the last line of its log."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     named = [line for line in lines if line.startswith("itm ") and ": " in line]
-    return named[-1][:300] if named else ""
+    return (named or lines or [""])[-1][:300]
 
 
 def submit(there: Lab, stage: str, blows: Sequence[Blow], usual: float) -> Row:
