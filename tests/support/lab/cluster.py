@@ -35,6 +35,7 @@ RAY = {
     "RAY_worker_niceness": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # else a group that lost a node waits a minute for another before it shrinks
     "RAY_prestart_worker_first_driver": "0",  # else each job starts eight idle processes, a CPU-second each
+    "RAY_memory_monitor_refresh_ms": "0",  # the machines share one memory: each would end its job for what the others hold
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",

@@ -26,7 +26,7 @@ from tests.support import ROOT
 SUBNET = "10.77.0"
 SERVICES = f"{SUBNET}.1"
 """Where the machines find the services: an address of the switch, behind proxies."""
-DISK = "700m"
+DISK = "300m"
 CLONE_NEWNET = 0x40000000
 NEEDED = ("unshare", "nsenter", "setpriv", "ip", "mount", "bash")
 
