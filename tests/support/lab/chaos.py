@@ -110,6 +110,7 @@ def walk(there: Lab, name: str, blows: Sequence[Blow], usual: Mapping[str, float
         fall = sorted((blow for blow in blows if blow.stage == stage), key=lambda blow: blow.share)
         for attempt in range(AGAIN + 1):
             ended = submit(there, stage, fall if attempt == 0 else [], usual.get(stage, 60.0))
+            tail = ended.pop("tail", "")
             rows.append({"stage": stage, **ended})
             print(f"{name} {stage}: {ended['blows']} -> {ended['code']} in {ended['seconds']} s {ended['said']}", flush=True)
             for machine in there.workers:
@@ -117,7 +118,7 @@ def walk(there: Lab, name: str, blows: Sequence[Blow], usual: Mapping[str, float
             if ended["code"] == 0:
                 break
         else:
-            raise AssertionError(f"{stage} of {name} did not come to an end:\n{ended['tail']}")
+            raise AssertionError(f"{stage} of {name} did not come to an end:\n{tail}")
     return rows
 
 

@@ -14,6 +14,11 @@ by `itm submit`. One to three faults of different kinds fall on a walk, at momen
 submitted again, unchanged. At the end shards, manifests, stores, weights, metrics, and the digest of the plan are compared with those of
 an undisturbed walk, byte for byte.
 """
+FOUND = """What it has found, and is mended since:
+
+- an answer of S3 that breaks off in its header was taken for that of an empty object, and read as no bytes, without an error;
+- an MLflow server told its clients to fetch artifacts from the store by an address that only the server knows: minutes of silent retries.
+"""
 ABOUT = {
     "node lost": "a machine loses its power, an empty one joins later",
     "driver killed": "SIGKILL to the job's driver on the head",
@@ -37,7 +42,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [HEAD, f"{sum(counts.values())} faults on {len(rows)} walks; {equal} walks ended in the bytes of the undisturbed one.", ""]
     lines += ["| fault | what happens | times |", "|---|---|---|"]
     lines += [f"| {kind} | {about} | {counts[kind]} |" for kind, about in ABOUT.items() if counts[kind]]
-    lines += ["", "| walk | stage | faults | outcome | end |", "|---|---|---|---|---|"]
+    lines += ["", FOUND, "| walk | stage | faults | outcome | end |", "|---|---|---|---|---|"]
     for row in rows:
         lines += _rows(row)
     return "\n".join(lines) + "\n"
