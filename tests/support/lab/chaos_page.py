@@ -27,7 +27,6 @@ ABOUT = {
     "cable out": "packets of a machine are lost for 10 s",
     "disk full": "not a byte is left below /tmp of a machine for 20 s",
     "straggler": "the processes of a machine run a tenth of the time for 20 s",
-    "clock ahead": "a machine is replaced by one whose clock is two hours ahead",
     "store slow": "each request to S3 waits 10 s, for 20 s",
     "store busy": "every third request to S3 gets 503 SlowDown, for 20 s",
     "store reset": "the connection of every third request to S3 is reset, for 20 s",

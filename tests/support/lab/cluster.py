@@ -106,11 +106,11 @@ class Lab:
         self.join(node, cpus, labels)
         return node
 
-    def replace(self, worker: int, clock: str = "", cpus: int = 2) -> None:
+    def replace(self, worker: int, cpus: int = 2) -> None:
         """An empty machine in the place of a lost one, at the next address: the old one may still be known as dead."""
         old = self.workers[worker]
         number = int(old.address.rpartition(".")[2]) + 20
-        self.workers[worker] = self._node(f"{old.name}x", f"{SUBNET}.{number if number < 90 else number - 60}", clock=clock)
+        self.workers[worker] = self._node(f"{old.name}x", f"{SUBNET}.{number if number < 90 else number - 60}")
         self.join(self.workers[worker], cpus)
 
     def _node(self, name: str, address: str, **machine: Any) -> Machine:
