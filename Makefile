@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check docs bench bench-teach golden study chaos clean
+.PHONY: help setup demo test test-system check docs bench bench-teach bench-growth bench-serve golden study chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,6 +61,12 @@ study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards w
 
 bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against named peers; twenty minutes
 	$(BIN)/python -m tests.support.bench_teach
+
+bench-growth: $(READY)  ## how time and memory grow with sizes, with exponents and pictures in docs/results; half an hour at most
+	$(BIN)/python -m tests.support.bench_growth
+
+bench-serve: $(READY)  ## what an index costs, how fast it answers, re-ranking, and a service under load; half an hour, resumable
+	$(BIN)/python -m tests.support.bench_serve
 
 chaos: $(READY)  ## kill every stage at random moments, and let faults of all kinds fall on a cluster; compare with an undisturbed run; one hour
 	$(BIN)/python -m tests.support.chaos

@@ -19,11 +19,11 @@ from pydantic import Field, ValidationError
 
 from itm.choices import apply_overrides, digest, flatten, known_to, merge, read_choices
 from itm.kinds import packages_of
-from itm.sections import Data, Evaluation, Features, MixedRoot, Part, Registry, Strict, Teachers, Text, Train
+from itm.sections import Data, Evaluation, Features, Indexed, MixedRoot, Part, Registry, Strict, Teachers, Text, Train
 
 __all__ = [
-    "Data", "Evaluation", "Features", "Layer", "MixedRoot", "Part", "Recipe", "Registry", "Resolved", "Teachers", "Text", "Train",
-    "load_recipe", "overridden", "parse_recipe", "resolve_recipe",
+    "Data", "Evaluation", "Features", "Indexed", "Layer", "MixedRoot", "Part", "Recipe", "Registry", "Resolved", "Teachers", "Text",
+    "Train", "load_recipe", "overridden", "parse_recipe", "resolve_recipe",
 ]  # fmt: skip
 
 MOST_HOPS = 2  # of `extends`: who reads a recipe should have to open three files at most
@@ -50,6 +50,7 @@ NO_CHOICES: dict[str, Any] = {
     "data": {"decode", "decode_workers"},
     "teachers": {"actors"},
     "features": {"actors"},
+    "index": True,
     "registry": {"loggers", "licence"},
 }
 
@@ -72,6 +73,7 @@ class Recipe(Strict):
     method: Part = Field(Part(kind="matching"), description="how it is trained: its losses")
     train: Train = Field(default_factory=Train)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    index: Indexed = Field(default_factory=Indexed)
     registry: Registry = Field(default_factory=Registry)
 
     def fingerprint(self) -> str:

@@ -12,7 +12,10 @@ EXTRAS = {  # extra -> packages
     "s3": ("boto3",),
     "hf": ("datasets",),
     "lora": ("peft",),
+    "tensorboard": ("tensorboardX",),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client", "grpc_reflection"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "faiss": ("faiss",),
 }
 
 

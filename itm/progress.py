@@ -5,9 +5,12 @@ A line says the time of day, the work, how much of it is done, what the caller a
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
@@ -56,18 +59,22 @@ class Progress:
         """`count` more units are done."""
         self.to(self.done + count, words)
 
-    def to(self, done: int, words: str = "") -> None:
-        """`done` units in all are done; words: what else is to be said, e.g. `loss 0.1234`."""
+    def to(self, done: int, words: str = "", values: Mapping[str, float] | None = None) -> None:
+        """`done` units in all are done; words: what else is to be said, e.g. `loss 0.1234`; values: the same for a log of JSON lines."""
         self.done = done
         if self.bar:
             self.bar.set_postfix_str(words, refresh=False)
             self.bar.update(done - self.bar.n)
         elif time.monotonic() - self.last >= self.every:
-            self._line(words)
+            self._line(words, values)
 
-    def _line(self, words: str) -> None:
+    def _line(self, words: str, values: Mapping[str, float] | None = None) -> None:
         self.last, self.said = time.monotonic(), self.done
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, self._left()]
+        if isinstance(self.out, JsonLines):
+            self.out.say(step=self.done, of=self.total, unit=self.unit, work=self.title, **(values or {}))
+            return
+        left = "" if words.endswith(" left") else self._left()  # a caller who knows the time left has said it
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}s", words, left]
         print(f"{time.strftime('%H:%M:%S')} {self.title}: {', '.join(filter(None, parts))}", file=self.out, flush=True)
 
     def _left(self) -> str:
@@ -78,6 +85,51 @@ class Progress:
         if self.done <= before or self.done >= self.total:
             return ""
         return f"{span((self.last - since) / (self.done - before) * (self.total - self.done))} left"
+
+
+class JsonLines(io.TextIOBase):
+    """A stream of JSON objects, one a line: `time` (ISO 8601, with the zone), `stage`, and `message` for what is printed, or what `say` is
+    given."""
+
+    def __init__(self, out: TextIO, stage: str) -> None:
+        self.out, self.stage, self._rest = out, stage, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in filter(str.strip, lines):
+            self.say(message=line)
+        return len(text)
+
+    def say(self, **fields: object) -> None:
+        said = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": self.stage, **fields}
+        self.out.write(json.dumps(said, ensure_ascii=False, default=str) + "\n")
+        self.out.flush()
+
+    def flush(self) -> None:
+        self.out.flush()
+
+    def finish(self) -> None:
+        """What was printed without an end of line."""
+        if self._rest.strip():
+            self.say(message=self._rest)
+        self._rest = ""
+
+
+@contextmanager
+def json_lines(stage: str) -> Iterator[None]:
+    """Inside, what this process prints on stdout and stderr is JSON lines."""
+    before = sys.stdout, sys.stderr
+    streams = JsonLines(before[0], stage), JsonLines(before[1], stage)
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.finish()
+        sys.stdout, sys.stderr = before
 
 
 def over(items: Iterable[T], title: str, total: int, unit: str) -> Iterator[T]:

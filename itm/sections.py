@@ -229,6 +229,17 @@ class Train(Encoders):
     ema: float | None = Field(None, gt=0, lt=1, description="decay of an exponential moving average of the weights")
     validate_every: int | None = Field(None, ge=1, description="steps between validations; unset = at the end of each epoch")
     checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; unset = with each validation")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="end after so many validations in a row in which registry.metric has not risen; unset = never",
+    )
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="end after so many hours of training, all restarts together, with a validation and a checkpoint; looked at with each "
+        "logged step. Unset = no limit",
+    )
     log_every: int = Field(10, ge=1, description="steps between logged losses")
     log_shares: bool = Field(
         False,
@@ -260,6 +271,14 @@ class Evaluation(Strict):
     )
 
 
+class Indexed(Strict):
+    """Vectors of splits by the matcher that was trained, for searching."""
+
+    splits: list[str] = Field(default_factory=list, description="sub-folders of data.root that `itm run` indexes; empty = no such stage")
+    output: str | None = Field(None, description="folder or URI of the index; unset = index in the run's folder")
+    dtype: Literal["fp16", "int8", "fp32"] = Field("fp16", description="how vectors are stored; int8 with one scale each")
+
+
 class Registry(Strict):
     """Experiment tracking and the promotion gate."""
 
@@ -267,7 +286,9 @@ class Registry(Strict):
     model: str = Field("itm-matcher", description="name in the model registry")
     metric: str = Field("rsum", description="metric of evaluation.json that the gate compares")
     min_gain: float = Field(0.0, ge=0, description="the champion alias moves only for a gain larger than this")
-    loggers: list[Part] = Field(default_factory=list, description="where metrics go beside MLflow: console, or package.module:Name")
+    loggers: list[Part] = Field(
+        default_factory=list, description="where metrics go beside MLflow: console, tensorboard, or package.module:Name"
+    )
     licence: str = Field("", description="licence of the weights, for the model card; empty = not stated there")
 
     @field_validator("model", "experiment")

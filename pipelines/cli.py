@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 import itm
+from itm.data.patience import ASKED, first_contact
 from itm.extras import needed_by
+from itm.progress import json_lines
 from pipelines.stopping import STOPPED, failed, sigterm_as_interrupt, stopped, traced
 
 if TYPE_CHECKING:
@@ -50,17 +53,20 @@ STAGES = {
     "teach": Stage("teach", "score shards with the teachers -> Arrow soft-label stores"),
     "verify": Stage("teach", "recompute random rows of a soft-label store and report the largest difference"),
     "train": Stage("train", "train a matcher on shards (Ray Data -> Ray Train)"),
+    "sweep": Stage("train", "train variants of a recipe side by side, stop the hopeless ones, write the recipe of the best"),
     "evaluate": Stage("judge", "recall and equivalence metrics of a matcher on a split, or of a score file"),
     "report": Stage("judge", "one self-contained HTML page about a run"),
     "explain": Stage("judge", "why a matcher scores one pair as it does: words, relations, gates, edges, on one page"),
     "bench": Stage("judge", "scoring speed against the published loops, and the time of a COCO 5K evaluation"),
     "register": Stage("use", "put a run's matcher into the model registry; promote it if the gate metric improved"),
     "models": Stage("use", "registered models: versions, figures, origin; show, diff, promote, rollback"),
+    "index": Stage("use", "shards or photos -> vectors of a matcher that are searched"),
     "search": Stage("use", "text -> images or image -> captions with a registered matcher"),
+    "serve": Stage("use", "serve a matcher over HTTP with a page to search by; a moved alias is taken up without a gap"),
     "export": Stage("use", "soft-label stores for other trainers, matchers for transformers or ONNX"),
     "submit": Stage("cluster", "run a stage on a Ray cluster as a job, follow its log, return its exit code"),
 }
-TRACKED = ("pack", "teach", "train", "evaluate", "register", "models", "run", "demo")  # stages that record a run, or read records
+TRACKED = ("pack", "teach", "train", "sweep", "evaluate", "register", "models", "run", "demo")  # stages that record a run, or read records
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -119,15 +125,18 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
     # operation (a batch of texts has thousands) waits until a spinning thread is taken off its core: 2 to 70 times the time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = sys.argv[1:] if argv is None else argv
-    module, args = None, None
-    with sigterm_as_interrupt():
+    module, args, asked = None, None, (ASKED.again, ASKED.waited)
+    with sigterm_as_interrupt(), ExitStack() as stack:
         try:
             module = import_module(module_of(stage))
             _, args = parsed(stage, module, argv)
+            if stage != "submit" and (args.log or os.environ.get("ITM_LOG")) == "json":  # what submit prints is lines of the job
+                stack.enter_context(json_lines(stage))
             check_submitted(stage)
-            with needed_by(f"itm {stage}", extra="pipeline"):
+            with needed_by(f"itm {stage}", extra="pipeline"), first_contact(args.wait_for):
                 if getattr(args, "dry_run", False) and getattr(args, "recipe", None):
-                    import_module(module_of("plan")).show(recipe_from(args), only=None if stage in ("plan", "run") else stage)
+                    only = {"plan": None, "run": None, "sweep": "train"}.get(stage, stage)  # a sweep is trainings
+                    import_module(module_of("plan")).show(recipe_from(args), only=only)
                     return 0
                 return int(module.run(args) or 0)
         except KeyboardInterrupt:
@@ -141,6 +150,9 @@ def stage_main(stage: str, argv: list[str] | None = None) -> int:
             said, code = failed(stage, error)
             print(said, file=sys.stderr)
             return code
+        finally:
+            if said := ASKED.since(asked):
+                print(said, file=sys.stderr)
 
 
 def check_submitted(stage: str) -> None:
@@ -167,6 +179,15 @@ def parsed(stage: str, module: ModuleType, argv: list[str]) -> tuple[argparse.Ar
     parser = argparse.ArgumentParser(prog=f"itm {stage}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show errors as Python does, with the way there (as ITM_TRACEBACK=1 does)")
+    parser.add_argument(
+        "--wait-for",
+        type=float,
+        metavar="SECONDS",
+        help="how long a store or tracking server that does not answer at the beginning is waited for (default: it is refused at once)",
+    )
+    parser.add_argument(
+        "--log", choices=("text", "json"), help="json: what is printed is JSON lines of time, stage, step, loss, ... (as ITM_LOG=json does)"
+    )
     args = parser.parse_intermixed_args(argv) if stage != "submit" else parser.parse_args(argv)
     if args.traceback:
         os.environ["ITM_TRACEBACK"] = "1"  # also for the processes that a stage starts

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
 from pipelines.featuring import of_photos
+
+if TYPE_CHECKING:
+    from pipelines.indexing.building import Wanted
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,55 @@ def _about_training(done: Json) -> str:
     return f"{done['steps']:,} steps in {done['seconds']:.0f} s{best}; {done['matcher']}"
 
 
+# --- index ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _asks_index(recipe: Recipe) -> bool:
+    return bool(recipe.index.splits) and _is_trained(recipe)
+
+
+def _index_inputs(recipe: Recipe) -> list[str]:
+    return [files.join(recipe.folder, "matcher"), *(split_uri(recipe, split) for split in recipe.index.splits)]
+
+
+def _index_output(recipe: Recipe) -> list[str]:
+    return [recipe.index.output or files.join(recipe.folder, "index")]
+
+
+def _index_receipt(recipe: Recipe) -> list[str]:
+    return [files.join(uri, "index.json") for uri in _index_output(recipe)]
+
+
+def _indexed(recipe: Recipe) -> str | None:
+    from itm.retrieval.store import NAME
+    from pipelines.index import flow_line
+    from pipelines.indexing.building import finished
+
+    wanted = _wanted_index(recipe)
+    if not files.exists(files.join(wanted.output, NAME)):
+        return None
+    catalogue = finished(wanted)
+    return None if catalogue is None else flow_line(catalogue)
+
+
+def _wanted_index(recipe: Recipe) -> Wanted:
+    from pipelines.indexing.building import Wanted
+
+    model, *splits = _index_inputs(recipe)
+    allowed = tuple(recipe.allowed)
+    return Wanted(model, tuple(splits), _index_output(recipe)[0], recipe.index.dtype, workers=recipe.train.workers or 0, allow=allowed)
+
+
+def _index(recipe: Recipe) -> str:
+    from dataclasses import replace
+
+    from pipelines.index import flow_line, index
+
+    catalogue = index(replace(_wanted_index(recipe), overwrite=True))
+    assert catalogue is not None
+    return flow_line(catalogue)
+
+
 # --- evaluate, register, report ---------------------------------------------------------------------------------------------------------
 
 
@@ -303,5 +356,6 @@ CONTRACTS = (
     Contract("train", _is_trained, _train_inputs, _training, _run_receipt, _trained, _train),
     Contract("evaluate", lambda r: True, _evaluate_inputs, _evaluation, _evaluation, _evaluated, _evaluate),
     Contract("register", lambda r: True, _register_inputs, _registry, _registration, _registered, _register),
+    Contract("index", _asks_index, _index_inputs, _index_output, _index_receipt, _indexed, _index),
     Contract("report", lambda r: True, in_run("evaluation.json", "run.json", "losses.jsonl"), _page, _page, _reported, _report),
 )

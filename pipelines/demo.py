@@ -146,6 +146,7 @@ model    {model} (version {version.version})
 
 Try next:
   itm search "two green triangles" --model {model} --shards {shards}
+  itm serve {model} --shards {shards}    # the same with a page, at http://127.0.0.1:8000
   itm inspect {shards}
   itm verify -c demo-cusa
   itm evaluate -c {recipe.name} --split val

@@ -62,7 +62,7 @@ def features(recipe: Recipe, splits: list[str] | None = None, overwrite: bool = 
 
     Raises ValueError for an encoder without a grid, boxes of other photos, a folder that holds other features, and past max_reject_rate.
     """
-    from itm.data import files
+    from itm.data import files, lease
 
     check(recipe)
     files.check_writable(recipe.data.root)
@@ -72,7 +72,12 @@ def features(recipe: Recipe, splits: list[str] | None = None, overwrite: bool = 
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this recipe; there are: {', '.join(known)}")
     assert recipe.features.photos is not None
     photos, root = files.absolute(recipe.features.photos), files.absolute(recipe.data.root)
-    return {name: _split(recipe, choices, files.join(photos, name), files.join(root, name), overwrite) for name in splits or known}
+    made = {}
+    for name in splits or known:
+        folder = files.join(root, name)
+        with lease.held(folder, "features"):
+            made[name] = _split(recipe, choices, files.join(photos, name), folder, overwrite)
+    return made
 
 
 def check(recipe: Recipe) -> None:

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from itm.config import Part, Recipe
-from itm.data import files
+from itm.data import files, lease
 from itm.data.formats import Json, read_json
 from itm.data.manifest import (
     NAME,
@@ -38,6 +39,7 @@ from itm.data.manifest import (
     write_manifest,
     write_receipt,
 )
+from itm.data.patience import ASKED
 from itm.data.records import Problem, Record, check_image, check_rows, image_format, json_fault, storable
 from itm.data.shards import read_manifest, scan_shard, write_shard
 from itm.data.sources.parting import build_source
@@ -49,6 +51,7 @@ from pipelines.featuring import of_photos
 from pipelines.flow import kept_and_lost, others_passed_over
 
 CLAIM, FORMAT = "pack.json", 2  # written first: whose shards these are going to be; 2 where a source was added to, else 1
+MOST_QUEUED = 1_000  # shards that Ray is asked for at a time: each look at those that are waited for costs as much as there are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +113,11 @@ def pack(recipe: Recipe, overwrite: bool = False, splits: list[str] | None = Non
     if unknown := set(splits or []) - set(source.splits):
         raise ValueError(f"no split {', '.join(sorted(unknown))} in this source; there are: {', '.join(source.splits)}")
     files.check_writable(data.root)
-    return {split: _pack_split(recipe, split, overwrite) for split in splits or source.splits}
+    made = {}
+    for split in splits or source.splits:
+        with lease.held(files.join(data.root, split), "pack"):
+            made[split] = _pack_split(recipe, split, overwrite)
+    return made
 
 
 def packed(recipe: Recipe) -> dict[str, Manifest] | None:
@@ -241,23 +248,27 @@ def _claim(folder: str, made_from: str, choices: Json, overwrite: bool, source: 
 def _run_jobs(recipe: Recipe, jobs: list[Job], title: str) -> dict[str, Receipt]:
     import ray
 
-    from pipelines.on_ray.reach import confirmed, shared
+    from pipelines.on_ray import meters
+    from pipelines.on_ray.reach import counted, shared
     from pipelines.on_ray.session import core
     from pipelines.places import places_in
 
-    receipts: dict[str, Receipt] = {}
+    receipts, rest, pending = dict[str, Receipt](), iter(jobs), dict[Any, Job]()
     read = {place.key: place.given for place in places_in(recipe) if place.key.startswith("data.source.")}
     with shared({"data.root": recipe.data.root}, read) as tokens, Progress(title, sum(j.stop - j.start for j in jobs), "image") as progress:
-        task = ray.remote(num_cpus=core(), max_retries=3)(confirmed)
-        pending = {task.remote(tokens, pack_shard, job): job for job in jobs}
-        while pending:
+        task = ray.remote(num_cpus=core(), max_retries=3)(counted)
+        for _ in jobs:
+            pending |= {task.remote(tokens, pack_shard, job): job for job in islice(rest, MOST_QUEUED - len(pending))}
             (done,), _ = ray.wait(list(pending), num_returns=1)
             job = pending.pop(done)
             try:
-                receipts[job.uri] = Receipt.model_validate_json(ray.get(done))
+                receipt, again, waited = ray.get(done)
+                told = receipts[job.uri] = Receipt.model_validate_json(receipt)
+                ASKED.add(waited, again)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None
             progress.update(job.stop - job.start)
+            meters.packed(job.split, job.stop - job.start, told.rejected, told.info.bytes)
     return receipts
 
 

@@ -11,7 +11,7 @@ recipe's own training step on this machine. Nothing is written.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from pipelines.cli import recipe_arguments, recipe_from, script
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from itm.config import Recipe
     from pipelines.contract import Contract
     from pipelines.estimates import Split
+
+
+# What a stage writes before the rest of its output; of a store of soft labels the receipt comes last.
+_FIRST = {"pack": "pack.json", "features": "features.json", "train": "started.json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +56,9 @@ def lines_of(recipe: Recipe, only: str | None = None) -> Iterator[str]:
         yield f"\n{contract.stage}"
         yield f"  reads   {', '.join(contract.reads(recipe)) or 'nothing: its data are generated'}"
         yield f"  writes  {', '.join(contract.writes(recipe))}"
-        if (done := _done(contract, recipe)) is not None:
-            yield f"  done    {done}"
+        state = state_of(contract, recipe)
+        yield f"  {state}"
+        if state.startswith("done "):
             continue
         yield from (f"  {line}" for line in costs.of(contract.stage))
     if costs.seconds or costs.bytes:
@@ -66,6 +71,29 @@ def _done(contract: Contract, recipe: Recipe) -> str | None:
         return contract.done(recipe)
     except ValueError:
         return None
+
+
+def state_of(contract: Contract, recipe: Recipe) -> str:
+    """`done`, or by what lies in the outputs `running` (a driver's lease is alive), `stopped` or `missing`, and what is known of it."""
+    from itm.data import files
+    from itm.data.lease import holder
+
+    if (done := _done(contract, recipe)) is not None:
+        return f"done    {done}"
+    places = [recipe.folder] if contract.stage in ("train", "evaluate", "register", "report") else contract.writes(recipe)
+    folders = [folder for place in places for folder in (place, *files.list_folders(place))]
+    for folder in folders:
+        if (who := holder(folder, contract.stage)) is not None:
+            return f"running {who}"
+    begun = next((folder for folder in folders if _begun(contract.stage, files.sizes(folder))), None)
+    return f"stopped {begun} holds a part of it" if begun else "missing"
+
+
+def _begun(stage: str, names: Collection[str]) -> bool:
+    """Whether files of these names are a part of what a stage makes; of a stage that makes one file there are no parts."""
+    if stage == "teach":
+        return "store.json" not in names and any(name.endswith(".arrow") for name in names)
+    return _FIRST.get(stage) in names
 
 
 class Costs:
@@ -173,6 +201,11 @@ class Costs:
         yield f"gate    {gate.metric} has to grow by more than {gate.min_gain:g} for the alias champion"
         found = getattr(self, "_training", None)
         yield self._add(TRACKING, 4.0 * found.weights if found else 0.0)
+
+    def _index(self) -> Iterator[str]:
+        splits = [self._split(name) for name in self.recipe.index.splits]
+        images, captions = sum(split.images for split in splits), sum(split.captions for split in splits)
+        yield f"makes   vectors of {images:,} images and {captions:,} captions, as {self.recipe.index.dtype}"
 
     def _report(self) -> Iterator[str]:
         yield self._add(1.0, 2e5)

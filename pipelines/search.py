@@ -9,6 +9,7 @@
 --model is a matcher folder or a URI of the registry, --shards the folder of a split. The first search encodes the split and keeps the
 result below --index (default <shards>/index), one Arrow file for each pair of weights and manifest; later ones read it. Matchers that
 score pairs (late interaction, joint encoders) have no vector to keep: their encoded parts are kept and every pair is scored exactly.
+An index that `itm index` made is smaller, is not read whole, spans several splits and can be filtered (`--where split=test`).
 Texts are compared with captions, and images with images, by cosine: of the uni-modal heads where the matcher has some, else of its vectors.
 """
 
@@ -38,10 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=read_from, help="look for the captions of this image file instead")
     parser.add_argument("--find", choices=("images", "captions"), help="what to find (default: images for a text, captions for an image)")
     parser.add_argument("--model", required=True, type=read_from, help="models:/name@alias, models:/name/version or a matcher folder")
-    parser.add_argument("--shards", required=True, type=read_from, help="folder or URI of a split")
+    parser.add_argument("--shards", type=read_from, help="folder or URI of a split (not needed with an --index of `itm index`)")
     allow_argument(parser)
     parser.add_argument("-k", type=int, default=5, help="how many answers (default 5)")
-    parser.add_argument("--index", type=written_to, help="where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--index", type=written_to, help="made by itm index, else where encoded splits are kept (default <shards>/index)")
+    parser.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="only images that pass (may be repeated)")
+    parser.add_argument("--rerank", type=int, metavar="K", help="score exactly only the K best by vectors (default: as the index says)")
     parser.add_argument("--device", default="auto", help=HELP)
     parser.add_argument("--html", type=written_to, help="also write a page with the images")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -55,13 +58,24 @@ def run(args: argparse.Namespace) -> None:
         import itm
 
         model = itm.load_matcher(args.model, allow=args.allow)
-    where = {"shards": args.shards, "index": args.index, "device": args.device}
-    found = search(args.text, image=args.image, model=model, k=args.k, find=args.find, **where)
+    place = {"index": args.index, "device": args.device, "rerank": args.rerank, "where": filters(args.where)}
+    found = search(args.text, image=args.image, model=model, shards=args.shards, k=args.k, find=args.find, **place)
     print(json.dumps(said(found), indent=1) if args.json else found)
     if args.html:
         from itm.data import files
 
         files.write_atomic(args.html, page(found).encode())
+
+
+def filters(given: list[str]) -> dict[str, list[str]]:
+    """COLUMN=VALUE pairs; values of one column are alternatives. Raises ValueError."""
+    found: dict[str, list[str]] = {}
+    for pair in given:
+        column, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--where {pair} is no filter: say COLUMN=VALUE, e.g. split=test, key=2024*, width=640..1920")
+        found.setdefault(column, []).append(value)
+    return found
 
 
 def said(found: Hits) -> Json:
@@ -79,7 +93,7 @@ def search(
     text: str | None = None,
     *,
     model: str | Matcher,
-    shards: str,
+    shards: str | None = None,
     image: str | None = None,
     k: int = 5,
     find: Find | None = None,

@@ -61,6 +61,10 @@ def failed(stage: str, error: Exception) -> tuple[str, int]:
         return str(error), MENDABLE
     if isinstance(error, ValueError | OSError):
         return f"itm {stage}: {error}", MENDABLE
+    if type(error).__module__.startswith("mlflow"):
+        from itm.tracking.outages import sentence
+
+        return f"itm {stage}: {sentence(str(error))}", MENDABLE
     return f"itm {stage}: {type(error).__name__}: {_short(str(error))}{_place(error)}; --traceback shows the way there", FAULT
 
 

@@ -17,12 +17,14 @@ import asyncio
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import socket
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -44,10 +46,13 @@ PASSED = (
     "AWS_ENDPOINT_URL",
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
+    "ITM_PATIENCE",
+    "ITM_LOG",
     "RAY_AUTH_MODE",
     "HF_HUB_OFFLINE",
     "OMP_NUM_THREADS",
 )
+OLDEST = {"Ray": (2, 60), "Python": (3, 11)}  # as pyproject.toml has them
 SECRET = re.compile(r"SECRET|TOKEN|PASSW|ACCESS_KEY|API_?KEY|PRIVATE_KEY|CREDENTIAL", re.IGNORECASE)
 WITH_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 REMEDY = (
@@ -108,6 +113,7 @@ def submit(
         client = JobSubmissionClient(address)
     except ConnectionError as error:
         raise ValueError(f"no Ray dashboard at {address}: {error}") from None
+    check_versions(address)
     variables = job_environment(address, on_this_machine(address), wanted.read_here()) | (environment or {})
     with tempfile.TemporaryDirectory(prefix="itm-job-") as folder:
         parcel = wanted.packed(Path(folder), ship, code)
@@ -119,6 +125,35 @@ def submit(
         )
     print(f"job {job} on {address}", flush=True)
     return follow(client, job) if wait else 0
+
+
+def check_versions(address: str) -> None:
+    """Raises ValueError when the cluster runs a Ray or a Python that the job's code does not; prints where they only differ from here.
+
+    A dashboard that does not tell is passed over.
+    """
+    import ray
+
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/v0/cluster_metadata", timeout=5) as answer:
+            said = json.load(answer)["data"]
+        there = {"Ray": str(said["rayVersion"]), "Python": str(said["pythonVersion"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    here = {"Ray": ray.__version__, "Python": platform.python_version()}
+    for name, least in OLDEST.items():
+        if _numbers(there[name]) < least:
+            needed = ".".join(map(str, least))
+            raise ValueError(
+                f"{address} runs {name} {there[name]}, this project needs {needed} or later: start the cluster from an image with "
+                f"{name} {here[name]}, as here"
+            )
+    if others := [f"{name} {there[name]} (here {here[name]})" for name in here if _numbers(there[name])[:2] != _numbers(here[name])[:2]]:
+        print(f"the cluster runs {' and '.join(others)}", flush=True)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def check_secrets(environment: Mapping[str, str], arguments: Iterable[str]) -> None:

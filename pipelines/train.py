@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"best validation rSum {best['metrics']['rsum']:.1f} at step {best['step']}" if best else "no validation split: last weights kept"
     )
+    if done.get("ended"):
+        print(f"ended before its last step: {done['ended']}")
     print(f"matcher: {done['matcher']}")
     print(driver.flow_line(done))
 

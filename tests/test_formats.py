@@ -36,8 +36,8 @@ POINTER = "text-scenes_text-1bca6ec094.json"
 
 
 def newest(path: Path) -> int:
-    """What has a second format: splits, matchers, and all files of a soft-label store."""
-    return 2 if path.name in ("manifest.json", "pack.json", "config.json") or "teachers" in path.parts else 1
+    """What has a second format: splits, matchers, checkpoints of runs with patience, and all files of a soft-label store."""
+    return 2 if path.name in ("manifest.json", "pack.json", "config.json") or {"teachers", "checkpoints"} & set(path.parts) else 1
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ class Fetch:
         begins = dict(many(lambda shard: (shard, self._shard(shard).begins), dict.fromkeys(shard for shard, _ in pairs)))
         numbers = [bisect_right(begins[shard], row) - 1 for shard, row in pairs]
         wanted = dict.fromkeys((shard, number) for (shard, _), number in zip(pairs, numbers, strict=True))
-        samples = dict(zip(wanted, many(lambda at: self._sample(*at, epoch), wanted), strict=True))
+        samples = dict(zip(wanted, many(lambda key: self._sample(key[0], key[1], epoch), wanted), strict=True))
         at = zip(pairs, numbers, strict=True)
         made = (self._pair(samples[shard, number], shard, row, row - begins[shard][number]) for (shard, row), number in at)
         return _columns([{"problem": pair.row()} if isinstance(pair, Problem) else pair for pair in made], work)

@@ -6,6 +6,7 @@ An S3 store other than Amazon's is named by AWS_ENDPOINT_URL, its keys by the us
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -22,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from itm.data.patience import Refused, StoreGone
 from itm.data.remote import Remote, RemoteFile, open_remote
 
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
@@ -172,6 +174,15 @@ def is_folder(uri: str | Path) -> bool:
     return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
 
 
+def check_store(uri: str | Path) -> None:
+    """Raises ValueError when a URI names a bucket that is not there: a listing of it is as empty as that of a missing folder."""
+    filesystem, path = resolve(uri)
+    bucket = path.partition("/")[0]
+    if isinstance(filesystem, Remote) and filesystem.type_name == "s3" and filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+        place = os.environ.get("AWS_ENDPOINT_URL") or "Amazon S3"
+        raise ValueError(f"{uri}: there is no bucket {bucket!r} at {place}: mend the name, or AWS_ENDPOINT_URL, or make the bucket")
+
+
 def list_folders(uri: str | Path) -> list[str]:
     """URIs of the folders right inside a folder, sorted."""
     filesystem, path = resolve(uri)
@@ -275,7 +286,7 @@ def remove_abandoned(folder: str | Path) -> list[str]:
     halves = [(i, m) for i in found if (m := _WRITER.search(i.base_name))]
     if not halves:
         return []
-    now = _clock_of(folder)
+    now = clock_of(folder)
     dead = [i for i, m in halves if not _alive(m["host"], int(m["pid"]), now - _time(i))]
     for info in dead:
         with contextlib.suppress(FileNotFoundError):
@@ -295,7 +306,7 @@ def _alive(host: str, pid: int, silent: float) -> bool:
     return True
 
 
-def _clock_of(folder: str | Path) -> float:
+def clock_of(folder: str | Path) -> float:
     """The time that a file written now is stamped with: machines that share a store may disagree on the time."""
     probe = join(folder, temporary("clock"))
     write_atomic(probe, b"")
@@ -306,6 +317,18 @@ def _clock_of(folder: str | Path) -> float:
 
 def _time(info: fs.FileInfo) -> float:
     return float(info.mtime_ns or 0) / 1e9
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A lock on a local folder itself, so that no lock file stays behind. Some network file systems lock no folders: there nobody waits."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_atomic(uri: str | Path, data: bytes) -> None:
@@ -330,9 +353,13 @@ def check_writable(uri: str | Path) -> None:
     """Raise ValueError now, not after an hour of work, when nothing can be written below `uri`. What dead writers left there goes."""
     probe = join(uri, temporary("write-check"))
     try:
+        if is_remote(uri):
+            sizes(probe)  # a question is sooner answered than an upload, and refused with a reason, which `exists` is not
         remove_abandoned(uri)
         write_atomic(probe, b"")
         delete(probe)
+    except (StoreGone, Refused) as error:
+        raise ValueError(f"cannot write below {uri}: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot write below {uri}: {error}; choose another folder or mend its permissions") from None
 

@@ -155,6 +155,7 @@ def list_shards(split_uri: str) -> list[str]:
     if files.exists(promised) and len(tars) != (count := _count(promised)):
         raise ValueError(f"{split_uri} holds {len(tars)} tars but its nshards.txt says {count}; copy the missing ones")
     if not tars:
+        files.check_store(split_uri)
         raise ValueError(f"no {NAME} and no .tar in {split_uri}; run `itm pack`, or point data.root at the folder above the splits")
     return tars
 

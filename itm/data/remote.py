@@ -34,7 +34,7 @@ def store_of(uri: str) -> str:
 
 def _found(uri: str) -> tuple[fs.FileSystem, str]:
     if _plain_s3(uri):
-        return _s3(*_place(uri), _TRIES), uri.removeprefix("s3://").rstrip("/")
+        return _s3(*place_of(uri), _TRIES, _keys()), uri.removeprefix("s3://").rstrip("/")
     try:
         return fs.FileSystem.from_uri(uri)
     except pa.ArrowInvalid:
@@ -52,14 +52,19 @@ def _plain_s3(uri: str) -> bool:
     return uri.startswith("s3://") and "?" not in uri and "@" not in uri
 
 
-def _place(uri: str) -> tuple[str, str | None]:
+def place_of(uri: str) -> tuple[str, str | None]:
     """(bucket, endpoint of another store than Amazon's)."""
     return uri.split("/")[2], os.environ.get("AWS_ENDPOINT_URL")
 
 
+def _keys() -> int:
+    """Tells credentials that were renewed from those before."""
+    return hash(tuple(os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")))
+
+
 @lru_cache(maxsize=16)
-def _s3(bucket: str, endpoint: str | None, attempts: int) -> fs.S3FileSystem:
-    """One client a bucket and use: each holds its own connections."""
+def _s3(bucket: str, endpoint: str | None, attempts: int, keys: int) -> fs.S3FileSystem:
+    """One client a bucket and use: each holds its own connections, and the credentials of the environment when it was made."""
     given: dict[str, Any] = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=attempts), "connect_timeout": _CONNECT}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:
@@ -83,7 +88,7 @@ class Remote:
         whole, inside = uri.rstrip("/"), path.rstrip("/")
         self._prefix = whole.removesuffix(inside) if whole.endswith(inside) else f"{uri.partition('://')[0]}://"
         self.store = store_of(uri)
-        self._uploads = _s3(*_place(uri), _UPLOADS) if _plain_s3(uri) else filesystem
+        self._uploads = _s3(*place_of(uri), _UPLOADS, _keys()) if _plain_s3(uri) else filesystem
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and bool(self.filesystem == other.filesystem)
@@ -95,8 +100,33 @@ class Remote:
         return asked(ask, self._prefix + path, self.store)
 
     def get_file_info(self, what: str | fs.FileSelector) -> Any:
-        path = what if isinstance(what, str) else what.base_dir
-        return self._asked(lambda: self.filesystem.get_file_info(what), path)
+        if not isinstance(what, str):
+            return self._asked(lambda: self.filesystem.get_file_info(what), what.base_dir)
+
+        def ask() -> fs.FileInfo:
+            info = self.filesystem.get_file_info(what)
+            if info.type == fs.FileType.File and not info.size:
+                self._check_empty(what)
+            return info
+
+        return self._asked(ask, what)
+
+    def _open(self, path: str) -> pa.NativeFile:
+        file = self.filesystem.open_input_file(path)
+        if not file.size():
+            self._check_empty(path)
+        return file
+
+    def _check_empty(self, path: str) -> None:
+        """An answer that breaks off in its header, before it tells the size, is taken for that of an empty object. A list tells the truth.
+
+        Raises ConnectionError where it has another size.
+        """
+        if self.type_name != "s3":
+            return
+        beside = self.filesystem.get_file_info(fs.FileSelector(path.rpartition("/")[0], allow_not_found=True))
+        if size := next((info.size for info in beside if info.path == path), 0):
+            raise ConnectionError(f"the answer broke off: a size of 0 of {size:,} bytes")
 
     def open_input_file(self, path: str) -> RemoteFile:
         return RemoteFile(self, path)
@@ -151,7 +181,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, remote: Remote, path: str) -> None:
         super().__init__()
         self._remote, self._path, self._position = remote, path, 0
-        self._file: pa.NativeFile = remote._asked(lambda: remote.filesystem.open_input_file(path), path)
+        self._file: pa.NativeFile = remote._asked(lambda: remote._open(path), path)
         self._size = int(remote._asked(self._file.size, path))
 
     def size(self) -> int:

@@ -15,10 +15,12 @@ from itm.evaluation.dataset import encode_texts
 from itm.evaluation.scoring import encode_rows, score_matrix, scoring_mode
 from itm.evaluation.uni_modal import likeness
 from itm.precision import computing
-from itm.retrieval.index import Find
 from itm.retrieval.questions import Question
+from itm.retrieval.sides import Find, Side
 from itm.types import Encoded, Matcher
 
+BACKGROUND = 256
+"""Rows, evenly spread, whose scores say what is a usual score for a question."""
 Scorer = Callable[[Encoded], Tensor]
 """Rows of a side (B) -> scores (Q,B) float32 of some questions."""
 
@@ -35,6 +37,11 @@ class Asked:
         self.image_rows = [images.index(q.image) if q.image is not None else -1 for q in questions]
         self.texts = encode_texts(matcher, texts, device=device) if texts else Encoded()
         self.images = _encoded(matcher, images, device) if images else Encoded()
+
+    def vectors(self, numbers: Sequence[int]) -> Tensor | None:
+        """(Q,D) of the texts of some questions, or of their images where they have no text."""
+        rows, encoded = (self.text_rows, self.texts) if self.text_rows[numbers[0]] >= 0 else (self.image_rows, self.images)
+        return None if encoded.vector is None else encoded.vector[torch.tensor([rows[number] for number in numbers])]
 
     def scorers(self, numbers: Sequence[int], find: Find, exact: bool = True) -> list[Scorer]:
         """Of the texts and of the images of some questions, which have the same of the two.
@@ -68,6 +75,26 @@ class Asked:
             return scores.T if find == "images" else scores
 
         return score
+
+
+def combined(scorers: Sequence[Scorer], side: Side, rows: Tensor | None) -> Scorer:
+    """One score of a text's and an image's: their sum, each standardised over `background` rows."""
+    if len(scorers) == 1:
+        return scorers[0]
+    usual = [scorer(background(side, rows)) for scorer in scorers]
+    scales = [(scores.mean(1, keepdim=True), scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)) for scores in usual]
+
+    def score(block: Encoded) -> Tensor:
+        return torch.stack([(own(block) - mean) / spread for own, (mean, spread) in zip(scorers, scales, strict=True)]).sum(0)
+
+    return score
+
+
+def background(side: Side, rows: Tensor | None) -> Encoded:
+    """`BACKGROUND` rows, evenly spread over all of a side, or over the given ones (N,)."""
+    count = len(side) if rows is None else len(rows)
+    spread = torch.linspace(0, count - 1, min(BACKGROUND, count)).round().long()
+    return side.read(spread if rows is None else rows[spread])
 
 
 def _within(asked: Encoded, find: Find) -> Scorer:

@@ -9,7 +9,7 @@ each standardised over the same evenly spread rows of the index, since a matcher
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypedDict, Unpack
 
 import torch
@@ -21,16 +21,16 @@ from itm.device import resolve_device
 from itm.evaluation.scoring import scoring_mode
 from itm.precision import computing
 from itm.retrieval.answers import answered
-from itm.retrieval.asking import Asked, Scorer
+from itm.retrieval.asking import Asked, Scorer, background, combined
 from itm.retrieval.explaining import explained
-from itm.retrieval.index import Find, Index, Side
+from itm.retrieval.first_stage import FirstStage
+from itm.retrieval.index import Index
 from itm.retrieval.questions import Explanation, Hit, Hits, Question
 from itm.retrieval.scan import PART_ROWS, VECTOR_ROWS, best
-from itm.types import Encoded, Matcher
+from itm.retrieval.sides import Find, Side
+from itm.types import Matcher
 
 __all__ = ["Calibration", "Engine", "Explanation", "Find", "Hit", "Hits", "Place", "Question", "search"]
-BACKGROUND = 256
-"""Rows of an index, evenly spread, whose scores say what is a usual score for a question."""
 
 
 class Calibration(Protocol):
@@ -46,14 +46,16 @@ class Engine:
     def __init__(
         self, matcher: Matcher, index: Index, device: str = "auto", rerank: int | None = None, calibration: Calibration | None = None
     ) -> None:
-        """rerank: the candidates of the first stage, by vectors, that the matcher scores; None = it scores every row.
+        """rerank: the candidates of the first stage that the matcher scores; None = as many as `itm index --screen` chose, else every row.
 
-        Raises ValueError for rerank < 1 and a device that is not there.
+        Raises ValueError for rerank < 1, a device that is not there, and as `FirstStage`.
         """
         if rerank is not None and rerank < 1:
             raise ValueError(f"rerank is {rerank}; keep at least one candidate")
         self.device = resolve_device(device)
-        self.matcher, self.index, self.rerank, self.calibration = matcher.eval().to(self.device), index, rerank, calibration
+        self.matcher, self.index, self.calibration = matcher.eval().to(self.device), index, calibration
+        self.first = FirstStage(index, self.device)
+        self.rerank = self.first.keep if rerank is None else rerank
 
     def answer(self, questions: Sequence[Question]) -> list[Hits]:
         """The best answers to each question, in the order of the questions.
@@ -68,6 +70,8 @@ class Engine:
                 raise ValueError(f"the images of {self.index.place} have no captions, so none can be found for {what}: ask for images")
             if question.min_score is not None and self.calibration is None:
                 raise ValueError("min_score needs calibrated scores, and this engine has no calibration")
+            if question.min_score is not None and not question.crosses:
+                raise ValueError("min_score is known across modalities only: ask for images by a text alone, or for captions by an image")
         asked = Asked(self.matcher, questions, self.device)
         groups: dict[object, list[int]] = {}
         for number, q in enumerate(questions):
@@ -95,71 +99,68 @@ class Engine:
         side, rows = self._side(find), self.index.rows(find, questions[0].where)
         if rows is not None and not len(rows):
             return [self._hits(q, torch.empty(0, dtype=torch.int64), torch.empty(0), None) for q in questions]
-        wanted = max(q.k + q.offset for q in questions)
-        exact = self._combined(asked.scorers(numbers, find), find)
-        usual = exact(self._background(find)) if self.calibration else None
-        if self.rerank is None:
+        exact = self._exact(asked, numbers, find)
+        usual = exact(background(side, self.index.rows(find))) if self.calibration and questions[0].crosses else None
+        if self.rerank is None and not self.first.quickly(questions[0]):
             pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
-            values, places = best(lambda block: exact(side.read(block)), len(side), rows, wanted, pieces)
+            found = list(zip(*best(lambda block: exact(side.read(block)), len(side), rows, _wanted(questions), pieces), strict=True))
         else:
-            values, places = self._screened(asked, numbers, find, rows, wanted)
+            found = self._screened(asked, numbers, questions, rows)
         return [
-            self._hits(q, places[n, : q.k + q.offset], values[n, : q.k + q.offset], None if usual is None else usual[n])
-            for n, q in enumerate(questions)
+            self._hits(q, places, values, None if usual is None else usual[n])
+            for n, (q, (values, places)) in enumerate(zip(questions, found, strict=True))
         ]
 
-    def _screened(self, asked: Asked, numbers: list[int], find: Find, rows: Tensor | None, wanted: int) -> tuple[Tensor, Tensor]:
-        """The best of what a first stage proposes to each question, scored exactly."""
+    def _screened(self, asked: Asked, numbers: list[int], questions: list[Question], rows: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """The best of what a first stage proposes to each question, scored exactly: scores and rows."""
+        find, wanted = questions[0].find, _wanted(questions)
         side, keep = self._side(find), max(self.rerank or 0, wanted)
-        cheap = self._combined(asked.scorers(numbers, find, exact=False), find)
-        _, proposed = best(lambda block: cheap(side.read(block, ("vector", "uni"))), len(side), rows, keep)
-        values, places = [], []
-        for number, candidates in zip(numbers, proposed.sort(dim=1).values, strict=True):
-            exact = self._combined(asked.scorers([number], find), find)
-            found = best(lambda block, exact=exact: exact(side.read(block)), len(side), candidates, wanted, PART_ROWS)  # type: ignore[misc]
-            values.append(found[0])
-            places.append(found[1])
-        return torch.cat(values), torch.cat(places)
+        found = []
+        proposed = self.first.propose(asked, numbers, questions, rows, keep)
+        for number, candidates in zip(numbers, proposed, strict=True):
+            exact = self._exact(asked, [number], find)
+            values, places = best(lambda block, exact=exact: exact(side.read(block)), len(side), candidates, wanted, PART_ROWS)  # type: ignore[misc]
+            found.append((values[0], places[0]) if len(candidates) else (torch.empty(0), candidates))
+        return found
 
-    def _combined(self, scorers: Sequence[Scorer], find: Find) -> Scorer:
-        """One score of the text's and the image's."""
-        if len(scorers) == 1:
-            return scorers[0]
-        background = self._background(find)
-        usual = [scorer(background) for scorer in scorers]
-        scales = [(scores.mean(1, keepdim=True), scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)) for scores in usual]
-        return lambda rows: torch.stack([(s(rows) - mean) / spread for s, (mean, spread) in zip(scorers, scales, strict=True)]).sum(0)
-
-    def _background(self, find: Find) -> Encoded:
-        side, rows = self._side(find), self.index.rows(find)
-        count = len(side) if rows is None else len(rows)
-        spread = torch.linspace(0, count - 1, min(BACKGROUND, count)).round().long()
-        return side.read(spread if rows is None else rows[spread])
+    def _exact(self, asked: Asked, numbers: Sequence[int], find: Find) -> Scorer:
+        return combined(asked.scorers(numbers, find), self._side(find), self.index.rows(find))
 
     def _side(self, find: Find) -> Side:
         return self.index.images if find == "images" else self.index.captions
 
     def _hits(self, q: Question, rows: Tensor, scores: Tensor, usual: Tensor | None) -> Hits:
-        """usual: the background's scores (B,) of this question, where the engine is calibrated."""
+        """rows and scores: the best, maybe more than are wanted; usual: the background's scores (B,) of this question, where calibrated."""
         likely = None if self.calibration is None or usual is None else self.calibration(scores, usual, q.find)
         return answered(self.index, q, rows, scores, likely)
+
+
+def _wanted(questions: Sequence[Question]) -> int:
+    """Answers to find: one more than the first at least, since how far an answer leads is seen at the next one."""
+    return max(2, *(q.k + q.offset for q in questions))
 
 
 # --- one question, as `itm search` asks it ----------------------------------------------------------------------------------------------
 
 
 class Place(TypedDict, total=False):
-    """index: where encoded splits are kept (default <shards>/index); device: auto (default), cpu, cuda, ... (`resolve_device`)."""
+    """Where and how to search.
+
+    index: what `itm index` wrote, or where encoded splits are kept (default <shards>/index); device: auto (default), cpu, cuda, ...
+    (`resolve_device`); where: filters; rerank: candidates that a first stage proposes, None = as the index says, else all.
+    """
 
     index: str | None
     device: str
+    where: Mapping[str, Sequence[str]]
+    rerank: int | None
 
 
 def search(
     text: str | None = None,
     *,
     model: str | Matcher,
-    shards: str,
+    shards: str | None = None,
     image: str | None = None,
     k: int = 5,
     find: Find | None = None,
@@ -173,11 +174,23 @@ def search(
     without any, or a matcher without vectors asked within a modality.
     """
     find = find or ("captions" if text is None else "images")
-    asked = Question(text, None if image is None else files.read_bytes(image), find, k)
+    asked = Question(text, None if image is None else files.read_bytes(image), find, k, where=place.get("where") or {})
     asked.check()
     where = resolve_device(place.get("device", "auto"))
     matcher = itm.load_matcher(model) if isinstance(model, str) else model
     uni = (find == "captions") == (text is not None)
-    index = Index.of_shards(matcher, shards, place.get("index"), where, uni)
-    (found,) = Engine(matcher, index, str(where)).answer([asked])
+    index = _index(matcher, shards, place.get("index"), where, uni)
+    (found,) = Engine(matcher, index, str(where), place.get("rerank")).answer([asked])
     return Hits(text if text is not None else str(image), found.searched, found.hits)
+
+
+def _index(matcher: Matcher, shards: str | None, index: str | None, device: torch.device, uni: bool) -> Index:
+    """A finished index where one is named, or lies in its usual place and is of this matcher; else the split, encoded and kept."""
+    if shards is None:
+        if index is None:
+            raise ValueError("say what to search: --shards FOLDER, or --index FOLDER that `itm index` wrote")
+        return Index.open(index, matcher)
+    place = index or files.join(shards, "index")
+    if Index.made(place, matcher):
+        return Index.open(place, matcher)
+    return Index.of_shards(matcher, shards, place, device, uni)

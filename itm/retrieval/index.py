@@ -6,58 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from itm.data import files
+from itm.data.formats import Json
 from itm.data.manifest import full_key
 from itm.data.shards import Sample, index_shard, read_manifest, read_range
 from itm.evaluation.dataset import EncodedSplit, Names
 from itm.retrieval.filters import chosen
-from itm.retrieval.kept import FIELDS, load_split, matcher_identity
-from itm.types import Encoded, Matcher
-
-Find = Literal["images", "captions"]
-
-
-class Side(Protocol):
-    """The encoded images, or the encoded captions, of an index."""
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """Which of vector, parts, mask and uni its rows have."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS) -> Encoded:
-        """The rows of a slice with both ends, or of an index tensor (N,) int64: float32, on the CPU. only: the fields that are wanted."""
-
-
-class Held:
-    """A side that lies in memory."""
-
-    def __init__(self, encoded: Encoded) -> None:
-        self.encoded = encoded
-        self.fields = frozenset(encoded.present())
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS) -> Encoded:
-        return self.encoded[rows]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What an index was made from. matcher: 12 hex digits of weights and preparation; data: fingerprint of each split, by its URI."""
-
-    matcher: str
-    data: Mapping[str, str]
+from itm.retrieval.kept import load_split, matcher_identity
+from itm.retrieval.loading import load
+from itm.retrieval.sides import Find, Held, Identity, Side
+from itm.retrieval.store import NAME, read_catalogue
+from itm.types import Matcher
 
 
 class Index:
@@ -71,6 +37,11 @@ class Index:
         self.images, self.captions = sides
         self.live = live
         """(I,) bool, False for images that are gone or shown by an earlier row; None where all can be found."""
+        self.settings: Json = {}
+        self.uri = ""
+        """Of an index that was opened."""
+        self.image_numbers: Tensor | None = None
+        """(I,) int64 of an index that was opened: equal for rows that show one image."""
 
     @classmethod
     def of_split(cls, split: EncodedSplit, identity: Identity) -> Index:
@@ -92,13 +63,21 @@ class Index:
         split = load_split(matcher, shards, index or files.join(shards, "index"), device, uni)
         return cls.of_split(split, Identity(matcher_identity(matcher), {shards: read_manifest(shards).fingerprint()}))
 
+    @staticmethod
+    def made(uri: str, matcher: Matcher) -> bool:
+        """Whether a finished index of this matcher lies at `uri`. Raises NewerFormat; ValueError for a damaged one."""
+        return files.exists(files.join(uri, NAME)) and read_catalogue(uri).choices.matcher == matcher_identity(matcher)
+
     @classmethod
     def open(cls, uri: str, matcher: Matcher | None = None) -> Index:
         """What `itm index` wrote to `uri`, local files memory-mapped.
 
         Raises ValueError, naming both, for an index of another matcher, or of shards that have changed; and for a half-built one.
         """
-        raise ValueError(f"no finished index at {uri} (index.json is missing): run `itm index`")
+        found = load(uri, matcher)
+        index = cls(found.identity, found.names, found.sides, found.columns, None if bool(found.live.all()) else found.live)
+        index.settings, index.image_numbers, index.uri = found.settings, found.image_numbers, uri
+        return index
 
     def __len__(self) -> int:
         """Images that can be found."""
@@ -132,6 +111,12 @@ class Index:
         order, starts = self._by_image
         return order[starts[image] : starts[image + 1]].tolist()
 
+    @property
+    def caption_count(self) -> int:
+        """Captions that can be found."""
+        rows = self.rows("captions")
+        return len(self.captions) if rows is None else len(rows)
+
     def row_of(self, key: str) -> int:
         """The row of an image. Raises ValueError for a key that is not there."""
         try:
@@ -140,18 +125,14 @@ class Index:
             first = next(iter(self._by_key), None)
             raise ValueError(f"the index holds no image {key!r}; keys look like {first!r}") from None
 
-    def caption_row(self, caption_id: str) -> int:
-        """The row of a caption. Raises ValueError for an id that is not there."""
-        try:
-            return self._by_caption[caption_id]
-        except KeyError:
-            first = next(iter(self._by_caption), None)
-            raise ValueError(f"the index holds no caption {caption_id!r}; ids look like {first!r}") from None
-
     def sample(self, key: str) -> Sample:
         """An image with its files, read from its shard. Raises ValueError for a key that is not there, or a shard that has changed."""
         shard = self.names.image_shards[self.row_of(key)]
-        entry = next((entry for entry in index_shard(shard) if key in (entry.key, full_key(shard, entry.key))), None)
+        if not files.exists(shard):
+            raise ValueError(f"{shard}, which holds image {key!r}, is not there: put the shards back, or run `itm index` where they are")
+        split = files.name_of(shard.rpartition("/")[0])
+        entries = ((entry, full_key(shard, entry.key)) for entry in index_shard(shard))
+        entry = next((entry for entry, full in entries if key in (entry.key, full, f"{split}/{full}")), None)
         if entry is None:
             raise ValueError(f"{shard} holds no sample {key!r} any more: run `itm index` again")
         return read_range(shard, entry.start, entry.end)
@@ -159,10 +140,6 @@ class Index:
     @cached_property
     def _by_key(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.names.image_keys)}
-
-    @cached_property
-    def _by_caption(self) -> dict[str, int]:
-        return {name: row for row, name in enumerate(self.names.caption_ids)}
 
     @cached_property
     def _by_image(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,10 @@ from itm.data.shards import read_manifest
 from itm.evaluation.dataset import EncodedSplit, Names, encode_split
 from itm.matchers.mean import beside
 from itm.matchers.weights import weights_hash
+from itm.retrieval.sides import FIELDS
 from itm.types import Encoded
 
 FORMAT = 1
-FIELDS = ("vector", "parts", "mask", "uni")
 
 
 def load_split(matcher: Any, shards: str, index: str, device: str | torch.device = "cpu", uni: bool = False) -> EncodedSplit:
@@ -36,12 +37,25 @@ def load_split(matcher: Any, shards: str, index: str, device: str | torch.device
         kept = _read_index(uri, shards)
         if not (uni and matcher.uni_width) or kept.images.uni is not None:
             return kept
-    files.check_writable(index)
+    kept_there = _is_writable(index)
     split = encode_split(matcher, shards, device=device, bare=True)
     for problem in split.problems:
         print(f"not searchable: {problem.key} in {problem.shard} ({problem.stage}: {problem.reason})")
-    _write_index(uri, split)
+    if kept_there:
+        _write_index(uri, split)
     return split
+
+
+def _is_writable(index: str) -> bool:
+    """Warns where not: what is encoded is of use without being kept."""
+    try:
+        files.check_writable(index)
+    except ValueError as error:
+        warnings.warn(
+            f"{error}. The encoded split is not kept, and made again by the next search; --index names a folder for it", stacklevel=3
+        )
+        return False
+    return True
 
 
 def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:
@@ -56,7 +70,9 @@ def _joined(splits: Sequence[EncodedSplit], shards: str) -> EncodedSplit:
 
 
 def matcher_identity(matcher: Any) -> str:
-    """12 hex digits of what decides the encoding: weights, architecture and preparation."""
+    """12 hex digits of what decides the encoding: weights, architecture and preparation; of a mean, those of its members."""
+    if len(matcher.averaged) > 1:
+        return hashlib.sha256("+".join(map(matcher_identity, matcher.averaged)).encode()).hexdigest()[:12]
     tokenizer = matcher.inputs.tokenizer
     choices = (weights_hash(matcher), matcher.inputs.image, tokenizer.vocab_size, tokenizer.max_length, tokenizer.clean)
     return hashlib.sha256(repr(choices).encode()).hexdigest()[:12]

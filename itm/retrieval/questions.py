@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from itm.data import files
-from itm.retrieval.index import Find
+from itm.retrieval.sides import Find
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Question:
     offset: int = 0
     where: Mapping[str, Sequence[str]] = field(default_factory=dict)
     min_score: float | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether a text alone asks for images, or an image alone for captions: what a probability of a true match is known for."""
+        return (self.text is None, self.image is None) == ((False, True) if self.find == "images" else (True, False))
 
     def check(self) -> None:
         """Raises ValueError for what cannot be answered."""

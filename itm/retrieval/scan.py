@@ -30,14 +30,26 @@ def best(score: Scorer, count: int, rows: Tensor | None, k: int, size: int = VEC
     values, found = torch.empty(0), torch.empty(0, dtype=torch.int64)
     for block in blocks(count, rows, size):
         scores = score(block)
-        first, own = top(scores, k)
-        own = own + block.start if isinstance(block, slice) else block[own]
-        if len(values):
-            together = torch.cat([values, first], 1)
-            first, order = together.sort(dim=1, descending=True, stable=True)
-            own = torch.cat([found, own], 1).gather(1, order)
-        values, found = first[:, :k], own[:, :k]
+        if values.shape[-1] < k or not len(values):
+            values, found = _joined((values, found), _top(scores, block, k), k)
+            continue
+        better = (scores.amax(1) > values[:, -1]).nonzero()[:, 0]  # of few questions, once some blocks have been seen
+        if len(better):
+            values[better], found[better] = _joined((values[better], found[better]), _top(scores[better], block, k), k)
     return values, found
+
+
+def _top(scores: Tensor, block: slice | Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, own = top(scores, k)
+    return values, own + block.start if isinstance(block, slice) else block[own]
+
+
+def _joined(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of both; of equal scores those of the first."""
+    if not len(first[0]):
+        return second
+    values, order = torch.cat([first[0], second[0]], 1).sort(dim=1, descending=True, stable=True)
+    return values[:, :k].contiguous(), torch.cat([first[1], second[1]], 1).gather(1, order)[:, :k].contiguous()
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ URIs, in which more is quoted. Gluing strings would write beside the project.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import socket
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from itm.data import files
+from itm.data import files, patience
 
 SQLITE = "sqlite:///"
 DEFAULT = "mlflow.db"
@@ -98,7 +97,7 @@ def opening(uri: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     twin = Path(uri.removeprefix(SQLITE)).parent
     made = [folder for folder in (twin, *twin.parents) if not folder.exists()]
-    with _alone(path.parent):
+    with files.alone(path.parent):
         try:
             yield
         finally:
@@ -107,35 +106,59 @@ def opening(uri: str) -> Iterator[None]:
                     folder.rmdir()
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """A lock on the folder itself, so that no lock file stays behind. Some network file systems lock no folders: there nobody waits."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def check_alive(uri: str | None = None) -> None:
-    """Raises DeadTracking, within 10 seconds, when the server at `uri` (default `tracking_uri()`) does not answer. Files need no server."""
+    """Raises DeadTracking when the server at `uri` (default `tracking_uri()`) does not answer. Files need no server.
+
+    A server that has answered this process is asked for as long as a store (`itm.data.patience`); another within 10 seconds, or for as
+    long as `itm <stage> --wait-for` says.
+    """
     uri = uri or tracking_uri()
-    place = urlsplit(uri)
-    if place.scheme.startswith(("sqlite", "databricks", "file")) or not place.hostname or _answered.get(uri, -1e9) > _now() - _STILL_ALIVE:
+    if not _served(uri) or _answered.get(uri, -1e9) > _now() - _STILL_ALIVE:
         return
+    seconds = patience.budget() if uri in _answered else patience.first_limit()
+    begun, pause = _now(), 0.1
+    while (error := _silence(uri)) is not None:
+        if _now() - begun >= seconds:
+            raise DeadTracking(
+                f"no answer from the tracking server at {shown(uri)} ({_reason(error)}): "
+                + (
+                    f"it was asked for {_now() - begun:.0f} s. What was finished is kept: run the stage again when it is back, it resumes"
+                    if uri in _answered
+                    else "start it, or set MLFLOW_TRACKING_URI to one that runs (--wait-for 120 waits two minutes for it); where it is "
+                    f"unset, runs go to the file {DEFAULT} of the working directory"
+                )
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+    answered(uri)
+
+
+def answered(uri: str) -> None:
+    """The server at `uri` has answered, this process or the one that started it: it is waited for when it goes away."""
+    _answered[uri] = _now()
+
+
+def is_alive(uri: str) -> bool:
+    """Whether it answers now; it is asked once."""
+    return not _served(uri) or _silence(uri) is None
+
+
+def _served(uri: str) -> bool:
+    place = urlsplit(uri)
+    return not place.scheme.startswith(("sqlite", "databricks", "file")) and bool(place.hostname)
+
+
+def _silence(uri: str) -> OSError | None:
+    """Why the server gives no answer; None when it does."""
+    place = urlsplit(uri)
     try:
         if place.scheme in ("http", "https"):
             _ask(re.sub(r"//[^/@]*@", "//", uri).rstrip("/") + "/health")
         else:
-            socket.create_connection((place.hostname, place.port or _port(place.scheme)), SECONDS).close()
+            socket.create_connection((place.hostname or "", place.port or _port(place.scheme)), SECONDS).close()
     except OSError as error:
-        raise DeadTracking(
-            f"no answer from the tracking server at {shown(uri)} ({_reason(error)}): start it, or set MLFLOW_TRACKING_URI to one that "
-            f"runs; where it is unset, runs go to the file {DEFAULT} of the working directory"
-        ) from None
-    _answered[uri] = _now()
+        return error
+    return None
 
 
 def _ask(url: str) -> None:

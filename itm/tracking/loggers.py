@@ -33,7 +33,9 @@ class Console(Logger):
         print(f"{self.name} step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()), flush=True)
 
 
-LOGGERS: Kinds[Logger] = Kinds("itm.tracking.loggers:Logger", {"console": "itm.tracking.loggers:Console"})
+LOGGERS: Kinds[Logger] = Kinds(
+    "itm.tracking.loggers:Logger", {"console": "itm.tracking.loggers:Console", "tensorboard": "itm.tracking.tensorboard:TensorBoard"}
+)
 
 
 def check_loggers(recipe: Recipe) -> None:

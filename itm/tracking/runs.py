@@ -33,6 +33,7 @@ from itm.tracking import drivers
 from itm.tracking.addresses import folder_uri, opening, shown, sqlite_path, tracking_uri
 from itm.tracking.lineage import LONGEST_PARAM, DatasetRef, git_commit, plain_name, shorten, texts, whole_environment
 from itm.tracking.loggers import Logger
+from itm.tracking.outages import note_waits, told_at_last
 
 _PARAMS_PER_CALL = 100  # MLflow's own limit
 _MOST_PENDING = 512
@@ -68,7 +69,7 @@ class Tracker:
         if owner:
             self._client.set_tag(run_id, drivers.DRIVER, drivers.mark())
             self._client.update_run(run_id, status="RUNNING")  # it may go on after a failure
-        self._pending: deque[Any] = deque()
+        self.pending: deque[Any] = deque()
         self._monitor = _started_monitor(run_id, uri, node) if system_metrics else None
 
     @classmethod
@@ -105,9 +106,9 @@ class Tracker:
         """Queue one value a name for `step`; a failed write is raised by a later call or by `flush`."""
         now = int(time.time() * 1000)
         rows = [Metric(plain_name(name), float(value), now, step) for name, value in values.items()]
-        self._pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
-        while len(self._pending) > _MOST_PENDING:
-            self._pending.popleft().wait()
+        self.pending.append(self._client.log_batch(self.run_id, metrics=rows, synchronous=False))
+        while len(self.pending) > _MOST_PENDING:
+            self.pending.popleft().wait()
         for logger in self._loggers:
             logger.metrics(values, step)
 
@@ -138,8 +139,8 @@ class Tracker:
 
     def flush(self) -> None:
         """Wait until every metric is stored. Raises MlflowException if one could not be."""
-        while self._pending:
-            self._pending.popleft().wait()
+        while self.pending:
+            self.pending.popleft().wait()
 
     def close(self) -> None:
         """Stop the system metrics and flush; the run stays open."""
@@ -155,6 +156,7 @@ class Tracker:
         self.say(status)
         try:
             self.close()
+            note_waits(self)
             self.text("\n".join(self._said) + "\n", f"log/{time.strftime('%Y-%m-%dT%H-%M-%S')}.txt")  # one for each part of a run
         finally:
             self._client.set_terminated(self.run_id, status)
@@ -165,10 +167,17 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._said += traceback.format_exception(kind, error, trace)
+            if not told_at_last(self):
+                return
         if self._owner:
-            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED")
         else:
             self.close()
+
+
+def end_run(run_id: str, uri: str, status: str) -> None:
+    """End a run of another process, which can no longer do it: FINISHED, FAILED or KILLED."""
+    client(uri).set_terminated(run_id, status)
 
 
 def _started_monitor(run_id: str, uri: str, node: str) -> SystemMetricsMonitor:

@@ -28,7 +28,7 @@ from itm.distributed import rank
 from itm.training.step import Step
 from itm.types import Matcher, Options
 
-KEPT, FORMAT = 2, 1
+KEPT, FORMAT = 2, 2  # format 2: with `waiting`, which is written where there is one
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,15 @@ class Best:
 
     step: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What `train.patience` counts: validations since the best value of a metric."""
+
+    metric: str
+    best: float
+    validations: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,13 @@ class State:
     used: int = 0
     rejected: int = 0
     losses: tuple[Options, ...] = ()
+    waiting: Waiting | None = None
 
     def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
+        said = asdict(self)
+        if self.waiting is None:
+            del said["waiting"]
+        return json.dumps({"format": FORMAT if self.waiting else 1, **said}).encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str = "a checkpoint") -> State:
@@ -65,7 +78,8 @@ class State:
         check_format(where, said, FORMAT)
         said.pop("format", None)
         best = Best(**said["best"]) if said["best"] else None
-        return cls(**said | {"position": Position(**said["position"]), "best": best, "losses": tuple(said["losses"])})
+        waiting = Waiting(**said["waiting"]) if said.get("waiting") else None
+        return cls(**said | {"position": Position(**said["position"]), "best": best, "losses": tuple(said["losses"]), "waiting": waiting})
 
 
 def save_checkpoint(root: str, state: State, step: Step) -> None:

@@ -26,7 +26,8 @@ def _never(step: int) -> bool:
 class Hooks:
     """Called with the number of steps done, on every rank, in this order: log (with the mean losses of all ranks), validate, checkpoint.
 
-    The predicates say when; they must agree on all ranks, since each step is a meeting of the ranks.
+    The predicates say when; they must agree on all ranks, since each step is a meeting of the ranks. ends: whether the run ends after this
+    step; asked before the moments of a step, all of which then come, and once more after a validation.
     """
 
     log: Callable[[int, dict[str, float]], None]
@@ -35,10 +36,11 @@ class Hooks:
     logs: Callable[[int], bool] = _never
     validates: Callable[[int], bool] = _never
     checkpoints: Callable[[int], bool] = _never
+    ends: Callable[[int], bool] = _never
 
 
-def train_loop(step: Step, batches: Iterable[Batch], first: int, last: int, hooks: Hooks) -> None:
-    """Optimiser steps [first, last); each takes `train.accumulate` batches.
+def train_loop(step: Step, batches: Iterable[Batch], first: int, last: int, hooks: Hooks) -> int:
+    """Optimiser steps [first, last), fewer where `hooks.ends` says so; each takes `train.accumulate` batches. Returns the steps done.
 
     Raises ValueError when the batches end early, and when a loss is not finite at a logged step (nothing is saved after that).
     """
@@ -49,16 +51,21 @@ def train_loop(step: Step, batches: Iterable[Batch], first: int, last: int, hook
             raise ValueError(f"the data ended at step {number} of {last}")
         losses = step(micro, number)
         done = number + 1
-        if hooks.logs(done) or hooks.validates(done) or hooks.checkpoints(done):
+        ended = hooks.ends(done)
+        if ended or hooks.logs(done) or hooks.validates(done) or hooks.checkpoints(done):
             values = over_ranks(losses)
             if not torch.tensor(list(values.values())).isfinite().all():
                 raise ValueError(f"a loss is not finite at step {done}: {values}; lower train.lr or set train.clip_norm")
-            if hooks.logs(done):
+            if ended or hooks.logs(done):
                 hooks.log(done, values)
-        if hooks.validates(done):
+        if ended or hooks.validates(done):
             hooks.validate(done)
-        if hooks.checkpoints(done):
+            ended = ended or hooks.ends(done)
+        if ended or hooks.checkpoints(done):
             hooks.checkpoint(done)
+        if ended:
+            return done
+    return last
 
 
 def over_ranks(losses: dict[str, Tensor]) -> dict[str, float]:

@@ -8,7 +8,7 @@ DEEPEST = 8
 def cause_of(error: Exception) -> Exception:
     """What a task, an actor or a training worker raised for the user, else the error itself.
 
-    Of the workers of a training that failed the first ValueError or OSError counts: the others only lost their peer.
+    Of the workers of a training that failed the first error that says what to mend counts: the others only lost their peer.
     """
     import ray.exceptions
 
@@ -28,12 +28,17 @@ def _inner(error: Exception) -> Exception | None:
     failures = getattr(error, "worker_failures", None)
     if failures:
         causes = [cause_of(failure) for failure in failures.values()]
-        return next((cause for cause in causes if isinstance(cause, ValueError | OSError)), causes[0])
+        return next((cause for cause in causes if isinstance(cause, ValueError | OSError) or of_tracking(cause)), causes[0])
     for name in ("controller_failure", "cause", "_base_exc"):  # the last is Ray Train's, which has no other name for it
         found = getattr(error, name, None)
         if isinstance(found, Exception):
             return found
     return None
+
+
+def of_tracking(error: Exception) -> bool:
+    """Whether it is MLflow's, which is not imported for that."""
+    return type(error).__name__ in ("MlflowException", "RestException") and type(error).__module__.startswith("mlflow")
 
 
 def _last_line(text: str) -> str:

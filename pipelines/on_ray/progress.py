@@ -12,19 +12,19 @@ class Board:
     """Where rank 0 says how far it is."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[int, str]] = []
+        self.said: list[tuple[int, str, dict[str, float] | None]] = []
 
-    def put(self, done: int, words: str) -> None:
-        self.said.append((done, words))
+    def put(self, done: int, words: str, values: dict[str, float] | None = None) -> None:
+        self.said.append((done, words, values))
 
-    def take(self) -> list[tuple[int, str]]:
+    def take(self) -> list[tuple[int, str, dict[str, float] | None]]:
         """What was said since the last call."""
         said, self.said = self.said, []
         return said
 
 
 @contextmanager
-def watched(board: Any, show: Callable[[int, str], None]) -> Iterator[None]:
+def watched(board: Any, show: Callable[[int, str, dict[str, float] | None], None]) -> Iterator[None]:
     """Reads the board twice a second while the driver waits for the workers."""
     import ray
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from itm.data import files
+from itm.data.patience import ASKED
 
 TOKEN = ".itm-reach"
 SECONDS = 120.0  # that a node may take to start the process that looks
@@ -76,6 +77,13 @@ def confirmed(tokens: Tokens, work: Callable[..., Any], *given: Any) -> Any:
     """`work(*given)` on a node that sees what the driver sees."""
     confirm(tokens)
     return work(*given)
+
+
+def counted(tokens: Tokens, work: Callable[..., Any], *given: Any) -> tuple[Any, int, float]:
+    """As `confirmed`; besides, how often a store was asked again in it, and the seconds that passed: the driver adds them up."""
+    again, waited = ASKED.again, ASKED.waited
+    found = confirmed(tokens, work, *given)
+    return found, ASKED.again - again, ASKED.waited - waited
 
 
 def not_shared(key: str, path: str, nodes: str) -> str:

@@ -19,6 +19,7 @@ from itm.data.shards import Sample, read_samples
 from itm.device import resolve_device
 from itm.teachers.identity import Modality, build_teacher, embed_in_batches
 from itm.teachers.stores import stored_identity
+from pipelines.on_ray import meters
 from pipelines.on_ray.reach import Tokens, confirm
 
 MOST_DIFFERENT = 0.5  # share of different captions in a shard up to which equal ones are embedded once
@@ -104,9 +105,12 @@ class Score:
         began = time.time()
         try:
             confirm(self.tokens)
-            return {"rows": self._write(shard), "actor": self.name, "began": began, "ended": time.time()}
+            rows, ended = self._write(shard), time.time()
         except (OSError, ValueError) as error:
             return {"error": str(error)}
+        for name, more in {"rows": rows, "shards": 1, "busy_seconds": ended - began}.items():
+            meters.count(f"itm_teach_{name}", more, self.teacher.modality)
+        return {"rows": rows, "actor": self.name, "began": began, "ended": ended}
 
     def _embed(self, payloads: list[bytes]) -> np.ndarray:
         """(N, D). Where most captions of the shard are repeats, of equal ones one is embedded.

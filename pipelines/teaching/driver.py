@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from itm.config import Part, Recipe
 from itm.data import files, sidecar
 from itm.data.formats import Json
+from itm.data.lease import held
 from itm.data.manifest import check_present
 from itm.data.records import Caption, Problem, check_rows
 from itm.data.shards import Manifest, Sample, ShardInfo, read_manifest
@@ -93,6 +94,12 @@ def _make_store(job: Job) -> str:
             work = partial(_score_once, prepare=teacher.prepare)
         del teacher  # its weights would lie beside those of the actors
     uri = files.join(job.root, sidecar.teacher_id(identity))
+    with held(uri, "teach"):
+        return _completed(job, uri, identity, work)
+
+
+def _completed(job: Job, uri: str, identity: Json, work: Callable[..., Iterator[Written]]) -> str:
+    """The store at `uri`, with the shards that had no valid sidecar yet."""
     with ThreadPoolExecutor(8) as pool:  # headers are small reads, one a shard
         done = list(pool.map(lambda shard: _is_done(uri, shard, identity), job.manifest.shards))
     todo = [s for s, is_done in zip(job.manifest.shards, done, strict=True) if not is_done]

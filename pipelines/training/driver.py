@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,8 +14,10 @@ import yaml
 from itm.config import Recipe
 from itm.data import files
 from itm.data.formats import Json, read_json
+from itm.data.lease import held
 from itm.data.manifest import Manifest
 from itm.data.mix import Mixture, parts_of
+from itm.data.patience import ASKED
 from itm.device import resolve_device
 from itm.environment import environment
 from itm.progress import Progress
@@ -32,16 +34,25 @@ from pipelines.training.startup import StartUp
 from pipelines.training.worker import work
 
 
-def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = None) -> Json:
-    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run."""
+def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = None, tags: Mapping[str, str] | None = None) -> Json:
+    """Run, resume or recognise a run; returns what run.json holds. Raises ValueError, before any work, for what cannot run.
+
+    tags: more of them, for the MLflow run.
+    """
     startup = startup or StartUp()
     startup.reached("imports")
     if recipe.evaluation.ensemble:
         members = ", ".join(recipe.evaluation.ensemble)
         raise ValueError(f"{recipe.name} is an ensemble of {members}: train those, then run `itm evaluate` with this recipe")
-    identity, given = recipe.fingerprint(), recipe
-    recipe = located(recipe)
-    files.check_writable(recipe.folder)
+    folder = located(recipe).folder
+    files.check_writable(folder)
+    with held(folder, "train"):
+        return _train(recipe, overwrite, startup, tags)
+
+
+def _train(given: Recipe, overwrite: bool, startup: StartUp, tags: Mapping[str, str] | None) -> Json:
+    """As `train`, of a folder in which no other driver is at work."""
+    identity, recipe = given.fingerprint(), located(given)
     if overwrite:
         forget(recipe.folder)
     for folder in (recipe.folder, files.join(recipe.folder, "checkpoints")):
@@ -56,7 +67,8 @@ def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = Non
         forget(recipe.folder)  # a start that failed: nothing was learned that another choice could spoil
         longer, started = False, None
     if finished and not longer:
-        print(f"{recipe.folder} is finished (run {finished['run_id']}); more steps go on from there, --overwrite trains it again")
+        ended = f"; it ended because {finished['ended']}" if finished.get("ended") else ""
+        print(f"{recipe.folder} is finished (run {finished['run_id']}){ended}; more steps go on from there, --overwrite trains it again")
         return finished
     check_alive()
     check_gpus(recipe)
@@ -67,7 +79,7 @@ def train(recipe: Recipe, overwrite: bool = False, startup: StartUp | None = Non
         started = _lengthened(job, finished, started, about)
     share = job.course.same_image_share(manifest)
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
-    with tracked(job, about, started) as tracker:
+    with tracked(job, about, started, tags) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         startup.reached("MLflow")
         summary = execute(job, tracker.say, startup)
@@ -150,7 +162,7 @@ def located(recipe: Recipe) -> Recipe:
 
 
 @contextmanager
-def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
+def tracked(job: Job, about: Json, started: Json | None, tags: Mapping[str, str] | None = None) -> Iterator[Tracker]:
     """The MLflow run of this training: a new one, or that of the interrupted run it continues."""
     recipe = job.recipe
     if started and started["tracking_uri"] == tracking_uri():
@@ -170,7 +182,7 @@ def tracked(job: Job, about: Json, started: Json | None) -> Iterator[Tracker]:
         said = {"format": FORMAT, "run_id": tracker.run_id, "tracking_uri": tracker.uri, **about, "recipe": recipe.model_dump(mode="json")}
         files.write_atomic(files.join(recipe.folder, "started.json"), json.dumps(said, indent=1).encode())
     tracker.text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), RECIPE)
-    tracker.tags({DESCRIPTION: about_run(job)})
+    tracker.tags({DESCRIPTION: about_run(job), **(tags or {})})
     with tracker:
         yield tracker
 
@@ -193,12 +205,14 @@ def execute(job: Job, say: Callable[[str], None], startup: StartUp) -> Json:
     train = job.recipe.train
     with Progress(f"train {job.recipe.name}", job.course.steps, "step", every=0) as progress:
 
-        def show(done: int, text: str) -> None:
-            progress.to(done, text)
+        def show(done: int, text: str, values: dict[str, float] | None = None) -> None:
+            progress.to(done, text, values)
             say(f"step {done} of {job.course.steps}, {text}")
 
         if train.workers:
-            return run_group(job, show, startup)
+            summary = run_group(job, show, startup)
+            ASKED.add(summary.get("store_waited_s", 0.0), summary.get("store_asked_again", 0))
+            return summary
         device = resolve_device("cuda") if train.use_gpu else torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:  # torch's threads spin: with the decoding threads they would fight for cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - decoders(job.recipe.data.decode_workers, train.use_gpu)))

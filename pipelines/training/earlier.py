@@ -11,7 +11,7 @@ from itm.data.manifest import Manifest
 from itm.data.mix import Mixture
 from itm.training.checkpoint import latest
 
-LENGTH = ("train.steps", "train.epochs")
+LENGTH = ("train.steps", "train.epochs", "train.patience", "train.max_hours")
 # Read when the training is over: another value is no other training.
 LATER = ("registry.", "evaluation.", "data.test_split", "data.source.", "data.shard_samples", "train.log_every")
 MISSING = "nothing"

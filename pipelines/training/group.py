@@ -25,7 +25,7 @@ from pipelines.training.startup import StartUp
 from pipelines.training.worker import work
 
 
-def run_group(job: Job, show: Callable[[int, str], None], startup: StartUp) -> Json:
+def run_group(job: Job, show: Callable[[int, str, dict[str, float] | None], None], startup: StartUp) -> Json:
     """A Ray Train worker group; it is restarted from the newest checkpoint up to `train.max_failures` times.
 
     With `train.min_workers` the group shrinks when no other node takes the place of a dead one, and grows when there is room again.

@@ -12,6 +12,7 @@ import torch
 from itm.data import files
 from itm.data.formats import Json
 from itm.data.mix import Mixture, parts_of
+from itm.data.patience import ASKED
 from itm.data.preprocess import ImageInput, Inputs
 from itm.distributed import all_reduce_sum, broadcast, rank
 from itm.evaluation.metrics import retrieval_metrics
@@ -19,28 +20,57 @@ from itm.evaluation.over_ranks import encode_over_ranks, score_over_ranks
 from itm.evaluation.relations import MOST_PAIRS, isd_of_split
 from itm.matchers.folder import save_matcher
 from itm.matchers.uni_heads import give_heads
+from itm.progress import span
 from itm.training.checkpoint import Best, best_uri, holds_heads, read_weights, save_checkpoint, write_weights
 from itm.training.compiled import as_written
 from itm.training.optim import scalars
+from pipelines.on_ray import meters
+from pipelines.training.ending import waited_for
 from pipelines.training.rank import Rank
 
 ISD_IMAGES = 16  # for a curve
-Report = Callable[[int, str], None]
-"""(steps done, what else there is to say), called on rank 0 at every logged step."""
+Report = Callable[..., None]
+"""(steps done, what else there is to say, the values logged or nothing), called on rank 0 at every logged step, and for other news."""
 
 
 def log(here: Rank, report: Report, done: int, losses: dict[str, float]) -> None:
     """Losses, learning rate, speed and rejected pairs of all ranks, into the state and the tracker."""
-    rejected = all_reduce_sum(torch.tensor(float(len(here.problems.rows)), device=here.step.device))
+    counts = torch.tensor([float(len(here.problems.rows)), ASKED.again, ASKED.waited], device=here.step.device)
+    rejected, *here.asked = all_reduce_sum(counts).tolist()
     # Pairs of all ranks a second, in this process's share of the run, validation and checkpoints not counted.
     speed = (done - here.first) * here.course.plan.global_batch / max(here.clock.here, 1e-9)
-    rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": float(rejected)}
+    rates = {"lr": here.course.rate(done - 1), "samples_per_s": speed, "rejected": rejected}
     values = losses | rates | dict(scalars(here.step.plain)) | shares(here)
     here.state = replace(here.state, losses=(*here.state.losses, {"step": done, **values}))
     if here.tracker:
         here.tracker.metrics({f"train/{name}": value for name, value in values.items()}, step=done)
         waited = here.waited / max(here.clock.here, 1e-9)
-        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data")
+        tell(here, done, values, waited)
+        left = f", {span(seconds_left(here, done, values))} left" if done < here.course.steps else ""
+        report(done, f"loss {losses['loss']:.4f}, {speed:,.0f} pairs/s, {waited:.0%} waiting for data{left}", values)
+
+
+def seconds_left(here: Rank, done: int, values: dict[str, float]) -> float:
+    """To the last step at the pace of this process so far, validations and checkpoints not counted."""
+    return (here.course.steps - done) * here.course.plan.global_batch / max(values["samples_per_s"], 1e-9)
+
+
+def tell(here: Rank, done: int, values: dict[str, float], waited: float) -> None:
+    """A logged step, to the exporter of this node. waited: share of the time in which there was no batch yet."""
+    run = here.job.recipe.name
+    meters.count("itm_train_pairs", (done - here.told) * here.course.plan.global_batch, run)
+    here.told = done
+    for name, value in {
+        "step": done,
+        "steps": here.course.steps,
+        "loss": values["loss"],
+        "learning_rate": values["lr"],
+        "pairs_per_second": values["samples_per_s"],
+        "waiting_share": waited,
+        "rejected": values["rejected"],
+        "seconds_left": seconds_left(here, done, values),
+    }.items():
+        meters.gauge(f"itm_train_{name}", value, run)
 
 
 def shares(here: Rank) -> dict[str, float]:
@@ -64,11 +94,13 @@ def validate(here: Rank, done: int) -> None:
         if here.tracker is None:
             return
         here.tracker.metrics({f"val/{name}": value for name, value in (metrics | distances_of(here, matcher)).items()}, step=done)
+        meters.gauge("itm_train_rsum", metrics["rsum"], recipe.name)
         if here.state.best is None or metrics["rsum"] > here.state.best.metrics["rsum"]:
             best = Best(done, metrics)
             with method.serving() as kept:
                 write_weights(best_uri(job.checkpoints, best), kept)
             here.state = replace(here.state, best=best)
+        here.state = replace(here.state, waiting=waited_for(here.state.waiting, recipe, metrics))
 
 
 def metrics_of(here: Rank, matcher: Any) -> dict[str, float]:
@@ -121,10 +153,11 @@ def checkpoint(here: Rank, done: int) -> None:
         save_checkpoint(here.job.checkpoints, after, here.step)
 
 
-def finish(here: Rank) -> Json:
+def finish(here: Rank, done: int, ended: str = "") -> Json:
     """Rank 0 writes the matcher folder: the best validated weights, or the last ones without a validation split.
 
-    Returns what rank 0 knows: steps, seconds, samples_per_s, best, same_image_share, rejected, rows_in, rows_out, rows_rejected.
+    done: steps; ended: why the run ends before its last step. Returns what rank 0 knows: steps, seconds, samples_per_s, best,
+    same_image_share, rejected, rows_in, rows_out, rows_rejected, and `ended` where there is something to say.
     """
     method: Any = here.step.gathered(here.step.kept)
     if here.tracker is None:
@@ -141,11 +174,13 @@ def finish(here: Rank) -> Json:
         save_matcher(kept.cpu(), files.join(here.job.folder, "matcher"))
     here.tracker.close()
     return {
-        "steps": here.course.steps,
+        "steps": done,
+        **({"ended": ended} if ended else {}),
         "seconds": round(state.seconds, 2),
         "samples_per_s": round(state.pairs / state.seconds, 2) if state.seconds else 0.0,
         "best": {"step": state.best.step, "metrics": state.best.metrics} if state.best else None,
         "same_image_share": here.same_image[0] / max(1, here.same_image[1]),
+        **({"store_asked_again": int(here.asked[0]), "store_waited_s": round(here.asked[1], 1)} if here.asked[0] else {}),
         **({"mix": _mix(here)} if isinstance(here.job.manifest, Mixture) else {}),
         "rejected": int(state.losses[-1]["rejected"]) if state.losses else 0,
         "rows_in": state.pairs,

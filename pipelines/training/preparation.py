@@ -34,6 +34,7 @@ from itm.training.cached import check_cached
 from itm.training.compiled import check_compiler
 from itm.types import Matcher
 from pipelines.training.course import Course
+from pipelines.training.ending import check_watched
 from pipelines.training.job import START, Job, build_method
 
 
@@ -56,11 +57,13 @@ def prepare(recipe: Recipe, manifest: Manifest | Mixture) -> Job:
             val = files.join(data.root, data.val_split)
             read_manifest(val).check_captioned(val, "validated on")
         except ValueError as error:
-            raise ValueError(f"{error}; or train without validation: data.val_split=") from None
+            raise ValueError(f"{error}; or train without validation: data.val_split=\"''\"") from None
         if "isda" in recipe.evaluation.relations:
             check_annotated(val)
     elif recipe.evaluation.relations:
         raise ValueError("evaluation.relations are measured in validations, and data.val_split is empty: name a split, or leave them out")
+    if train.patience is not None:
+        check_watched(recipe, "train.patience")
     course = Course.of(recipe, manifest)
     for part, held in parts_of(split, manifest):
         check_present(part, held)

@@ -34,7 +34,8 @@ class Rank:
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
     was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
-    and all. given: of a mixture, the pairs that each root has given to this process.
+    and all. told: the steps that the exporter knows of. given: of a mixture, the pairs that each root has given to this process.
+    asked: how often the processes of this run asked a store again, and the seconds that passed, as last logged.
     """
 
     job: Job
@@ -48,7 +49,9 @@ class Rank:
     unsaved: Tensor
     waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
+    told: int = 0
     given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    asked: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     @classmethod
     def restored(cls, job: Job, device: torch.device) -> Rank:
@@ -72,8 +75,9 @@ class Rank:
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
             OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
-            _tracker(job) if rank() == 0 else None,
+            _tracker(job, state) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
+            told=state.position.step,
         )
 
     @property
@@ -82,14 +86,22 @@ class Rank:
         return self.course.plan.start.step
 
 
-def _tracker(job: Job) -> Tracker:
-    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own."""
-    from itm.tracking.loggers import loggers_of  # here: the controller of a group and the other ranks need no MLflow, which takes a second
+def _tracker(job: Job, state: State) -> Tracker:
+    """Of rank 0. The driver records the machine it is on; where GPUs are on others, rank 0 records its own.
+
+    What an earlier process had queued when it ended is logged now, from the state.
+    """
+    from itm.tracking.addresses import answered  # here: the controller of a group and the other ranks need no MLflow, which takes a second
+    from itm.tracking.loggers import loggers_of
+    from itm.tracking.outages import fill
     from itm.tracking.runs import Tracker
 
     train = job.recipe.train
     node = "trainer" if train.use_gpu and train.workers else ""
-    return Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
+    answered(job.tracking_uri)  # the driver has spoken with it
+    tracker = Tracker.resume(job.run_id, job.tracking_uri, node, loggers_of(job.recipe, job.run_id))
+    fill(tracker, state.losses, "train/")
+    return tracker
 
 
 class Stopwatch:

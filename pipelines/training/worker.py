@@ -27,6 +27,7 @@ from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
 from pipelines.on_ray.feeding import Feeders, feeders
 from pipelines.on_ray.stream import MOST_DECODERS, decoders, stream, stream_auto, stream_here, work_of
+from pipelines.training.ending import Ending
 from pipelines.training.job import Job
 from pipelines.training.moments import Report, checkpoint, finish, log, validate
 from pipelines.training.rank import Rank
@@ -66,7 +67,7 @@ def ended_with_its_device(own_process: bool) -> Iterator[None]:
 def _work(job: Job, device: torch.device, report: Report, startup: StartUp) -> Json:
     here = Rank.restored(job, device)
     startup.reached("model")
-    course = here.course
+    course, ending = here.course, Ending(here)
     hooks = Hooks(
         partial(log, here, report),
         partial(validate, here),
@@ -74,9 +75,14 @@ def _work(job: Job, device: torch.device, report: Report, startup: StartUp) -> J
         logs=course.logs,
         validates=course.validates,
         checkpoints=course.checkpoints,
+        ends=ending,
     )
-    train_loop(here.step, batches(here, report, startup), here.first, course.steps, hooks)
-    return finish(here)
+    done = here.first
+    if not ending.before_its_first_step():
+        done = train_loop(here.step, batches(here, report, startup), here.first, course.steps, hooks)
+    if ending.why and here.tracker:
+        report(done, ending.why, {})
+    return finish(here, done, ending.why)
 
 
 def batches(here: Rank, report: Report, startup: StartUp) -> Iterator[Batch]:
@@ -134,10 +140,12 @@ def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
     if data.decode != "auto":
         return stream(pairs, items, data.decode, threads)
     find = partial(_feeders, course.train.use_gpu, data.decode_workers)
-    return stream_auto(pairs, items, threads, find, report if rank() == 0 else _silent)
 
+    def say(step: int, text: str) -> None:
+        if rank() == 0:
+            report(step, text, {})
 
-def _silent(step: int, text: str) -> None: ...
+    return stream_auto(pairs, items, threads, find, say)
 
 
 def _feeders(gpu: bool, wanted: int | None) -> Feeders:

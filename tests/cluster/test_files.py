@@ -13,7 +13,7 @@ import yaml
 
 from pipelines.cli import RECIPES, STAGES
 from tests.support import ROOT
-from tests.support.kube_fields import CLUSTER_SPEC, JOB_SPEC, unknown_keys
+from tests.support.kube_fields import CLUSTER_SPEC, JOB_SPEC, SERVICE_SPEC, unknown_keys
 
 CLUSTER = ROOT / "cluster"
 
@@ -26,13 +26,24 @@ def cluster_specs() -> list[dict[str, Any]]:
     return [manifest("raycluster.yaml")["spec"], manifest("rayjob.yaml")["spec"]["rayClusterSpec"]]
 
 
+def all_specs() -> list[dict[str, Any]]:
+    return [*cluster_specs(), manifest("rayservice.yaml")["spec"]["rayClusterConfig"]]
+
+
 def test_the_walk_finds_a_misspelt_key_at_any_depth():
     spec = cluster_specs()[0]
     spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["imagee"] = "x"
     assert unknown_keys(spec, CLUSTER_SPEC) == [".workerGroupSpecs[0].template.spec.containers[0].imagee"]
 
 
-@pytest.mark.parametrize(("name", "kind", "known"), [("raycluster.yaml", "RayCluster", CLUSTER_SPEC), ("rayjob.yaml", "RayJob", JOB_SPEC)])
+MANIFESTS = [
+    ("raycluster.yaml", "RayCluster", CLUSTER_SPEC),
+    ("rayjob.yaml", "RayJob", JOB_SPEC),
+    ("rayservice.yaml", "RayService", SERVICE_SPEC),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "known"), MANIFESTS)
 def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: str, known: dict[str, Any]):
     document = manifest(name)
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", kind)
@@ -41,7 +52,7 @@ def test_a_kuberay_manifest_has_only_fields_that_kuberay_knows(name: str, kind: 
 
 
 def test_the_head_promises_the_gpus_to_which_the_groups_can_grow():
-    for spec in cluster_specs():
+    for spec in all_specs():
         containers = [(group["maxReplicas"], group["template"]["spec"]["containers"][0]) for group in spec["workerGroupSpecs"]]
         most = sum(count * int(container["resources"]["requests"].get("nvidia.com/gpu", 0)) for count, container in containers)
         assert spec["headGroupSpec"]["labels"] == {"itm/gpus": str(most)}
@@ -53,7 +64,7 @@ def test_job_and_standing_cluster_are_the_same_cluster():
 
 
 def test_a_cluster_runs_the_pinned_ray_with_authentication_and_no_work_on_the_head():
-    for spec in cluster_specs():
+    for spec in all_specs():
         assert spec["rayVersion"] == version("ray")
         assert spec["authOptions"] == {"mode": "token"}
         assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -64,7 +75,7 @@ def test_a_cluster_runs_the_pinned_ray_with_authentication_and_no_work_on_the_he
 
 def test_every_pod_mounts_its_object_store_in_memory_and_reads_settings_that_exist():
     settings = {document["metadata"]["name"] for document in yaml.safe_load_all((CLUSTER / "settings.yaml").read_text())}
-    for spec in cluster_specs():
+    for spec in all_specs():
         for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
             pod = group["template"]["spec"]
             memory = {v["name"] for v in pod["volumes"] if v["emptyDir"]["medium"] == "Memory"}
@@ -154,3 +165,17 @@ def test_the_python_in_the_documents_is_python():
     for line in (ROOT / "docs" / "registry-and-serving.md").read_text().splitlines():
         if found := re.search(r'python -c "(.+)"$', line):
             ast.parse(found.group(1))
+
+
+def test_the_service_is_what_ray_serve_reads_and_asks_for_a_token():
+    from ray.serve.schema import ServeDeploySchema
+
+    from pipelines.serving.app import Settings, application
+
+    said = ServeDeploySchema.model_validate(yaml.safe_load(manifest("rayservice.yaml")["spec"]["serveConfigV2"]))
+    (app,) = said.applications
+    assert app.import_path == f"{application.__module__}:{application.__name__}"
+    settings = Settings.of(app.args)
+    assert settings.auth and settings.replicas == 2 and settings.places[0].model == "models:/itm-matcher@champion"
+    secrets = [d for d in yaml.safe_load_all((CLUSTER / "settings.yaml").read_text()) if d["kind"] == "Secret"]
+    assert len(secrets[0]["stringData"]["ITM_TOKEN"]) >= 16

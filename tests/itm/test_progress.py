@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from datetime import datetime
 
 import pytest
 
 from itm import progress
-from itm.progress import Progress, over, span
+from itm.progress import Progress, json_lines, over, span
 
 
 class Clock:
@@ -72,6 +74,15 @@ def test_a_caller_with_intervals_of_its_own_gets_a_line_each_and_its_start_is_no
     ]
 
 
+def test_a_time_left_that_the_caller_knows_is_not_said_twice(clock: Clock) -> None:
+    out = io.StringIO()
+    with Progress("train demo", 100, "step", every=0, out=out) as here:
+        here.to(20, "loss 0.2000, 9 s left")
+        clock.now += 5.0
+        here.to(40, "loss 0.4000, 7 s left")
+    assert said(out) == ["train demo: 20 of 100 steps, loss 0.2000, 9 s left", "train demo: 40 of 100 steps, loss 0.4000, 7 s left"]
+
+
 def test_what_failed_has_no_last_line(clock: Clock) -> None:
     out = io.StringIO()
     with pytest.raises(ValueError, match="shard 3"), Progress("pack", 10, "image", out=out) as here:
@@ -100,3 +111,16 @@ def test_items_pass_unchanged_and_none_say_nothing(capsys: pytest.CaptureFixture
 )
 def test_times_are_said_in_two_units_at_most(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_a_log_of_json_lines_has_the_step_and_its_values_and_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with json_lines("train"):
+        print("batches: 3% of the pairs\nand more")
+        with Progress("train demo", 4, "step", every=0) as here:
+            here.to(2, "loss 0.5000", {"loss": 0.5, "lr": 0.1})
+        print("no end", end="")
+    out, err = ([json.loads(line) for line in text.splitlines()] for text in capsys.readouterr())
+    assert [said["message"] for said in out] == ["batches: 3% of the pairs", "and more", "no end"]
+    [step] = err
+    assert (step["step"], step["of"], step["unit"], step["work"], step["loss"], step["lr"]) == (2, 4, "step", "train demo", 0.5, 0.1)
+    assert all(said["stage"] == "train" and datetime.fromisoformat(said["time"]).tzinfo for said in (*out, step))

@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 
 from itm.config import Recipe, parse_recipe
+from itm.data import files
+from itm.data.lease import held
 from pipelines.cli import stage_main
 from pipelines.contract import stages_of
 from pipelines.estimates import split_of, training_of
-from pipelines.plan import Costs, lines_of
+from pipelines.plan import Costs, lines_of, state_of
 from pipelines.run import run_stages
+from pipelines.train import train
 from tests.support.noise_split import small_split
+from tests.support.small_training import die_at
 from tests.support.small_training import recipe as training
 
 pytest_plugins = ["tests.support.registry_fixtures"]
@@ -81,6 +85,35 @@ def test_what_is_done_is_not_counted_again(registry: Path, tmp_path: Path) -> No
     assert "cost" not in said
     assert said.count("  done    ") == 4
     assert tree(tmp_path) == before
+
+
+def states(recipe: Recipe) -> dict[str, str]:
+    """stage -> done, running, stopped or missing."""
+    return {contract.stage: state_of(contract, recipe).split()[0] for contract in stages_of(recipe)}
+
+
+def test_each_stage_is_done_running_stopped_or_missing_by_what_lies_there(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train", "val", "test"):
+        small_split(tmp_path / "shards", name, shards=1)
+    recipe = training(tmp_path, steps=4)
+    assert states(recipe) == dict.fromkeys(("train", "evaluate", "register", "report"), "missing")
+    with held(recipe.folder, "train"):
+        assert states(recipe)["train"] == "running"
+        assert states(recipe)["evaluate"] == "missing"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_at(3, patch)
+        train(recipe)
+    assert states(recipe)["train"] == "stopped"
+    train(recipe)
+    assert states(recipe)["train"] == "done"
+    made = scenes(tmp_path / "made")
+    assert states(made)["pack"] == "missing"
+    with held(f"{made.data.root}/val", "pack"):
+        assert states(made)["pack"] == "running"
+    files.write_atomic(f"{made.data.root}/val/pack.json", b"{}")
+    assert states(made)["pack"] == "stopped"
 
 
 def test_a_dry_run_of_a_stage_tells_its_part_and_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

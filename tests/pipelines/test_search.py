@@ -71,6 +71,15 @@ def test_the_index_is_made_once_and_again_for_other_weights(shards: str, tmp_pat
     assert len(list(index.iterdir())) == 2
 
 
+def test_an_index_that_cannot_be_kept_is_warned_of_and_the_answers_are_the_same(shards: str, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    folder = str(matcher_folder(tmp_path / "m", 1))
+    with pytest.warns(UserWarning, match=r"cannot write below .*file/index.*is not kept, and made again by the next search; --index"):
+        found = stage.search("a red circle", model=folder, shards=shards, index=str(tmp_path / "file" / "index"))
+    kept = stage.search("a red circle", model=folder, shards=shards, index=str(tmp_path / "index"))
+    assert [(hit.key, hit.score) for hit in found.hits] == [(hit.key, hit.score) for hit in kept.hits]
+
+
 def test_the_stage_prints_a_table_json_and_a_page(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = str(matcher_folder(tmp_path / "m"))
     page = tmp_path / "hits.html"

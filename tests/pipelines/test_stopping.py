@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from mlflow.exceptions import MlflowException
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from itm.data.patience import StoreGone
 from pipelines import cli
 from pipelines.cli import stage_main
 from pipelines.on_ray.errors import cause_of
@@ -116,6 +118,11 @@ def test_the_command_that_goes_on_does_not_overwrite(monkeypatch: pytest.MonkeyP
     assert stopped("train", None, SimpleNamespace(), ["-c", "r", "--overwrite"]).endswith("itm train -c r")
 
 
+SERVER_GONE = MlflowException(
+    "API request to http://x/api failed with exception HTTPConnectionPool(host='x', port=9): Max retries exceeded"
+)
+
+
 def error_of_a_task(cause: Exception) -> Exception:
     """What `ray.get` raises when a task raised `cause`: an error whose text is the trace of the worker."""
     trace = f"ray::task()\n  File 'x.py', line 1, in f\n{type(cause).__name__}: {cause}"
@@ -133,6 +140,13 @@ def error_of_a_task(cause: Exception) -> Exception:
             "itm verify: loss is nan\n",
             2,
         ),
+        (
+            WorkerGroupError("traces", {0: RuntimeError("peer gone"), 1: UserExceptionWithTraceback(SERVER_GONE, "trace")}),
+            "itm verify: the tracking server at http://127.0.0.1:9 does not answer any more; what was finished is kept: run the stage "
+            "again when it is back, it resumes\n",
+            2,
+        ),
+        (error_of_a_task(StoreGone("s3://b/x: the store did not answer")), "itm verify: s3://b/x: the store did not answer\n", 2),
         (ControllerError(ValueError("no room")), "itm verify: no room\n", 2),
         (KeyError("width"), "itm verify: KeyError: 'width'; --traceback shows the way there\n", 1),
         (RuntimeError("\n".join("abcdefgh")), "itm verify: RuntimeError: a\nb\nc\nd\ne\nf ...; --traceback shows the way there\n", 1),
@@ -142,6 +156,7 @@ def test_an_error_is_told_once_in_a_few_lines_without_the_traces_around_it(
     error: Exception, said: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("ITM_TRACEBACK", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     stage_that_raises(error, monkeypatch)
     assert stage_main("verify", []) == code
     assert capsys.readouterr().err == said

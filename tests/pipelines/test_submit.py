@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import platform
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from itm.arguments import read_from, written_to
 from itm.config import load_recipe
 from pipelines.cli import RECIPES, STAGES, module_of, parsed, stage_main
 from pipelines.parcel import overriding
-from pipelines.submit import HERE, Wanted, check_secrets, job_environment, submit
+from pipelines.submit import HERE, Wanted, check_secrets, check_versions, job_environment, submit
 
 SHARED = ["data.root=/shared/data", "output=s3://bucket/runs"]
 
@@ -192,7 +198,7 @@ def test_every_argument_that_names_a_file_says_whether_it_is_read_or_written():
             if (
                 names
                 and action.nargs != 0
-                and action.dest not in ("recipe", "allow", "overrides", "traceback", "words", "data", "teacher", "needed")
+                and action.dest not in ("recipe", "allow", "overrides", "traceback", "log", "words", "data", "teacher", "needed")
             ):
                 assert action.type in (read_from, written_to), (stage, action.dest)
 
@@ -217,3 +223,41 @@ def test_an_address_that_is_missing_or_answers_nothing_is_told(monkeypatch: pyte
     assert stage_main("submit", ["--env", "X", "train"]) == 2
     assert stage_main("submit", ["train", "-c", "demo", *SHARED, "--address", "http://127.0.0.1:9"]) == 2
     assert "--address belongs to submit, not to the stage: itm submit --address ... train" in capsys.readouterr().err
+
+
+@contextmanager
+def dashboard(**said: str) -> Iterator[str]:
+    """What a cluster of other versions answers."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/api/v0/cluster_metadata" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"result": True, "data": said}).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_cluster_of_older_versions_is_refused_and_of_other_ones_told(capsys: pytest.CaptureFixture[str]):
+    here = {"rayVersion": ray.__version__, "pythonVersion": platform.python_version()}
+    with dashboard(**here) as address:
+        check_versions(address)
+    assert capsys.readouterr().out == ""
+    with (
+        dashboard(**here | {"pythonVersion": "3.10.14"}) as address,
+        pytest.raises(ValueError, match=r"runs Python 3\.10\.14, .* needs 3\.11"),
+    ):
+        check_versions(address)
+    with dashboard(**here | {"rayVersion": "2.9.3"}) as address, pytest.raises(ValueError, match=r"runs Ray 2\.9\.3, .* needs 2\.60"):
+        check_versions(address)
+    with dashboard(**here | {"rayVersion": "2.99.0"}) as address:
+        check_versions(address)
+    assert capsys.readouterr().out == f"the cluster runs Ray 2.99.0 (here {ray.__version__})\n"
+    with dashboard() as address:
+        check_versions(address)
+    check_versions("http://127.0.0.1:9")

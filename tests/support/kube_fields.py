@@ -1,6 +1,7 @@
 """The fields that Kubernetes and KubeRay take, written from their types: a misspelt key is silently dropped by the server, refused here.
 
-KubeRay: ray.io/v1 of the operator 1.6 (raycluster_types.go, rayjob_types.go). Of Kubernetes (1.30: v1, apps/v1) what manifests here use.
+KubeRay: ray.io/v1 of the operator 1.6 (raycluster_types.go, rayjob_types.go, rayservice_types.go). Of Kubernetes (1.30: v1, apps/v1) what
+manifests here use.
 None = any scalar; ANY = anything; ... = free names whose values are scalars; [x] = a list of x.
 """
 
@@ -111,6 +112,16 @@ JOB_SPEC: dict[str, Any] = {
     "suspend": None,
     "rayClusterSpec": CLUSTER_SPEC,
 }
+SERVICE_SPEC: dict[str, Any] = {
+    "serveConfigV2": None,
+    "rayClusterConfig": CLUSTER_SPEC,
+    "serviceUnhealthySecondThreshold": None,
+    "deploymentUnhealthySecondThreshold": None,
+    "rayClusterDeletionDelaySeconds": None,
+    "excludeHeadPodFromServeSvc": None,
+    "serveService": ANY,
+    "upgradeStrategy": ANY,
+}
 SELECTOR: dict[str, Any] = {"matchLabels": ...}
 CLAIM: dict[str, Any] = {"metadata": METADATA, "spec": {"accessModes": [None], "storageClassName": None, "resources": {"requests": ...}}}
 WHOLE: dict[str, dict[str, Any]] = {  # kind -> what stands beside apiVersion, kind and metadata
@@ -124,8 +135,9 @@ WHOLE: dict[str, dict[str, Any]] = {  # kind -> what stands beside apiVersion, k
     },
     "RayCluster": {"spec": CLUSTER_SPEC},
     "RayJob": {"spec": JOB_SPEC},
+    "RayService": {"spec": SERVICE_SPEC},
 }
-VERSIONS = {"Deployment": "apps/v1", "StatefulSet": "apps/v1", "RayCluster": "ray.io/v1", "RayJob": "ray.io/v1"}
+VERSIONS = {"Deployment": "apps/v1", "StatefulSet": "apps/v1", "RayCluster": "ray.io/v1", "RayJob": "ray.io/v1", "RayService": "ray.io/v1"}
 
 
 def problems_of(manifest: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """An S3 server in a process of its own for tests: `python -m tests.support.s3_server PORT [EVERY]` fails each EVERY-th request.
 
 The failures take turns: 503 SlowDown before anything is done, and an answer that breaks off half-way. A client must retry both.
+Some keys are refused, whatever the secret: `unknown`, `reader` (may not write), and `expires-N`, which N requests may be made with.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,6 +23,7 @@ import pytest
 
 BUCKET = "bucket"
 SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>try again</Message></Error>"
+KEY = re.compile(r"Credential=([^/]+)/")
 
 
 class Failing:
@@ -27,8 +31,15 @@ class Failing:
 
     def __init__(self, app: Any, every: int) -> None:
         self.app, self.every, self.count = app, every, itertools.count(1)
+        self.uses = Counter[str]()
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        if refusal := self._refused(environ):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            status, code = refusal
+            body = f"<Error><Code>{code}</Code><Message>refused</Message></Error>".encode()
+            start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
         number = next(self.count)
         if self.every and number % self.every == 0:
             if number // self.every % 2 or environ["REQUEST_METHOD"] != "GET":
@@ -37,6 +48,19 @@ class Failing:
                 return [SLOW_DOWN]
             return self._half(b"".join(self.app(environ, start)))
         return self.app(environ, start)  # type: ignore[no-any-return]
+
+    def _refused(self, environ: dict[str, Any]) -> tuple[str, str] | None:
+        """(status, code) of the answer to a request with a key that may not make it."""
+        found = KEY.search(environ.get("HTTP_AUTHORIZATION", ""))
+        key = found[1] if found else ""
+        if key == "unknown":
+            return "403 Forbidden", "InvalidAccessKeyId"
+        if key == "reader" and environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return "403 Forbidden", "AccessDenied"
+        self.uses[key] += 1
+        if key.startswith("expires-") and self.uses[key] > int(key.removeprefix("expires-")):
+            return "400 Bad Request", "ExpiredToken"
+        return None
 
     def _half(self, body: bytes) -> Iterator[bytes]:
         yield body[: len(body) // 2]

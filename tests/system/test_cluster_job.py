@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +13,7 @@ from itm.tracking.registry import find_version
 from itm.tracking.runs import client
 from pipelines.cli import RECIPES
 from pipelines.submit import submit
-from tests.support.ports import free_ports
-from tests.support.registry_world import wait_for
+from tests.support.ray_head import ray_head
 
 pytest_plugins = ["tests.support.registry_fixtures"]
 pytestmark = pytest.mark.e2e
@@ -28,29 +21,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def head(tmp_path: Path, registry: Path) -> Iterator[str]:
-    """`ray start --head --block` under this process; only what it started is ended (`ray stop` would end every Ray of the machine)."""
-    port, dashboard, agent, metrics, ray_client = free_ports(5)
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths below it must stay short
-    bin_folder = Path(sys.executable).parent
-    command = f"""{bin_folder}/ray start --head --block --disable-usage-stats --num-cpus 4 --object-store-memory {200 << 20}
-        --port {port} --dashboard-port {dashboard} --dashboard-agent-listen-port {agent} --metrics-export-port {metrics}
-        --ray-client-server-port {ray_client} --min-worker-port 0 --max-worker-port 0 --temp-dir {folder}"""
-    environment = os.environ | {"PATH": f"{bin_folder}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
-    log = (tmp_path / "head.log").open("wb")
-    process = subprocess.Popen(command.split(), env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
-    try:
-        wait_for(f"{address}/api/version", process, tmp_path / "head.log")
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_head(tmp_path / "head.log") as started:
+        yield started.dashboard
 
 
 def test_jobs_train_evaluate_and_register_a_model_on_a_cluster(head: str, registry: Path, tmp_path: Path, ray_local, capfd):

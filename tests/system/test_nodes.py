@@ -61,7 +61,7 @@ def training(cluster: Cluster, log: Path, path: Path, code: str = TRAIN, **envir
 def one_of_two(rank: int, port: int, job: Job) -> None:
     """What a worker of Ray Train does, without Ray."""
     with joined(rank, port, 2):
-        work(job, torch.device("cpu"), lambda done, loss: None)
+        work(job, torch.device("cpu"), lambda *said: None)
 
 
 def train_without_ray(choices: Recipe) -> None:

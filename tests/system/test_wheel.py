@@ -182,8 +182,15 @@ def test_tracking_brings_the_registry_and_the_served_model(tracking: Environment
 
 def test_pipeline_brings_every_stage(pipeline: Environment):
     found = pipeline.imports("itm", "pipelines")
-    assert (found.failed, found.there) == ([], ["ray", "mlflow"])
+    assert (found.failed, found.there) == (["pipelines.serving.app"], ["ray", "mlflow"])  # Ray Serve is the extra serve
     pipeline.run("-c", "import ray.data, ray.train.torch, ray.job_submission")
+
+
+def test_serve_brings_ray_serve_and_the_files_of_the_page(room: Path, pipeline: Environment, wheel: str):
+    served = Environment(room / "serve", pipeline).install(f"{wheel}[serve]")
+    assert served.imports("pipelines.serving").failed == []
+    ask = "from importlib.resources import files; print(sorted(f.name for f in files('pipelines.serving').joinpath('page').iterdir()))"
+    assert served.run("-c", ask).stdout.strip() == "['docs.html', 'docs.js', 'icon.svg', 'page.css', 'page.html', 'page.js']"
 
 
 def test_s3_brings_what_artifacts_in_a_bucket_need(room: Path, core: Environment, wheel: str):

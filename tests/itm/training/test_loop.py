@@ -87,3 +87,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved() -> N
 def test_data_that_end_early_are_an_error_with_the_step() -> None:
     with pytest.raises(ValueError, match="ended at step 2 of 5"):
         train_loop(stepper(), batches(0, 2), 0, 5, silent())
+
+
+def test_a_run_that_ends_early_logs_validates_and_checkpoints_its_last_step() -> None:
+    said: list[tuple[str, int]] = []
+
+    def run(**given: Any) -> int:
+        said.clear()
+        hooks = Hooks(
+            log=lambda done, values: said.append(("log", done)),
+            validate=lambda done: said.append(("validate", done)),
+            checkpoint=lambda done: said.append(("checkpoint", done)),
+            **given,
+        )
+        return train_loop(stepper(), batches(0, 5), 0, 5, hooks)
+
+    assert run(ends=lambda done: done == 3) == 3
+    assert said == [("log", 3), ("validate", 3), ("checkpoint", 3)]
+    assert run(validates=lambda done: done % 2 == 0, ends=lambda done: ("validate", 4) in said) == 4
+    assert said == [("validate", 2), ("validate", 4), ("checkpoint", 4)]
+    assert run() == 5

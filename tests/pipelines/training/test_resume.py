@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from itm.data.pairs import Pairs, Work
 from itm.data.plan import Plan, Position
 from itm.matchers.dual import DualEncoder
 from itm.methods.matching import Matching
+from itm.tracking.addresses import tracking_uri
+from itm.tracking.runs import client
 from itm.training.checkpoint import State, latest, load_checkpoint, save_checkpoint
 from itm.training.optim import build_optimizer
 from itm.training.step import Step
@@ -214,3 +219,22 @@ def test_the_death_of_a_preprocessing_actor_loses_and_repeats_nothing(tmp_path: 
     for step, table in enumerate(tables):
         assert equal(table, pairs(Work(step, 0, 0)))
     assert files.exists(f"{tmp_path}/train/manifest.json")
+
+
+def test_metrics_that_were_queued_when_a_process_ended_are_logged_when_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits(tmp_path)
+    choices = recipe(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        die_at(7, patch)
+        train(choices)
+    with closing(sqlite3.connect(tracking_uri().removeprefix("sqlite:///"))) as database:  # as if the server had not taken them
+        assert database.execute("DELETE FROM metrics WHERE key LIKE 'train/%' AND step BETWEEN 3 AND 6").rowcount > 4
+        database.commit()
+    run_id = train(choices)["run_id"]
+    kept = {row["step"]: row for row in map(json.loads, files.read_bytes(f"{choices.folder}/losses.jsonl").decode().splitlines())}
+    for name in ("loss", "lr", "rejected"):
+        logged = sorted((point.step, point.value) for point in client().get_metric_history(run_id, f"train/{name}"))
+        assert [step for step, _ in logged if step <= 6] == [1, 2, 3, 4, 5, 6]
+        assert logged[2:6] == [(step, kept[step][name]) for step in range(3, 7)]

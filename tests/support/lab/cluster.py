@@ -123,7 +123,7 @@ class Lab:
         if node is self.head:
             where = "--head --port 6379 --dashboard-host 0.0.0.0 --dashboard-port 8265 --no-monitor --ray-client-server-port 20001"
         command = f"""ray start --block --disable-usage-stats {where} --node-ip-address {node.address} --num-cpus {cpus}
-            --object-store-memory {150 << 20} --temp-dir /tmp/ray {f"--labels {labels}" if labels else ""}"""
+            --include-log-monitor false --object-store-memory {150 << 20} --temp-dir /tmp/ray {f"--labels {labels}" if labels else ""}"""
         log = self.folder / f"{node.name}.log"
         for _ in range(3):
             process, end = node.start(command, log), time.monotonic() + 120

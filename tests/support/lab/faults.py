@@ -46,7 +46,9 @@ def skew_clock(lab: Lab, worker: int, wait: Wait) -> None:
 
 
 def kill_driver(lab: Lab, worker: int, wait: Wait) -> None:
-    for process in lab.head.processes("-m pipelines."):
+    while not (found := lab.head.processes("-m pipelines.")) and not wait(0.5):
+        pass
+    for process in found:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
 

@@ -152,14 +152,18 @@ class Machine:
         self.run(["tee", path], given=text.encode())
 
     def processes(self, words: str = "") -> list[psutil.Process]:
-        """Its processes whose command holds `words`, as this machine sees them."""
-        found = []
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    if words in " ".join(process.cmdline()):
-                        found.append(process)
+        """Its processes but the first whose command holds `words`, as this machine sees them. Not by descent: a command that was started
+        on it is no child of its first process."""
+        own, found = self._namespace(self.pid), []
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, OSError):
+                if process.pid != self.pid and self._namespace(process.pid) == own and words in " ".join(process.cmdline()):
+                    found.append(process)
         return found
+
+    @staticmethod
+    def _namespace(pid: int) -> str:
+        return os.readlink(f"/proc/{pid}/ns/pid")
 
     def lose(self) -> None:
         """It loses its power."""

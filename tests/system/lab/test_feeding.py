@@ -25,11 +25,11 @@ STEPS = 120
 
 
 def photos(split: str, count: int) -> None:
-    """Written past the cluster. A photo of 0.8 megapixels keeps a thread busy for longer than the small model its step."""
+    """Written past the cluster. A photo of 4.6 megapixels keeps a thread busy for longer than the small model its step."""
     records = []
     for number in range(count):
         out, noise = io.BytesIO(), np.random.default_rng(number).integers(0, 256, (80, 100, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((1000, 800)).save(out, "JPEG")
+        Image.fromarray(noise).resize((2400, 1920)).save(out, "JPEG")
         records.append(Record(f"k{number}", split, [Caption(f"c{number}", f"a thing of kind {number % 7}")], out.getvalue(), "jpg"))
     size = len(records) // 4
     infos = [write_shard(f"s3://{BUCKET}/shards/{split}/{n:05}.tar", records[n * size : (n + 1) * size]) for n in range(4)]

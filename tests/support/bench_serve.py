@@ -1,0 +1,393 @@
+"""`make bench-serve`: what an index costs, how fast questions are answered, what re-ranking adds, and a day of a service in three minutes.
+
+    python -m tests.support.bench_serve                                # 10,000 and 1,000,000 vectors; at most 30 minutes
+    python -m tests.support.bench_serve --rows 2000 --questions 64     # small
+    python -m tests.support.bench_serve --only engine,http --write docs/results/serve.md
+
+Vectors of width 512 lie around 20,000 centres in a space of 32 dimensions (seed 0), as vectors of photos do. Peers are measured in the same
+run: numpy's float32 product, and where they are installed faiss (flat), and hnswlib or usearch on 100,000 rows. Every figure is a row in
+<output>/rows.jsonl; rows that are there are not measured again, so a run that was stopped goes on. recall@10 is against numpy in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from itm.config import Part
+from itm.data import files
+from itm.data.preprocess import ImageInput, Inputs
+from itm.data.text import WordVocabulary
+from itm.matchers.folder import build_matcher, save_matcher
+from itm.retrieval.engine import Engine, Question
+from itm.retrieval.index import Index
+from itm.retrieval.kept import matcher_identity
+from itm.retrieval.store import Catalogue, Choices, Entry, SplitEntry, captions_uri, write_catalogue, write_rows
+from itm.tracking.registry import crown
+from itm.types import Captions, Encoded, Images, Matcher
+from pipelines.index import index
+from pipelines.on_ray.session import quiet
+from tests.support.pair_world import matcher_of
+from tests.support.pair_world import split as scenes_with_regions
+from tests.support.serving_process import QUESTION, SCENES, Asking, replicas, serving, two_models, until
+from tests.support.serving_world import add_scenes, scenes
+
+WIDTH, CENTRES, INTRINSIC, SEED = 512, 20_000, 32, 0
+SHARD = 10_000
+PEER_ROWS = 100_000
+CLIENTS = (1, 16)
+PARTS = ("build", "engine", "peers", "rerank", "http", "load")
+DUAL = Part(kind="dual", options={"image": {"kind": "conv", "image_size": 32, "hidden": 8}, "text": {"kind": "pooled_gru"}, "width": WIDTH})
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+class Rows:
+    """The rows measured so far, kept as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: dict[str, dict[str, Any]] = {row.pop("row"): row for row in map(json.loads, lines)}
+
+    def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        if name in self.rows:
+            return
+        self.rows[name] = {key: round(value, 4) if isinstance(value, float) else value for key, value in work().items()}
+        with self.path.open("a") as out:
+            out.write(json.dumps({"row": name, **self.rows[name]}) + "\n")
+        print(f"{name:<28}{self.told(name)}", flush=True)
+
+    def told(self, name: str) -> str:
+        return "  ".join(f"{key} {value}" for key, value in self.rows[name].items())
+
+    def markdown(self) -> str:
+        """A table; an empty cell was not measured."""
+        columns = list(dict.fromkeys(key for row in self.rows.values() for key in row))
+        lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {name} | " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for name, row in self.rows.items()]
+        return "\n".join(lines) + "\n"
+
+
+class Table(Matcher):
+    """Captions are words that stand for vectors: the questions are given, and only the search is measured."""
+
+    def __init__(self, questions: np.ndarray) -> None:
+        super().__init__()
+        self.vectors = torch.nn.Parameter(torch.from_numpy(questions))
+        self.vector_width = WIDTH
+        names = [word(number) for number in range(len(questions))]
+        self.inputs = Inputs(ImageInput(size=32, crop="squash"), WordVocabulary.from_captions(names))
+        self.first = self.inputs.tokenizer.word2idx[names[0]]  # type: ignore[attr-defined]
+
+    def encode_images(self, images: Images) -> Encoded:
+        raise NotImplementedError("images are given as vectors")
+
+    def encode_captions(self, captions: Captions) -> Encoded:
+        return Encoded(vector=self.vectors[captions.tokens[:, 1] - self.first])
+
+    def score(self, images: Encoded, captions: Encoded) -> torch.Tensor:
+        assert images.vector is not None and captions.vector is not None
+        return images.vector @ captions.vector.T
+
+
+def word(number: int) -> str:
+    """Words of one length, in the order of their numbers."""
+    letters = []
+    for _ in range(4):
+        number, place = divmod(number, 26)
+        letters.append(LETTERS[place])
+    return "q" + "".join(reversed(letters))
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Cloud:
+    """The world that vectors and questions are drawn from."""
+
+    def __init__(self) -> None:
+        self.draw = np.random.default_rng(SEED)
+        self.centres = self.draw.standard_normal((CENTRES, INTRINSIC), dtype=np.float32)
+        self.base = self.draw.standard_normal((INTRINSIC, WIDTH), dtype=np.float32) / np.sqrt(WIDTH)
+
+    def take(self, count: int) -> np.ndarray:
+        """(count, WIDTH) float32 of length one."""
+        inner = self.centres[self.draw.integers(0, CENTRES, count)] + 0.35 * self.draw.standard_normal((count, INTRINSIC), dtype=np.float32)
+        rows = inner @ self.base + 0.01 * self.draw.standard_normal((count, WIDTH), dtype=np.float32)
+        return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), np.float32)
+
+
+def vectors(folder: Path, count: int, questions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, WIDTH), memory-mapped, and questions; drawn once."""
+    place, asked = folder / f"vectors-{count}.npy", folder / f"questions-{count}-{questions}.npy"
+    if not place.exists() or not asked.exists():
+        cloud = Cloud()
+        rows = np.lib.format.open_memmap(folder / "vectors.tmp.npy", "w+", np.float32, (count, WIDTH))
+        for start in range(0, count, SHARD):
+            rows[start : start + SHARD] = cloud.take(min(SHARD, count - start))
+        rows.flush()
+        np.save(asked, cloud.take(questions))
+        (folder / "vectors.tmp.npy").rename(place)
+    return np.load(place, mmap_mode="r"), np.load(asked)
+
+
+def write_index(uri: str, rows: np.ndarray, identity: str) -> dict[str, Any]:
+    """An index as `itm index` writes it, of given vectors; seconds and bytes."""
+    begun, entries = time.perf_counter(), []
+    for number, start in enumerate(range(0, len(rows), SHARD)):
+        piece = np.ascontiguousarray(rows[start : start + SHARD])
+        place, ids = files.join(uri, "made", f"{number:05d}.arrow"), range(start, start + len(piece))
+        named = {"key": pa.array([f"p{n:08d}" for n in ids]), "image": pa.array(ids, pa.int64())}
+        write_rows(place, {}, named, Encoded(vector=torch.from_numpy(piece)), "fp16")
+        captions = {"id": pa.array([f"c{start:08d}"]), "text": pa.array(["a photo"]), "image": pa.array([0], pa.int64())}
+        write_rows(captions_uri(place), {}, captions, Encoded(vector=torch.from_numpy(piece[:1])), "fp16")
+        entries.append(Entry(f"{number:05d}.tar", "0" * 64, 0, len(piece), 1, 0))
+    catalogue = Catalogue(Choices(identity), "dual", [SplitEntry("/nowhere/made", "made", "0" * 12, entries)])
+    write_catalogue(uri, catalogue)
+    held = sum(files.walk(uri).values())
+    return {"s": time.perf_counter() - begun, "MB": held / 1e6}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------------------------
+
+
+def asked_by(clients: int, questions: int, ask: Callable[[int], Any], seconds: float = 30.0) -> dict[str, Any]:
+    """Latencies of `ask(number of a question)` from so many threads, until all are asked or the time is over."""
+    taken: list[float] = []
+    numbers, end = iter(range(questions)), time.monotonic() + seconds
+    lock = threading.Lock()
+
+    def work() -> None:
+        while time.monotonic() < end:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            begun = time.perf_counter()
+            ask(number)
+            taken.append(time.perf_counter() - begun)
+
+    begun = time.perf_counter()
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return latencies(taken) | {"q/s": len(taken) / (time.perf_counter() - begun)}
+
+
+def latencies(taken: Sequence[float]) -> dict[str, Any]:
+    found = np.percentile(np.array(taken or [np.nan]) * 1000, (50, 95, 99))
+    return {"n": len(taken), **{f"p{p} ms": float(value) for p, value in zip((50, 95, 99), found, strict=True)}}
+
+
+def truth(rows: np.ndarray, asked: np.ndarray, k: int = 10) -> list[set[int]]:
+    """The k best rows of each question, in float64."""
+    best = [np.full((len(asked), k), -np.inf), np.zeros((len(asked), k), np.int64)]
+    for start in range(0, len(rows), SHARD):
+        scores = asked.astype(np.float64) @ rows[start : start + SHARD].astype(np.float64).T
+        both = np.concatenate([best[0], scores], 1)
+        places = np.concatenate([best[1], np.arange(start, start + scores.shape[1])[None].repeat(len(asked), 0)], 1)
+        order = np.argpartition(-both, k - 1, axis=1)[:, :k]
+        best = [np.take_along_axis(both, order, 1), np.take_along_axis(places, order, 1)]
+    return [set(row.tolist()) for row in best[1]]
+
+
+def recall(found: Sequence[Sequence[int]], wanted: Sequence[set[int]]) -> float:
+    return sum(len(set(rows) & best) for rows, best in zip(found, wanted, strict=True)) / sum(map(len, wanted))
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_engine(rows: Rows, count: int, uri: str, asked: np.ndarray, wanted: list[set[int]]) -> None:
+    engine = Engine(Table(asked), Index.open(uri), "cpu")
+    lock = threading.Lock()
+
+    def ask(number: int) -> list[int]:
+        with lock:  # as the service does
+            (found,) = engine.answer([Question(text=word(number), k=10)])
+        return [int(hit.key[1:]) for hit in found.hits]
+
+    for clients in CLIENTS:
+        rows.measure(f"engine/{count}/{clients}", lambda clients=clients: asked_by(clients, len(asked), ask) | {"peak MB": peak_mb()})
+
+    def batched() -> dict[str, Any]:
+        begun = time.perf_counter()
+        found = engine.answer([Question(text=word(number), k=10) for number in range(len(asked))])
+        seconds = time.perf_counter() - begun
+        keys = [[int(hit.key[1:]) for hit in hits.hits] for hits in found]
+        return {"n": len(asked), "q/s": len(asked) / seconds, "recall@10": recall(keys, wanted)}
+
+    rows.measure(f"engine/{count}/batch", batched)
+
+
+def measure_peers(rows: Rows, count: int, given: np.ndarray, asked: np.ndarray) -> None:
+    wanted = truth(given, asked)
+    for name, build in PEERS.items():
+        if name not in ("numpy", "faiss") and count > PEER_ROWS:
+            continue
+        if name != "numpy" and importlib.util.find_spec(name) is None:
+            print(f"NOT MEASURED: {name} is not installed")
+            continue
+
+        def work(build: Callable[[np.ndarray], Any] = build) -> dict[str, Any]:
+            begun = time.perf_counter()
+            ask = build(np.ascontiguousarray(given))
+            built = time.perf_counter() - begun
+            found = [ask(asked[number : number + 1]) for number in range(len(asked))]
+            return {"s": built, **asked_by(1, len(asked), lambda n: ask(asked[n : n + 1])), "recall@10": recall(found, wanted)}
+
+        rows.measure(f"{name}/{count}/1", work)
+
+
+def _numpy(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
+    def ask(question: np.ndarray) -> list[int]:
+        scores = (given @ question[0]).ravel()
+        return [int(row) for row in np.argpartition(-scores, 9)[:10]]
+
+    return ask
+
+
+def _faiss(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
+    from importlib import import_module
+
+    index: Any = import_module("faiss").IndexFlatIP(WIDTH)
+    index.add(given)
+    return lambda question: [int(row) for row in index.search(question, 10)[1][0]]
+
+
+def _hnswlib(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
+    from importlib import import_module
+
+    index: Any = import_module("hnswlib").Index(space="ip", dim=WIDTH)
+    index.init_index(max_elements=len(given), ef_construction=100, M=16)
+    index.add_items(given)
+    index.set_ef(64)
+    return lambda question: [int(row) for row in index.knn_query(question, k=10)[0][0]]
+
+
+def _usearch(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
+    from importlib import import_module
+
+    index: Any = import_module("usearch.index").Index(ndim=WIDTH, metric="ip")
+    index.add(np.arange(len(given)), given)
+    return lambda question: [int(row) for row in index.search(question[0], 10).keys]
+
+
+PEERS: dict[str, Callable[[np.ndarray], Any]] = {"numpy": _numpy, "faiss": _faiss, "hnswlib": _hnswlib, "usearch": _usearch}
+
+
+def measure_rerank(rows: Rows, folder: Path, times: int) -> None:
+    """100 images of stored regions, scored by a matcher for one text."""
+    place = folder / "regions" / "test"
+    shutil.rmtree(place.parent, ignore_errors=True)
+    held = scenes_with_regions(place, 100)
+    for kind in ("scan", "sgr", "uniter"):
+        matcher = matcher_of(kind, held)
+        engine = Engine(matcher, Index.of_shards(matcher, str(place)), "cpu")
+        texts = [record.captions[0].text for record in held]
+        ask = lambda number, engine=engine, texts=texts: engine.answer([Question(text=texts[number % len(texts)], k=10)])
+        rows.measure(f"rerank/{kind}/100", lambda ask=ask: asked_by(1, times, ask))
+
+
+def measure_http(rows: Rows, count: int, folder: Path, uri: str, times: int) -> None:
+    with serving(folder, ["--model", f"dual={folder / 'dual'}", "--index", uri]) as service:
+        ask = lambda number: service.client.search(f"{word(number % 600)} photo", k=10)
+        ask(0)
+        for clients in CLIENTS:
+            rows.measure(f"http/{count}/{clients}", lambda clients=clients: asked_by(clients, times, ask))
+
+
+def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
+    """16 clients; a replica is killed, the alias moved and moved back, the index of the other model grows."""
+
+    def work() -> dict[str, Any]:
+        shutil.rmtree(folder / "load", ignore_errors=True)
+        (folder / "load").mkdir()
+        with two_models(folder / "load") as service, Asking(service.address, 16) as asking:
+            until(lambda: len(asking.versions) > 100, 60)
+            before = len(asking.versions)
+            os.kill(replicas(service.process.pid, "dual")[0].pid, 9)
+            time.sleep(seconds)
+            moved = {}
+            for number in ("2", "1"):
+                begun = time.monotonic()
+                crown("dual", number)
+                until(lambda number=number: asking.versions[-32:] == [f"dual/{number}"] * 32, 120)  # type: ignore[misc]
+                moved[number] = time.monotonic() - begun
+            add_scenes(service.shards, [replace(row, key=f"new-{row.key}") for row in scenes(10, seed=9)])
+            index(replace(service.scanned, add=True))
+            until(lambda: service.client.search(QUESTION, model="scan")["total"] == SCENES + 10, 120)
+            time.sleep(seconds)
+            figures = latencies(asking.seconds[before:])
+        return figures | {"failed": len(asking.faults), "alias s": max(moved.values())}
+
+    rows.measure("load/60/16", work)
+
+
+def main() -> None:
+    quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench-serve"), help="vectors, indexes and rows.jsonl")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--seconds", type=float, default=20.0, help="between the events of the load run")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts of {', '.join(PARTS)}")
+    parser.add_argument("--write", type=Path, help="also write the table to this page")
+    args = parser.parse_args()
+    only = args.only.split(",")
+    folder = args.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = Rows(folder / "rows.jsonl")
+    names = [word(number) for number in range(600)]
+    torch.manual_seed(SEED)
+    dual = build_matcher(DUAL, Inputs(ImageInput(size=32, crop="squash"), WordVocabulary.from_captions([*names, "photo"])))
+    save_matcher(dual, folder / "dual")
+    for count in args.rows:
+        sized(rows, folder, count, args.questions, only, matcher_identity(dual))
+    if "rerank" in only:
+        measure_rerank(rows, folder, min(args.questions, 100))
+    if "load" in only:
+        measure_load(rows, folder, args.seconds)
+    if args.write:
+        args.write.write_text(f"# Serving\n\nMade by `make bench-serve`.\n\n{rows.markdown()}")
+
+
+def sized(rows: Rows, folder: Path, count: int, questions: int, only: Sequence[str], identity: str) -> None:
+    """The parts that depend on the number of rows."""
+    given, asked = vectors(folder, count, questions)
+    uri = str(folder / f"index-{count}")
+    if f"build/{count}" not in rows.rows or not files.exists(files.join(uri, "index.json")):
+        rows.rows.pop(f"build/{count}", None)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(uri)
+        rows.measure(f"build/{count}", lambda: write_index(uri, given, identity))
+    if "engine" in only:
+        measure_engine(rows, count, uri, asked, truth(given, asked))
+    if "peers" in only:
+        measure_peers(rows, count, given, asked)
+        if count > PEER_ROWS:
+            measure_peers(rows, PEER_ROWS, given[:PEER_ROWS], asked)
+    if "http" in only:
+        measure_http(rows, count, folder, uri, questions)
+
+
+if __name__ == "__main__":
+    main()
