@@ -22,16 +22,18 @@ from torch import Tensor
 
 from itm.config import Recipe, parse_recipe
 from itm.data import files
-from itm.data.manifest import NAME, Manifest, receipt_uri
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.evaluation.metrics import chance_metrics, retrieval_metrics
-from tests.support.study_page import METRICS, gains, queries, table
+from tests.support.study_loop import checked, explored, vectors_of
+from tests.support.study_page import METRICS, differences, gains, gains_svg, loop_table, queries, table
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "docs/results/real-photos.json"
 MINILM = {"kind": "hf_text", "path": "minilm", "freeze": True}
 WORDS = {"kind": "hf", "path": "minilm", "max_length": 32, "clean": False}
+Ids = tuple[Tensor, Tensor]
+"""Of the photos (I,), and of the photo of each caption (T,)."""
 TRUE, SHUFFLED, NONE = "true", "shuffled", "none"
 
 
@@ -88,13 +90,17 @@ def dual(options: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"kind": "dual", "options": {"image": image, "text": MINILM, "width": 256, **(options or {})}}
 
 
+STUDENT = 0.45
+"""Where the students' temperatures begin, as published; they are learned."""
+
+
 def soft(variant: Variant, tau: float, itc: dict[str, Any], head: str = "linear") -> dict[str, Any]:
     """The method of a variant: its ranking term, and CUSA's two terms with the teacher's temperature."""
-    said: dict[str, Any] = {"csa": False, "usa": False, **itc}
+    said: dict[str, Any] = {"csa": False, "usa": False, "itc": itc}
     if variant.csa:
-        said["csa"] = {"weight": variant.csa, "student": "itc", "teacher": tau}
+        said["csa"] = {"weight": variant.csa, "student": STUDENT, "teacher": tau}
     if variant.usa:
-        said["usa"] = {"weight": variant.usa, "student": "itc", "teacher": tau, "head": head}
+        said["usa"] = {"weight": variant.usa, "student": STUDENT, "teacher": tau, "head": head}
     return {"kind": "cusa", "options": said}
 
 
@@ -115,26 +121,6 @@ def scores_of(recipe: Recipe, matcher_uri: str, split: str = "val") -> tuple[Ten
         text.training = True  # of a frozen encoder: it asks its memory, and its model stays as it is
     encoded = checked([encode_shard(matcher, shard, sha256, 256) for shard, sha256 in shards_of(folder, manifest)], folder, 0.0)
     return score_matrix(matcher, encoded.images, encoded.captions), encoded
-
-
-def fold(study: Study, cells: int, held_out: int) -> str:
-    """A root whose split `train` lacks one shard of train, which is its split `val`; features and teachers are those of the whole."""
-    import shutil
-
-    whole, root = Path(study.root(cells)) / "train", study.runs / f"fold{held_out}-grid{cells}"
-    if not (root / "val" / NAME).exists():
-        manifest = read_manifest(str(whole))
-        parts = {"train": [s for n, s in enumerate(manifest.shards) if n != held_out], "val": [manifest.shards[held_out]]}
-        for split, shards in parts.items():
-            shutil.rmtree(root / split, ignore_errors=True)
-            shutil.copytree(whole / "teachers", root / split / "teachers") if split == "train" else (root / split).mkdir(parents=True)
-            for shard in shards:
-                for uri in (str(whole / shard.name), receipt_uri(str(whole / shard.name))):
-                    shutil.copy(uri, root / split)
-            shutil.copy(whole / "features.json", root / split)
-            about = Manifest(split=split, source=manifest.source, shards=shards, format=manifest.format)
-            (root / split / NAME).write_text(about.model_dump_json())
-    return str(root)
 
 
 @dataclass(frozen=True)
@@ -158,22 +144,22 @@ class Run:
             found: dict[str, Any] = json.loads(path.read_text())
             return found
         began, cpu = time.time(), time.process_time()
-        scores, positives, about = self._mean(study) if self.members else self._trained()
+        scores, ids, about = self._mean(study) if self.members else self._trained()
         (study.runs / "scores").mkdir(exist_ok=True)
-        np.savez(study.runs / "scores" / f"{self.name}.npz", scores=scores.numpy(), positives=positives.numpy())
-        metrics = {name: float(value) for name, value in retrieval_metrics(scores, positives).items() if name in METRICS}
+        np.savez(study.runs / "scores" / f"{self.name}.npz", scores=scores.numpy(), images=ids[0].numpy(), captions=ids[1].numpy())
+        metrics = {name: float(value) for name, value in retrieval_metrics(scores, ids).items() if name in METRICS}
         said = {"table": self.table, "row": self.row, "seed": self.seed, "metrics": metrics, **about}
         said |= {"cpu": round(time.process_time() - cpu, 1), "wall": round(time.time() - began, 1)}
         files.write_atomic(str(path), json.dumps(said, indent=1).encode())
         print(f"{self.name}: rSum {metrics['rsum']:.1f}, {said['cpu']:.0f} CPU-seconds, {said['wall']:.0f} s", flush=True)
         return said
 
-    def scores(self, study: Study) -> tuple[Tensor, Tensor]:
-        """(I,T) scores on val, and which pairs belong together, of a run that is done."""
+    def scores(self, study: Study) -> tuple[Tensor, Ids]:
+        """(I,T) scores on val, and whose they are, of a run that is done."""
         with np.load(study.runs / "scores" / f"{self.name}.npz", allow_pickle=False) as held:
-            return torch.from_numpy(held["scores"]), torch.from_numpy(held["positives"])
+            return torch.from_numpy(held["scores"]), (torch.from_numpy(held["images"]), torch.from_numpy(held["captions"]))
 
-    def _trained(self) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _trained(self) -> tuple[Tensor, Ids, dict[str, Any]]:
         from pipelines.teach import teach
         from pipelines.train import train
 
@@ -183,46 +169,39 @@ class Run:
         losses = [json.loads(line) for line in Path(self.recipe.folder, "losses.jsonl").read_text().splitlines()]
         return scores, encoded.positives, {"fingerprint": self.recipe.fingerprint(), "last": losses[-1]}
 
-    def _mean(self, study: Study) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def _mean(self, study: Study) -> tuple[Tensor, Ids, dict[str, Any]]:
         each = [member.scores(study) for member in self.members]
         return torch.stack([scores for scores, _ in each]).mean(0), each[0][1], {}
 
 
-DUAL_STEPS, DUAL_BATCH, DUAL_SEEDS = 300, 128, 4
+DUAL_STEPS, DUAL_BATCH, DUAL_SEEDS, DUAL_TAU = 300, 128, 4, 0.2
 DUAL_TRAIN = {"workers": 0, "steps": DUAL_STEPS, "batch_size": DUAL_BATCH, "lr": 1e-3, "log_every": 100, "checkpoint_every": DUAL_STEPS}
-INFO_NCE = {"itc": {"tau": 0.07, "reduction": "sum"}}
-TAUS = (0.1, 0.2)
+DUAL_NCE = {"tau": 0.05, "learn_tau": False, "reduction": "sum"}
 
 
-def dual_run(study: Study, variant: Variant, tau: float, seed: int, fold_of: int | None = None, **train: Any) -> Run:
-    row = f"{variant.name} tau {tau:g}" if variant.teacher != NONE else variant.name
-    root = {} if fold_of is None else {"root": fold(study, 1, fold_of)}
-    place = "dual" if fold_of is None else f"fold{fold_of}"
+def dual_run(study: Study, variant: Variant, seed: int) -> Run:
     recipe = study.recipe(
-        f"{place}/{row.replace(' ', '-')}/{seed}",
+        f"dual/{variant.name.replace(' ', '-')}/{seed}",
         1,
         dual(),
-        data={"cache_features": True, **root},
-        method=soft(variant, tau, INFO_NCE, head="none"),
-        train=DUAL_TRAIN | train,
+        data={"cache_features": True},
+        method=soft(variant, DUAL_TAU, DUAL_NCE, head="none"),
+        train=DUAL_TRAIN,
         teachers=study.teachers(1, variant.teacher) if variant.teacher != NONE else {},
         seed=seed,
     )
-    return Run(place, row, seed, recipe)
+    return Run("dual", variant.name, seed, recipe)
 
 
 def dual_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
     for seed in seeds:
-        yield dual_run(study, BASE, 0.1, seed)
-        for tau in TAUS:
-            yield dual_run(study, CONTROL, tau, seed)
-            yield dual_run(study, CUSA, tau, seed)
-        for variant in ALONE:
-            yield dual_run(study, variant, 0.1, seed)
+        for variant in (BASE, CONTROL, CUSA, *ALONE):
+            yield dual_run(study, variant, seed)
 
 
 LATE_STEPS, LATE_BATCH, LATE_SEEDS, LATE_TAU, CELLS = 200, 32, 3, 0.25, 5
 LATE_TRAIN = {"workers": 0, "steps": LATE_STEPS, "batch_size": LATE_BATCH, "lr": 5e-4, "log_every": 100, "checkpoint_every": LATE_STEPS}
+LATE_NCE = {"tau": 0.07, "reduction": "sum"}  # learned: the scores of these models have other ranges
 LATE: dict[str, dict[str, Any]] = {
     "scan": {"agg_func": "Mean"},
     "uarda": {"direction": "t2i"},
@@ -239,12 +218,12 @@ def late_run(study: Study, kind: str, variant: Variant, seed: int) -> Run:
         CELLS,
         {"kind": kind, "options": {"image": image, "text": MINILM, **LATE[kind]}},
         data={"cache_features": True},
-        method=soft(variant, LATE_TAU, INFO_NCE),
+        method=soft(variant, LATE_TAU, LATE_NCE),
         train=LATE_TRAIN,
         teachers=study.teachers(CELLS, variant.teacher) if variant.teacher != NONE else {},
         seed=seed,
     )
-    return Run(kind, f"{kind} {variant.name}", seed, recipe)
+    return Run(kind, variant.name, seed, recipe)
 
 
 def late_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
@@ -255,15 +234,14 @@ def late_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
         for variant in (BASE, CONTROL, CUSA):
             pair = tuple(late_run(study, kind, variant, seed) for kind in ("sgr", "saf"))
             recipe = pair[0].recipe.model_copy(update={"name": f"late/sgraf-{variant.name}/{seed}"})
-            yield Run("sgraf", f"sgraf {variant.name}", seed, recipe, pair)
+            yield Run("sgraf", variant.name, seed, recipe, pair)
 
 
-def fold_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
-    """What the temperature is chosen by: a sixth of train is held out, in turn."""
-    for seed in seeds:
-        for held_out in (0, 3):
-            for tau in TAUS:
-                yield dual_run(study, CUSA, tau, seed, held_out)
+def tried(study: Study) -> None:
+    """What the temperatures are chosen by: plain torch on folds of train; and the chosen ones on val."""
+    train, val = (vectors_of(files.join(study.root(1), split), study.runs / f"vectors-{split}.npz") for split in ("train", "val"))
+    explored(train, study.runs / "loop", (0, 3), (0, 1))
+    checked(train, val, study.runs / "loop", tuple(range(DUAL_SEEDS)))
 
 
 def prepare(study: Study, cells: int) -> None:
@@ -279,14 +257,16 @@ def prepare(study: Study, cells: int) -> None:
 
 
 def pages(study: Study) -> None:
-    """docs/results/real-photos.md and .json, from the finished runs."""
+    """docs/results/real-photos.md, .json and .svg, from the finished runs."""
     results = [json.loads(path.read_text()) for path in sorted((study.runs / "results").glob("*.json"))]
     if not results:
         return
     order = {row: n for n, row in enumerate(["base", "shuffled", "CUSA", "USA alone", "CSA alone"])}
-    results.sort(key=lambda r: (r["table"], next((n for row, n in order.items() if row in r["row"]), 9), r["row"], r["seed"]))
-    RESULT.write_text(json.dumps({"chance": chance(study), "runs": results}, indent=1) + "\n")
+    results.sort(key=lambda r: (r["table"], next((n for row, n in order.items() if r["row"].endswith(row)), 9), r["seed"]))
+    loop = [json.loads(path.read_text()) for path in sorted((study.runs / "loop").glob("*.json"))]
+    RESULT.write_text(json.dumps({"chance": chance(study), "loop": loop, "runs": results}, indent=1) + "\n")
     RESULT.with_suffix(".md").write_text(page_of(RESULT), encoding="utf-8")
+    RESULT.with_suffix(".svg").write_text(picture_of(RESULT), encoding="utf-8")
 
 
 def chance(study: Study) -> dict[str, float]:
@@ -297,23 +277,32 @@ def chance(study: Study) -> dict[str, float]:
     return {name: float(found[name]) for name in METRICS}
 
 
+VERSUS = (("CUSA", "shuffled"), ("CUSA", "base"), ("shuffled", "base"))
+
+
+def tables_of(runs: list[dict[str, Any]]) -> list[str]:
+    return [name for name in ("dual", *LATE, "sgraf") if any(r["table"] == name for r in runs)]
+
+
+def picture_of(result: Path) -> str:
+    runs = json.loads(result.read_text())["runs"]
+    return gains_svg({name: {f"{a} over {b}": differences(runs, name, a, b) for a, b in VERSUS} for name in tables_of(runs)})
+
+
 def page_of(result: Path) -> str:
     """The page beside the JSON file, from it alone."""
     said = json.loads(result.read_text())
     runs, known = said["runs"], said["chance"]
-    late = [name for name in (*LATE, "sgraf") if any(r["table"] == name for r in runs)]
-    versus = [("CUSA", "shuffled"), ("CUSA", "base"), ("shuffled", "base")]
-    dual_pairs = [(f"{a} tau {tau:g}", b if b == "base" else f"{b} tau {tau:g}") for tau in TAUS for a, b in versus]
-    lines = [ABOUT, "", "## Dual encoder", "", DUAL_ABOUT, "", *table(runs, "dual", known), "", *gains(runs, "dual", dual_pairs)]
-    folds = [r | {"table": "folds"} for r in runs if r["table"].startswith("fold")]
-    if folds:
-        lines += ["", "The temperature, on held-out sixths of train:", "", *table(folds, "folds", known)[:-1]]
-    if late:
-        lines += ["", "## Late interaction", "", LATE_ABOUT]
-    for name in late:
-        pairs = [(f"{name} {a}", f"{name} {b}") for a, b in versus]
-        lines += ["", f"### {name}", "", *table(runs, name, known), "", *gains(runs, name, pairs)]
-    return "\n".join(lines) + "\n"
+    lines = [ABOUT, "", "![Gains in rSum, seed by seed](real-photos.svg)"]
+    for name in tables_of(runs):
+        about = {"dual": ["", "## Dual encoder", "", DUAL_ABOUT], next(iter(LATE)): ["", "## Late interaction", "", LATE_ABOUT]}
+        lines += [*about.get(name, []), *([] if name == "dual" else ["", f"### {name}"])]
+        lines += ["", *table(runs, name, known), "", *gains(runs, name, list(VERSUS))]
+        if name == "dual":
+            val, folds = ([r for r in said["loop"] if r["on"] == on] for on in ("val", "fold"))
+            lines += ["", PLAIN_ABOUT, "", *loop_table(val), "", FOLDS_ABOUT, "", *loop_table(folds)]
+    cpu = sum(r["cpu"] for r in runs)
+    return "\n".join([*lines, "", f"{len(runs)} runs, {cpu / 60:.0f} CPU-minutes."]) + "\n"
 
 
 ABOUT = """# Real photos
@@ -323,25 +312,26 @@ towers of the extra `real`: EfficientNet-Lite0 (ImageNet) for photos, MiniLM for
 the grid cells less the mean of train, and the sentence vector. The shuffled control has the same vectors, each of another photo or caption.
 Figures are of the last step, nothing is chosen on the 201 photos; mean ± standard deviation over seeds. Every run trains on kept features
 (`data.cache_features`). These are small models on few photos: rows are compared with each other, not with published figures."""
-DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE, {DUAL_STEPS} steps of {DUAL_BATCH}; CSA and USA with weight 1, the
-student's temperature is that of InfoNCE, the teacher's is tau.
-
-A loop of plain torch with the same losses and 300 steps on the same vectors gave 343.2, 328.4 and 340.8 (2 seeds each) for base, shuffled
-and CUSA with tau 0.1: the order is that of the setting and not of the pipeline. InfoNCE learns its temperature: alone it ends at 0.025,
-with soft labels at 0.05. The true teacher is above its shuffled control; here it is not above no teacher."""
-LATE_ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {LATE_STEPS} steps of {LATE_BATCH}, triplet loss (its mean);
-weights of CSA and USA as published for SGR and SAF, those of SGR for SCAN and UARDA; temperatures begin with {LATE_TAU}."""
+DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE with a fixed temperature of {DUAL_NCE["tau"]}, {DUAL_STEPS} steps of
+{DUAL_BATCH}, rate 1e-3 falling to 0. CSA and USA have weight 1; their students' temperatures begin with {STUDENT} and are learned, the
+teacher's is {DUAL_TAU}: what `itm inspect` suggests for batches of 128, and best on the folds below. USA reads the retrieval vectors."""
+PLAIN_ABOUT = """The same setting in a loop of plain torch (`tests/support/study_loop.py`), which shares nothing with the pipeline but the
+vectors: rSum on the same photos and captions."""
+FOLDS_ABOUT = """How the setting was chosen: rSum of the loop on a held-out sixth of train (100 photos)."""
+LATE_ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {LATE_STEPS} steps of {LATE_BATCH}, InfoNCE with a learned
+temperature; CSA, USA and their students as above, teacher's temperature {LATE_TAU}, which `itm inspect` suggests for this batch. USA has a
+linear layer of its own (`usa.head`), SGRAF is the mean of the scores of SGR and SAF."""
 
 
 def show_queries(study: Study, run: Run, count: int = 50) -> Path:
     """`count` captions of val with the first photo that is not theirs."""
-    scores, positives = run.scores(study)
+    scores, (images, captions) = run.scores(study)
     photos, texts, owner = [], [], []
     for sample in samples_of(files.join(study.data, "val")):
         photos.append(sample.image or b"")
         texts += [caption.text for caption in sample.captions]
         owner += [len(photos) - 1] * len(sample.captions)
-    if not torch.equal(positives.bool(), torch.arange(len(photos))[:, None] == torch.tensor(owner)[None, :]):
+    if not torch.equal(images[torch.tensor(owner)], captions):
         raise ValueError(f"the scores of {run.name} are of other photos than those in {study.data}")
     shown = []
     for caption in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:count].tolist():
@@ -363,17 +353,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="root of the shards of photos")
     parser.add_argument("--runs", default=str(ROOT / "runs" / "study"), help="where everything lies")
-    parser.add_argument("--only", choices=["dual", "folds", "late", "pages"], help="a part of it")
+    parser.add_argument("--only", choices=["dual", "loop", "late", "pages"], help="a part of it")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds of it")
     args = parser.parse_args()
     study = Study(files.absolute(args.data), Path(files.absolute(args.runs)))
-    if args.only in (None, "dual", "folds"):
+    if args.only in (None, "dual", "loop"):
         prepare(study, 1)
+    if args.only in (None, "loop"):
+        tried(study)
     if args.only in (None, "dual"):
         for run in dual_runs(study, args.seeds or range(DUAL_SEEDS)):
-            run.result(study)
-    if args.only in (None, "folds"):
-        for run in fold_runs(study, args.seeds or range(2)):
             run.result(study)
     if args.only in (None, "late"):
         prepare(study, CELLS)
@@ -381,7 +370,7 @@ def main() -> None:
             run.result(study)
     if args.only in (None, "pages"):
         pages(study)
-        print(f"queries: {show_queries(study, dual_run(study, CUSA, 0.1, 0))}")
+        print(f"queries: {show_queries(study, dual_run(study, CUSA, 0))}")
 
 
 if __name__ == "__main__":

@@ -34,15 +34,31 @@ def table(
     return [*lines, f"| chance | | {' | '.join(f'{chance[metric]:.1f}' for metric in METRICS)} |"]
 
 
-def gains(results: list[Result], name: str, pairs: list[tuple[str, str]]) -> list[str]:
-    """`a` less `b` in rSum, seed by seed: mean, deviation, and how many seeds have it above 0."""
+def differences(results: list[Result], name: str, a: str, b: str) -> list[float]:
+    """`a` less `b` in rSum, of the seeds that have both."""
     found = {(r["row"], r["seed"]): r["metrics"]["rsum"] for r in results if r["table"] == name}
-    lines = ["| gain in rSum | seeds | mean ± sd | seeds above 0 |", "|---|---|---|---|"]
+    return [found[a, seed] - found[b, seed] for row, seed in found if row == a and (b, seed) in found]
+
+
+def gains(results: list[Result], name: str, pairs: list[tuple[str, str]]) -> list[str]:
+    """The differences of each pair: mean, deviation, the 95 % interval of the mean, and how many seeds have them above 0."""
+    lines = ["| gain in rSum | seeds | mean ± sd | 95 % interval | seeds above 0 |", "|---|---|---|---|---|"]
     for a, b in pairs:
-        some = [found[a, seed] - found[b, seed] for row, seed in found if row == a and (b, seed) in found]
-        if some:
-            lines.append(f"| {a} over {b} | {len(some)} | {spread(some)} | {sum(gain > 0 for gain in some)} |")
+        if some := differences(results, name, a, b):
+            interval = "" if len(some) < 2 else "{:+.1f} to {:+.1f}".format(*interval_of(some))
+            lines.append(f"| {a} over {b} | {len(some)} | {spread(some)} | {interval} | {sum(gain > 0 for gain in some)} |")
     return lines
+
+
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
+"""Student's t, 97.5 %, by degrees of freedom."""
+
+
+def interval_of(values: list[float]) -> tuple[float, float]:
+    """Student's 95 % interval of the mean."""
+    mean = statistics.mean(values)
+    half = T_975[min(len(values) - 1, 5)] * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half
 
 
 def queries(path: Path, shown: list[tuple[str, bytes, bytes, int]]) -> None:
@@ -60,3 +76,48 @@ def queries(path: Path, shown: list[tuple[str, bytes, bytes, int]]) -> None:
     page = f"<!doctype html><meta charset=utf-8><title>Queries</title><style>{style}</style>{about}<table>{head}{''.join(rows)}</table>"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def loop_table(tried: list[Result]) -> list[str]:
+    """rSum of the plain loop: settings in rows, arms in columns."""
+    order = ["base", "shuffled", "shuffled 0.1", "CUSA 0.1", "shuffled 0.2", "CUSA", "CUSA 0.2", "USA alone", "CSA alone"]
+    columns = sorted({r["arm"] for r in tried}, key=order.index)
+    lines = [f"| InfoNCE's temperature, the students' | runs | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for setting in dict.fromkeys(r["setting"] for r in tried):
+        found = {arm: [r["rsum"] for r in tried if (r["setting"], r["arm"]) == (setting, arm)] for arm in columns}
+        runs = min(len(values) for values in found.values())
+        lines.append(f"| {setting} | {runs} | {' | '.join(spread(values) if values else '' for values in found.values())} |")
+    return lines
+
+
+WIDTH, ROW, LEFT, FOOT = 720, 18, 210, 34
+
+
+def gains_svg(groups: dict[str, dict[str, list[float]]]) -> str:
+    """A dot for each seed's gain in rSum, a bar for their mean; groups: table -> what over what -> gains."""
+    rows = [(table, name, values) for table, each in groups.items() for name, values in each.items() if values]
+    low, high = min(0.0, *(min(v) for *_, v in rows)), max(0.0, *(max(v) for *_, v in rows))
+    height = ROW * len(rows) + FOOT + 8
+    parts = []
+
+    def x(value: float) -> float:
+        return LEFT + 8 + (value - low) / (high - low) * (WIDTH - LEFT - 24)
+
+    def line(at: float, top: float, bottom: float, look: str) -> str:
+        return f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{top:.1f}" y2="{bottom:.1f}" {look}/>'
+
+    step = next(unit for unit in (1, 2, 5, 10, 20, 50, 100) if (high - low) / unit <= 10)
+    for tick in range(-(int(-low) // step) * step, int(high) + 1, step):
+        look = 'stroke="#444"' if tick == 0 else 'stroke="#ddd"'
+        parts += [
+            line(tick, 4, height - FOOT, look),
+            f'<text x="{x(tick):.1f}" y="{height - FOOT + 14}" text-anchor="middle">{tick:+d}</text>',
+        ]
+    for number, (table, name, values) in enumerate(rows):
+        y = 4 + ROW * (number + 0.5)
+        parts.append(f'<text x="{LEFT}" y="{y + 4:.1f}" text-anchor="end">{html.escape(f"{table}: {name}")}</text>')
+        parts.append(line(statistics.mean(values), y - 6, y + 6, 'stroke="#000" stroke-width="2"'))
+        parts += [f'<circle cx="{x(value):.1f}" cy="{y:.1f}" r="3.5" fill="#2a6fb0" fill-opacity=".7"/>' for value in values]
+    parts.append(f'<text x="{WIDTH - 8}" y="{height - 4}" text-anchor="end">gain in rSum, a dot a seed, the bar their mean</text>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12">'
+    return f'{head}<rect width="{WIDTH}" height="{height}" fill="#fff"/>{"".join(parts)}</svg>\n'

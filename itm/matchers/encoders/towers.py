@@ -120,7 +120,7 @@ class HFVision(Encoder):
         """Raises ValueError unless exactly one of `path` and `config` is given."""
         super().__init__()
         self.model = load_backbone(path, config, "vision_config", "image encoder hf_vision")
-        known_mean, known_std = _pixel_statistics(path)
+        known_mean, known_std = _pixel_statistics(path, self.model.config)
         mean, std = tuple(mean or known_mean), tuple(std or known_std)
         self.normalise = Normalise(mean, std)
         self.frozen = freeze
@@ -131,7 +131,13 @@ class HFVision(Encoder):
         if freeze:
             self.model.eval()
         widths = getattr(self.model.config, "hidden_sizes", None)
-        self.width = self.vector_width = int(widths[-1] if widths else self.model.config.hidden_size)
+        wide = self.timm.num_features if self.timm is not None else widths[-1] if widths else self.model.config.hidden_size
+        self.width = self.vector_width = int(wide)
+
+    @property
+    def timm(self) -> Any:
+        """A model of timm, whose configuration here tells no sizes; None of any other."""
+        return getattr(self.model, "timm_model", None)
 
     @property
     def reads_features(self) -> bool:
@@ -154,6 +160,8 @@ class HFVision(Encoder):
             wanted = getattr(self.model.config, "image_size", None)
             raise ValueError(f"vision backbone refuses {tuple(pixels.shape[-2:])} pixels; set data.image_size={wanted} ({error})") from None
         hidden = out.last_hidden_state if self.layer == -1 else self._hidden(out.hidden_states)
+        if self.timm is not None and hidden.dim() == 4 and hidden.shape[1] != self.width:
+            hidden = hidden.permute(0, 3, 1, 2)  # some of its models have the channels last
         parts = hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden[:, self._extra_tokens(hidden, pixels) :]
         parts = averaged(parts, self.cells)
         pooled = out.get("pooler_output") if self.layer == -1 and self.cells is None else None
@@ -169,7 +177,7 @@ class HFVision(Encoder):
         """Class and register tokens stand before the patches: what the patch grid does not explain."""
         patch = getattr(self.model.config, "patch_size", None)
         if not isinstance(patch, int):
-            return 0
+            return int(getattr(self.timm, "num_prefix_tokens", 0))
         patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
         return max(0, hidden.shape[1] - patches)
 
@@ -261,7 +269,7 @@ def load_backbone(path: str | None, config: Options | None, inner: str, what: st
             known = AutoConfig.for_model(choices.pop("model_type"), **choices)
             one = _class_of(known)
             return AutoModel.from_config(known, dtype=torch.float32) if one is None else one(known).float()
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # ImportError: timm and what it needs is no part of this project
             raise ValueError(f"{what}: config={brief(ValueError(config), 120)} makes no model: {brief(error)}") from None
     assert path is not None
     path = located(path)
@@ -269,7 +277,7 @@ def load_backbone(path: str | None, config: Options | None, inner: str, what: st
         found = AutoConfig.from_pretrained(path)
         found = getattr(found, inner, found)
         return (_class_of(found) or AutoModel).from_pretrained(path, config=found, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{what}: path={path!r} holds no model: {brief(error)}") from None
 
 
@@ -332,9 +340,11 @@ def check_tokens(captions: Captions, embeddings: int) -> None:
         raise ValueError(f"token id {int(captions.tokens.max())} in a vocabulary of {embeddings}: use the model's own vocabulary")
 
 
-def _pixel_statistics(path: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixel_statistics(path: str | None, config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     from transformers.image_processing_base import ImageProcessingMixin
 
+    if of_timm := getattr(config, "pretrained_cfg", None):
+        return tuple(of_timm.get("mean", IMAGENET[0])), tuple(of_timm.get("std", IMAGENET[1]))
     if path is None:
         return IMAGENET
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
@@ -101,3 +103,41 @@ def test_rows_without_a_token_and_ids_beyond_the_embeddings_are_named():
         check_tokens(Captions(c.tokens, c.mask & torch.tensor([[True], [False], [True]]), c.image_id), 20)
     with pytest.raises(ValueError, match=f"token id {int(c.tokens.max())} in a vocabulary of 4"):
         check_tokens(c, 4)
+
+
+TIMM = {"model_type": "timm_wrapper", "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.4, 0.4, 0.4]}}
+
+
+def timm_imports() -> bool:
+    """Also where it is installed it may not: it needs a torchvision that fits the installed torch."""
+    try:
+        import timm  # noqa: F401
+    except Exception:  # torchvision raises RuntimeError
+        return False
+    return True
+
+
+@pytest.mark.skipif(timm_imports(), reason="timm imports here")
+def test_a_model_of_timm_is_refused_by_name_where_timm_does_not_import(tmp_path):
+    config = {**TIMM, "architecture": "resnet10t"}
+    with pytest.raises(ValueError, match=r"image encoder hf_vision: config=.*makes no model.*timm"):
+        HFVision(config=config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"image encoder hf_vision: path=.*holds no model.*[Tt]imm"):
+        HFVision(path=str(tmp_path))
+
+
+@pytest.mark.skipif(not timm_imports(), reason="timm does not import here")
+@pytest.mark.parametrize(
+    ("architecture", "width", "parts"),
+    [("resnet10t", 512, 49), ("vit_tiny_patch16_224", 192, 196), ("swin_tiny_patch4_window7_224", 768, 49)],
+)
+def test_a_model_of_timm_gives_its_patches_without_class_tokens(architecture, width, parts):
+    encoder = HFVision(config={**TIMM, "architecture": architecture}).eval()
+    photo = Images(torch.arange(1), pixels=torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8))
+    with torch.inference_mode():
+        found = encoder(photo)
+        own = encoder.model.timm_model.forward_features((photo.pixels / 255 - 0.5) / 0.4)
+    assert (encoder.width, found.parts.shape) == (width, (1, parts, width))
+    rows = own if own.shape[-1] == width else own.permute(0, 2, 3, 1)
+    assert torch.allclose(found.parts, rows.reshape(1, -1, width)[:, -parts:], atol=1e-4)
