@@ -53,6 +53,8 @@ bench: $(READY)  ## speed against named peers measured in the same run
 	$(BIN)/python -m tests.support.bench_data
 	$(BIN)/python -m tests.support.bench_steps
 	$(BIN)/python -m tests.support.bench_late
+	$(BIN)/python -m tests.support.bench_lock
+	$(BIN)/python -m tests.support.bench_pixels
 
 study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards with train and val>; resumable, docs/results/real-photos.md
 	$(BIN)/python -m tests.support.study $(DATA)

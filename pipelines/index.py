@@ -92,7 +92,6 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     """Raises ValueError for arguments that do not go together."""
     from itm.data import files
     from pipelines.indexing.building import Wanted
-    from pipelines.indexing.photos import packed_photos
 
     output = output_of(args)
     shards = [*args.shards, *(packed_photos(args.photos, files.join(output, "shards")) if args.photos else ())]
@@ -111,6 +110,20 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         merge=tuple(args.merge),
         allow=tuple(args.allow),
     )
+
+
+def packed_photos(photos: str, root: str) -> list[str]:
+    """The folders of the splits, packed below `root`; what was added to the photos since goes to new shards.
+
+    Raises ValueError as `itm pack`, and for a folder without a photo.
+    """
+    from itm.config import parse_recipe
+    from itm.data import files
+    from pipelines.pack import pack
+
+    data = {"root": root, "source": {"kind": "imagefolder", "options": {"path": photos}}, "max_reject_rate": 1.0}
+    recipe = parse_recipe({"name": "photos", "output": root, "data": data, "model": {"kind": "dual"}})
+    return [files.join(root, split) for split in pack(recipe)]
 
 
 def output_of(args: argparse.Namespace) -> str:

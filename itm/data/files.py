@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from itm.data.patience import Refused, StoreGone
 from itm.data.remote import Remote, RemoteFile, open_remote
 
 # A put to an object store shows nothing until it is complete, so the detour over a temporary name would only copy twice.
@@ -352,9 +353,13 @@ def check_writable(uri: str | Path) -> None:
     """Raise ValueError now, not after an hour of work, when nothing can be written below `uri`. What dead writers left there goes."""
     probe = join(uri, temporary("write-check"))
     try:
+        if is_remote(uri):
+            sizes(probe)  # a question is sooner answered than an upload, and refused with a reason, which `exists` is not
         remove_abandoned(uri)
         write_atomic(probe, b"")
         delete(probe)
+    except (StoreGone, Refused) as error:
+        raise ValueError(f"cannot write below {uri}: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot write below {uri}: {error}; choose another folder or mend its permissions") from None
 

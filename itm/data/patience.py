@@ -107,6 +107,8 @@ def first_contact(seconds: float | None = None) -> Iterator[None]:
     if seconds is not None and not 0 <= seconds < float("inf"):
         raise ValueError(f"--wait-for {seconds:g}: say for how many seconds a store or server is waited for that does not answer yet")
     before, _first = _first, FIRST if seconds is None else seconds
+    _met.clear()
+    _gone.clear()
     try:
         yield
     finally:

@@ -116,9 +116,12 @@ def resized(
     return image.resize((right - left, bottom - top), resample, (first, upper, last, lower))
 
 
-def decode_jpeg(data: bytes, least: int | None = None, into: np.ndarray | None = None, exif: bool = True) -> np.ndarray | None:
+def decode_jpeg(
+    data: bytes, least: int | None = None, into: np.ndarray | None = None, exif: bool = True, halving: bool = False
+) -> np.ndarray | None:
     """(H,W,3) uint8, bit for bit as `decode` gives it; at the smallest DCT scale of at least `least` pixels a side where that is given.
 
+    halving: of the scales 1, 1/2, 1/4 and 1/8 alone, for which decoders have quick kernels.
     The memory is that of `into` when the image has its size. None for what `decode` has to judge: another format, colours of print,
     a size beyond the limit, a damaged file.
     """
@@ -130,14 +133,22 @@ def decode_jpeg(data: bytes, least: int | None = None, into: np.ndarray | None =
         if height * width > MAX_PIXELS or header[2] not in ("YCbCr", "Gray", "RGB"):
             return None
         orientation = _jpeg_orientation(data) if exif else 1
-        if least is None:
+        short = min(height, width)
+        halved = max(n for n in (1, 2, 4, 8) if n == 1 or short >= n * (least or short))
+        if least is None or (halving and halved == 1):
             fits = into is not None and into.shape == (height, width, 3) and orientation == 1
             return _turned(np.asarray(simplejpeg.decode_jpeg(data, "RGB", buffer=into if fits else None)), orientation)
-        least = min(least, height, width)
-        scaled = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, min_height=least, min_width=least, min_factor=1)
+        least = -(-short // halved) if halving else min(least, short)
+        scaled = simplejpeg.decode_jpeg(data, "RGB", fastdct=not halving, min_height=least, min_width=least, min_factor=1)
         return _turned(np.asarray(scaled), orientation)
     except ValueError:
         return None
+
+
+def jpeg_size(data: bytes, exif: bool = True) -> tuple[int, int]:
+    """Width and height in which `decode_jpeg` gives a JPEG in full."""
+    height, width = map(int, simplejpeg.decode_jpeg_header(data)[:2])
+    return (height, width) if exif and _jpeg_orientation(data) >= 5 else (width, height)
 
 
 def _jpeg_orientation(data: bytes) -> int:

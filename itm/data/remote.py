@@ -100,8 +100,33 @@ class Remote:
         return asked(ask, self._prefix + path, self.store)
 
     def get_file_info(self, what: str | fs.FileSelector) -> Any:
-        path = what if isinstance(what, str) else what.base_dir
-        return self._asked(lambda: self.filesystem.get_file_info(what), path)
+        if not isinstance(what, str):
+            return self._asked(lambda: self.filesystem.get_file_info(what), what.base_dir)
+
+        def ask() -> fs.FileInfo:
+            info = self.filesystem.get_file_info(what)
+            if info.type == fs.FileType.File and not info.size:
+                self._check_empty(what)
+            return info
+
+        return self._asked(ask, what)
+
+    def _open(self, path: str) -> pa.NativeFile:
+        file = self.filesystem.open_input_file(path)
+        if not file.size():
+            self._check_empty(path)
+        return file
+
+    def _check_empty(self, path: str) -> None:
+        """An answer that breaks off in its header, before it tells the size, is taken for that of an empty object. A list tells the truth.
+
+        Raises ConnectionError where it has another size.
+        """
+        if self.type_name != "s3":
+            return
+        beside = self.filesystem.get_file_info(fs.FileSelector(path.rpartition("/")[0], allow_not_found=True))
+        if size := next((info.size for info in beside if info.path == path), 0):
+            raise ConnectionError(f"the answer broke off: a size of 0 of {size:,} bytes")
 
     def open_input_file(self, path: str) -> RemoteFile:
         return RemoteFile(self, path)
@@ -156,7 +181,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, remote: Remote, path: str) -> None:
         super().__init__()
         self._remote, self._path, self._position = remote, path, 0
-        self._file: pa.NativeFile = remote._asked(lambda: remote.filesystem.open_input_file(path), path)
+        self._file: pa.NativeFile = remote._asked(lambda: remote._open(path), path)
         self._size = int(remote._asked(self._file.size, path))
 
     def size(self) -> int:

@@ -124,7 +124,8 @@ def _shown(said: object) -> object:
     """Without what does not change the pixels of a photo that is not augmented."""
     if not isinstance(said, dict):
         return said
-    return {name: value for name, value in said.items() if name not in ("kind", "flip", "max_regions", "region_width", "exact")} or said
+    other = "kind", "flip", "max_regions", "region_width", "exact", "scaled"
+    return {name: value for name, value in said.items() if name not in other} or said
 
 
 def try_out(matcher: Matcher, inputs: Inputs, first: tuple[bytes, str]) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from itm.config import Indexed
+from itm.data import files
 from itm.data.formats import NewerFormat
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Record
@@ -27,6 +29,7 @@ from itm.retrieval.index import Index
 from itm.retrieval.store import check_vectors, stored
 from itm.types import Encoded, Matcher
 from pipelines import index as stage
+from pipelines import pack as packing
 from pipelines import search
 from pipelines.cli import stage_main
 from pipelines.contract import stages_of
@@ -235,6 +238,46 @@ def test_codes_of_eight_bits_are_off_by_half_a_step_and_vectors_of_zeros_are_ref
     vectors[7, 0] = torch.nan
     with pytest.raises(ValueError, match="image '7' has a vector that is not finite"):
         check_vectors(Encoded(vector=vectors), "image", [str(n) for n in range(50)])
+
+
+def test_a_plain_folder_of_photos_is_packed_and_found_and_grows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        packing, "_run_jobs", lambda r, jobs, t: {j.uri: packing.Receipt.model_validate_json(packing.pack_shard(j)) for j in jobs}
+    )
+    monkeypatch.setattr(packing, "_tracked", lambda *args: nullcontext(lambda manifest: None))
+    folder, photos = str(matcher_folder(tmp_path / "m", 2)), tmp_path / "photos"
+    photos.mkdir()
+    for n, colour in enumerate(COLOURS):
+        (photos / f"{n}.png").write_bytes(picture(colour, 32 + n)[: 60 if n == 3 else None])
+    asked = ["--model", folder, "--photos", str(photos), "--output", str(tmp_path / "index"), "--workers", "0"]
+    assert stage_main("index", asked) == 0
+    assert capsys.readouterr().out.startswith("5 images = 5 indexed + 0 rejected, 0 captions in 1 shards")
+    matcher = tiny_matcher(2)
+    assert set(answers(matcher, Index.open(str(tmp_path / "index"), matcher))) == {"0", "1", "2", "4", "5"}
+    (photos / "new.png").write_bytes(picture("white"))
+    assert stage_main("index", asked) == 2
+    assert "Bring it up to date with --add" in capsys.readouterr().err
+    assert stage_main("index", [*asked, "--add"]) == 0
+    assert set(answers(matcher, Index.open(str(tmp_path / "index"), matcher))) == {"0", "1", "2", "4", "5", "new"}
+    (tmp_path / "none").mkdir()
+    assert stage_main("index", [*asked[:3], str(tmp_path / "none"), "--output", str(tmp_path / "other")]) == 2
+    assert "no image in" in capsys.readouterr().err
+
+
+def test_an_index_of_a_store_is_that_of_a_disk_and_a_store_that_lost_a_file_is_named(shards, tmp_path, matcher):
+    store = "memory://itm-index"
+    for path in Path(shards).iterdir():
+        files.write_atomic(f"{store}/test/{path.name}", path.read_bytes())
+    made = index(matcher, f"{store}/test", f"{store}/test/index")
+    assert answers(matcher, made) == answers(matcher, index(matcher, shards, tmp_path / "index"))
+    assert made.sample("k4").meta["colour"] == "black"
+    files.delete(f"{store}/test/index/test/00002.captions.arrow")
+    with pytest.raises(ValueError, match=r"memory://.*00002.captions.arrow, which the index needs, cannot be read"):
+        Index.open(f"{store}/test/index", matcher)
+    for uri in [uri for folder in ("", "/index", "/index/test") for uri in files.list_files(f"{store}/test{folder}")]:
+        files.delete(uri)
+    with pytest.raises(ValueError, match=r"no finished index at memory://itm-index/test/index"):
+        Index.open(f"{store}/test/index", matcher)
 
 
 def test_a_recipe_names_the_splits_that_a_run_indexes_and_the_stage_is_done_until_weights_or_shards_change(tmp_path):

@@ -1,6 +1,6 @@
 """What a pair costs in the trainer's process beside decoding: nearly all of it holds the lock of the interpreter.
 
-    python -m tests.support.bench_lock --root /tmp/lock
+    python -m tests.support.bench_lock
 
 Images of 8x8 pixels and region files 8 wide leave so little to decode that what is left is reading, parsing, tokenising and collating.
 CPU time of one thread, microseconds a pair, medians over batches of 128; shards in the page cache, five captions an image.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -70,7 +71,7 @@ def measure(root: Path, kind: str, batches: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "itm-bench-lock", help="where the shards are made, once")
     parser.add_argument("--batches", type=int, default=20)
     args = parser.parse_args()
     print("| a pair, microseconds of CPU | read | prepare | collate | all | wanted |\n" + "|---" * 6 + "|")

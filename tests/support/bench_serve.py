@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ from itm.retrieval.kept import matcher_identity
 from itm.retrieval.store import Catalogue, Choices, Entry, SplitEntry, captions_uri, write_catalogue, write_rows
 from itm.tracking.registry import crown
 from itm.types import Captions, Encoded, Images, Matcher
+from pipelines.index import index
 from pipelines.on_ray.session import quiet
 from tests.support.pair_world import matcher_of
 from tests.support.pair_world import split as scenes_with_regions
-from tests.support.serving_process import Asking, replicas, serving, two_models, until
+from tests.support.serving_process import QUESTION, SCENES, Asking, replicas, serving, two_models, until
+from tests.support.serving_world import add_scenes, scenes
 
 WIDTH, CENTRES, INTRINSIC, SEED = 512, 20_000, 32, 0
 SHARD = 10_000
@@ -313,7 +316,7 @@ def measure_http(rows: Rows, count: int, folder: Path, uri: str, times: int) -> 
 
 
 def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
-    """16 clients; a replica is killed, the alias moved and moved back."""
+    """16 clients; a replica is killed, the alias moved and moved back, the index of the other model grows."""
 
     def work() -> dict[str, Any]:
         shutil.rmtree(folder / "load", ignore_errors=True)
@@ -329,6 +332,9 @@ def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
                 crown("dual", number)
                 until(lambda number=number: asking.versions[-32:] == [f"dual/{number}"] * 32, 120)  # type: ignore[misc]
                 moved[number] = time.monotonic() - begun
+            add_scenes(service.shards, [replace(row, key=f"new-{row.key}") for row in scenes(10, seed=9)])
+            index(replace(service.scanned, add=True))
+            until(lambda: service.client.search(QUESTION, model="scan")["total"] == SCENES + 10, 120)
             time.sleep(seconds)
             figures = latencies(asking.seconds[before:])
         return figures | {"failed": len(asking.faults), "alias s": max(moved.values())}

@@ -6,17 +6,21 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Door:
-    """Listens on a port of its own and passes on what comes to `port`, while it is open."""
+    """Listens on a port of its own and passes on what comes to `port`, while it is open.
+
+    maimed: so many answers to come end after their first line.
+    """
 
     def __init__(self, port: int) -> None:
         self.behind = port
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
         self.passing: list[socket.socket] = []
+        self.maimed = 0
         self._serve()
 
     @property
@@ -56,14 +60,23 @@ class Door:
                 outer.close()
                 continue
             self.passing += [outer, inner]
-            for one, other in ((outer, inner), (inner, outer)):
-                threading.Thread(target=_pass_on, args=(one, other), daemon=True).start()
+            for one, other, change in ((outer, inner, None), (inner, outer, self._maim)):
+                threading.Thread(target=_pass_on, args=(one, other, change), daemon=True).start()
+
+    def _maim(self, data: bytes) -> bytes:
+        if not self.maimed:
+            return data
+        self.maimed -= 1
+        return data[: data.index(b"\r\n") + 2]
 
 
-def _pass_on(one: socket.socket, other: socket.socket) -> None:
+def _pass_on(one: socket.socket, other: socket.socket, change: Callable[[bytes], bytes] | None) -> None:
     with contextlib.suppress(OSError):
         while data := one.recv(1 << 16):
-            other.sendall(data)
+            passed = change(data) if change else data
+            other.sendall(passed)
+            if passed != data:
+                break
     for end in (one, other):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)

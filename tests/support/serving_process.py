@@ -18,6 +18,8 @@ import psutil
 from itm.matchers.folder import save_matcher
 from itm.tracking.registry import promote
 from itm.tracking.runs import Tracker
+from pipelines.index import index
+from pipelines.indexing.building import Wanted
 from pipelines.serving.client import Client
 from tests.support import ROOT
 from tests.support.ports import free_ports
@@ -32,7 +34,7 @@ QUESTION = "a red circle to the left of a blue square"
 def two_models(folder: Path) -> Iterator[SimpleNamespace]:
     """A registered dual encoder (champion is version 1, version 2 has other weights) and a SCAN, served by two replicas each.
 
-    address, client, folder, process, log, rows (the scenes that are searched).
+    address, client, folder, process, log, rows and shards (the scenes that are searched), scanned (what made the index of SCAN).
     """
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
@@ -44,9 +46,14 @@ def two_models(folder: Path) -> Iterator[SimpleNamespace]:
                 save_matcher(matcher_for(rows, DUAL, seed=seed), folder / f"dual{seed}")
                 promote("dual", register_matcher(folder / f"dual{seed}", "dual", tracker.run_id, {}), "rsum", rsum)
         scan = saved(matcher_for(rows, SCAN), folder / "scan")
-        models = ["--model", "dual=models:/dual@champion", "--model", f"scan={scan}", "--shards", shards, "--replicas", "2"]
-        with serving(folder, models) as service:
-            service.rows = rows
+        for number in ("1", "2"):
+            index(Wanted(str(folder / f"dual{number}"), (shards,), str(folder / "index" / number), dtype="fp32", device="cpu"))
+        scanned = Wanted(scan, (shards,), str(folder / "index" / "scan"), dtype="fp32", device="cpu")
+        index(scanned)
+        models = ["--model", "dual=models:/dual@champion", "--model", f"scan={scan}", "--replicas", "2"]
+        indexes = ["--index", str(folder / "index" / "{version}"), "--index", scanned.output]
+        with serving(folder, [*models, *indexes]) as service:
+            service.rows, service.shards, service.scanned = rows, shards, scanned
             yield service
     finally:
         if before is None:
@@ -78,7 +85,8 @@ def serving(folder: Path, arguments: Sequence[str]) -> Iterator[SimpleNamespace]
 class Asking:
     """Clients that ask all the time; what fails is kept."""
 
-    def __init__(self, address: str, clients: int = 4) -> None:
+    def __init__(self, address: str, clients: int = 4, model: str = "dual") -> None:
+        self.model = model
         self.faults: list[str] = []
         self.versions: list[str] = []
         self.seconds: list[float] = []
@@ -89,7 +97,7 @@ class Asking:
         while not self.over.is_set():
             try:
                 begun = time.perf_counter()
-                self.versions.append(client.search(QUESTION, k=3)["version"])
+                self.versions.append(client.search(QUESTION, k=3, model=self.model)["version"])
                 self.seconds.append(time.perf_counter() - begun)
             except Exception as error:
                 self.faults.append(f"{type(error).__name__}: {error}")

@@ -14,7 +14,7 @@ from itm.config import Part
 from itm.data.manifest import Manifest, write_manifest
 from itm.data.preprocess import ImageInput, Inputs
 from itm.data.records import Record
-from itm.data.shards import write_shard
+from itm.data.shards import read_manifest, write_shard
 from itm.data.sources.scenes import Scenes
 from itm.data.text import WordVocabulary
 from itm.matchers.folder import build_matcher, save_matcher
@@ -46,6 +46,13 @@ def write_scenes(folder: Path, rows: list[Record], shards: int = 2, framed: bool
     infos = [write_shard(str(folder / f"{n:05d}.tar"), rows[n * size : (n + 1) * size]) for n in range(shards)]
     write_manifest(str(folder), Manifest(split=folder.name, source="scenes", shards=infos))
     return str(folder)
+
+
+def add_scenes(folder: str, rows: list[Record]) -> None:
+    """One more shard at the end of a split."""
+    manifest = read_manifest(folder)
+    more = write_shard(f"{folder}/{len(manifest.shards):05d}.tar", rows)
+    write_manifest(folder, manifest.model_copy(update={"shards": [*manifest.shards, more]}))
 
 
 def on_ground(data: bytes, across: int, down: int, side: int = 480) -> bytes:

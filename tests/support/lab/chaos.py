@@ -10,6 +10,7 @@ undisturbed walk: the number of workers is the same. What was done stays in the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import tempfile
@@ -27,13 +28,25 @@ STAGES = ("pack", "teach", "train", "evaluate")
 AGAIN = 4  # times that a stage may be submitted again
 LONGEST = 900.0  # seconds after which a stage is taken to hang
 FIRST = (
-    Blow("store cut", "pack", 0.6, 0),
-    Blow("driver killed", "teach", 0.5, 0),
-    Blow("tracking cut", "train", 0.4, 0),
-    Blow("node lost", "train", 0.6, 0),
-    Blow("store half", "evaluate", 0.3, 0),
+    (
+        Blow("store cut", "pack", 0.6, 0),
+        Blow("driver killed", "teach", 0.5, 0),
+        Blow("tracking cut", "train", 0.4, 0),
+        Blow("node lost", "train", 0.6, 0),
+        Blow("store half", "evaluate", 0.3, 0),
+    ),
+    (
+        Blow("disk full", "pack", 0.5, 1),
+        Blow("store reset", "pack", 0.8, 0),
+        Blow("driver killed", "teach", 0.6, 0),
+        Blow("store busy", "teach", 0.8, 0),
+        Blow("clock ahead", "train", 0.3, 0),
+        Blow("straggler", "train", 0.5, 1),
+        Blow("cable out", "train", 0.7, 2),
+        Blow("store slow", "evaluate", 0.4, 0),
+    ),
 )
-"""The blows of the first walk, which a test repeats; those of the others are drawn."""
+"""The blows of the first walks, on which every kind falls; a test repeats the first. Those of the others are drawn."""
 Row = dict[str, Any]
 
 
@@ -42,15 +55,17 @@ def recipe_of(walk: str) -> Row:
     return lab_recipe(output=f"s3://{BUCKET}/{walk}/runs", data__root=f"s3://{BUCKET}/{walk}/shards")
 
 
-def result(there: Lab, walk: str) -> dict[str, bytes]:
-    """What must be equal: shards, manifests, stores, weights, and of the last checkpoint the position and the digest of the plan."""
+def result(there: Lab, walk: str) -> dict[str, str]:
+    """Digests of what must be equal: shards, manifests, stores, weights, metrics, and of the last checkpoint the position and the digest of
+    the plan."""
     found = {name.removeprefix(f"{walk}/"): data for name, data in there.objects(walk).items()}
     states = sorted(name for name in found if "/checkpoints/" in name and name.endswith(".json"))
     state = json.loads(found[states[-1]])
     kept = {name: data for name, data in found.items() if name.startswith("shards/") or name.endswith("matcher/model.safetensors")}
     metrics = json.loads(found["runs/lab/evaluation.json"])["metrics"]
     counts = {name: state[name] for name in ("position", "digest", "pairs", "used", "rejected")}
-    return kept | {"state": json.dumps(counts).encode(), "metrics": json.dumps(metrics, sort_keys=True).encode()}
+    kept |= {"state": json.dumps(counts).encode(), "metrics": json.dumps(metrics, sort_keys=True).encode()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in kept.items()}
 
 
 def refusal(said: str) -> str:
@@ -106,7 +121,7 @@ def walk(there: Lab, name: str, blows: Sequence[Blow], usual: Mapping[str, float
     return rows
 
 
-def disturbed(there: Lab, number: int, blows: Sequence[Blow], usual: Mapping[str, float], expected: Mapping[str, bytes]) -> Row:
+def disturbed(there: Lab, number: int, blows: Sequence[Blow], usual: Mapping[str, float], expected: Mapping[str, str]) -> Row:
     """A walk under blows, compared with the undisturbed one."""
     begin, name = time.monotonic(), f"walk-{number}"
     row: Row = {"walk": number, "blows": [blow.to_json() for blow in blows]}
@@ -119,23 +134,29 @@ def disturbed(there: Lab, number: int, blows: Sequence[Blow], usual: Mapping[str
     return row | {"seconds": round(time.monotonic() - begin)}
 
 
-def quiet(there: Lab) -> tuple[dict[str, float], dict[str, bytes]]:
+def quiet(there: Lab) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of each stage when nothing happens, and the result."""
     rows = walk(there, "quiet", [], {})
     return {row["stage"]: row["seconds"] for row in rows}, result(there, "quiet")
 
 
 def chaos(folder: Path, kept: Path, seed: int, faults: int, seconds: float, kinds: Sequence[str] = ()) -> list[Row]:
-    """Walks until `faults` have fallen or the time is over; the rows of the file, with those of earlier calls."""
-    rows: list[Row] = json.loads(kept.read_text()) if kept.exists() else []
-    end = time.monotonic() + seconds
+    """Walks until `faults` have fallen or the time is over; the rows of the file, with those of earlier calls.
+
+    The undisturbed walk is done once: the file keeps its seconds and its digests.
+    """
+    done: Row = json.loads(kept.read_text()) if kept.exists() else {"walks": []}
+    rows, end = done["walks"], time.monotonic() + seconds
     with lab(folder) as there:
-        usual, expected = quiet(there)
+        if "expected" not in done:
+            done["usual"], done["expected"] = quiet(there)
         while fallen(rows) < faults and time.monotonic() < end:
             number = max((row["walk"] for row in rows), default=0) + 1
-            blows = drawn(seed + number, STAGES, len(there.workers), list(kinds or possible())) if number > 1 or kinds else FIRST
-            rows.append(disturbed(there, number, blows, usual, expected))
-            kept.write_text(json.dumps(rows, indent=1) + "\n")
+            blows: Sequence[Blow] = drawn(seed + number, STAGES, len(there.workers), list(kinds or possible()))
+            if number <= len(FIRST) and not kinds:
+                blows = FIRST[number - 1]
+            rows.append(disturbed(there, number, blows, done["usual"], done["expected"]))
+            kept.write_text(json.dumps(done, indent=1) + "\n")
             print(f"walk {number}: {fallen(rows)} faults so far, different: {rows[-1].get('different', 'not finished')}", flush=True)
     return rows
 
@@ -156,7 +177,7 @@ def main() -> int:
     if args.page:
         from tests.support.lab.chaos_page import page
 
-        args.page.write_text(page(json.loads(args.results.read_text())))
+        args.page.write_text(page(json.loads(args.results.read_text())["walks"]))
         return 0
     if why := missing():
         print(f"NOT RUN: chaos on a cluster; {why}")

@@ -16,6 +16,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason
 def test_a_walk_on_which_five_faults_fall_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
     with lab(tmp_path, workers=3) as there:
         usual, expected = quiet(there)
-        row = disturbed(there, 1, FIRST, usual, expected)
+        row = disturbed(there, 1, FIRST[0], usual, expected)
     assert row.get("different") == [], row
     assert sum(len(submission["blows"]) for submission in row["submissions"]) >= 3, "stages ended before the faults fell"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,10 @@ import pytest
 import itm
 from itm.retrieval.engine import search
 from itm.tracking.registry import crown
+from pipelines.index import index
 from pipelines.serving.client import ServiceRefused
-from tests.support.serving_process import QUESTION, Asking, replicas, until
+from tests.support.serving_process import QUESTION, SCENES, Asking, replicas, until
+from tests.support.serving_world import add_scenes, scenes
 
 SWAPPED = 60.0  # seconds; 30 are promised, on a machine that has nothing else to do
 
@@ -55,6 +58,15 @@ def test_a_moved_alias_is_served_without_a_failed_request(service: SimpleNamespa
     assert set(asking.versions) == {version, f"dual/{other}"}
     (told,) = [model for model in service.client.models() if model["name"] == "dual"]
     assert (told["version"], told["problem"]) == (f"dual/{other}", None)
+
+
+def test_a_grown_index_is_served_without_a_failed_request(service: SimpleNamespace):
+    add_scenes(service.shards, [replace(row, key=f"new-{row.key}") for row in scenes(10, seed=9)])
+    with Asking(service.address, model="scan") as asking:
+        index(replace(service.scanned, add=True))
+        until(lambda: {m["images"] for m in service.client.models() if m["name"] == "scan"} == {SCENES + 10}, SWAPPED)
+        until(lambda: service.client.search(QUESTION, model="scan")["total"] == SCENES + 10, SWAPPED)
+    assert asking.faults == []
 
 
 def test_no_question_is_in_a_log(service: SimpleNamespace):
