@@ -63,7 +63,7 @@ class Setting:
     cosine: bool = True
 
 
-class _Student(nn.Module):
+class Student(nn.Module):
     """One linear layer a side, and temperatures."""
 
     def __init__(self, setting: Setting, widths: tuple[int, int]) -> None:
@@ -87,9 +87,9 @@ class _Student(nn.Module):
         return [self.tau] * 3 if self.setting.student is None else list(self.students)
 
 
-def trained(setting: Setting, train: Vectors, seed: int) -> _Student:
+def trained(setting: Setting, train: Vectors, seed: int) -> Student:
     torch.manual_seed(seed)
-    student, teacher = _Student(setting, (train.images.shape[1], train.texts.shape[1])), _teacher(train, setting.shuffled)
+    student, teacher = Student(setting, (train.images.shape[1], train.texts.shape[1])), teacher_of(train, setting.shuffled)
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
     order = torch.empty(0, dtype=torch.int64)
     for step in range(setting.steps):
@@ -99,14 +99,14 @@ def trained(setting: Setting, train: Vectors, seed: int) -> _Student:
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * (0.5 * (1 + math.cos(math.pi * step / setting.steps)) if setting.cosine else 1.0)
         student.clamp_()
-        loss = _loss(student, train, rows, [side[rows] for side in teacher])
+        loss = loss_of(student, train, rows, [side[rows] for side in teacher])
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return student
 
 
-def _teacher(train: Vectors, shuffled: bool) -> list[Tensor]:
+def teacher_of(train: Vectors, shuffled: bool) -> list[Tensor]:
     """Unit vectors of the photo and of the text of each caption; shuffled: those of another photo, and of one of its captions."""
     images = F.normalize(train.images - train.images.mean(0), dim=1)[train.owner]
     texts = F.normalize(train.texts, dim=1)
@@ -123,7 +123,7 @@ def _teacher(train: Vectors, shuffled: bool) -> list[Tensor]:
     return [images[rows], texts[rows]]
 
 
-def _loss(student: _Student, train: Vectors, rows: Tensor, teacher: list[Tensor]) -> Tensor:
+def loss_of(student: Student, train: Vectors, rows: Tensor, teacher: list[Tensor]) -> Tensor:
     """InfoNCE with several positives + CSA + USA, each a mean over the rows and the two directions."""
     owner, setting = train.owner[rows], student.setting
     images, texts = student(train.images[owner], train.texts[rows])
@@ -146,7 +146,7 @@ def _cross_entropy(scores: Tensor, tau: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rsum(student: _Student, asked: Vectors) -> float:
+def rsum(student: Student, asked: Vectors) -> float:
     images, texts = student(asked.images, asked.texts)
     positives = torch.arange(len(images))[:, None] == asked.owner[None, :]
     return float(retrieval_metrics(images @ texts.T, positives)["rsum"])

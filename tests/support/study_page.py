@@ -47,7 +47,7 @@ def gains(results: list[Result], name: str, pairs: list[tuple[str, str]]) -> lis
         if some := differences(results, name, a, b):
             interval = "" if len(some) < 2 else "{:+.1f} to {:+.1f}".format(*interval_of(some))
             lines.append(f"| {a} over {b} | {len(some)} | {spread(some)} | {interval} | {sum(gain > 0 for gain in some)} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
@@ -96,7 +96,8 @@ WIDTH, ROW, LEFT, FOOT = 720, 18, 210, 34
 def gains_svg(groups: dict[str, dict[str, list[float]]]) -> str:
     """A dot for each seed's gain in rSum, a bar for their mean; groups: table -> what over what -> gains."""
     rows = [(table, name, values) for table, each in groups.items() for name, values in each.items() if values]
-    low, high = min(0.0, *(min(v) for *_, v in rows)), max(0.0, *(max(v) for *_, v in rows))
+    every = [0.0, 1.0, *(value for *_, values in rows for value in values)]
+    low, high = min(every), max(every)
     height = ROW * len(rows) + FOOT + 8
     parts = []
 
