@@ -132,8 +132,8 @@ def fit_quickly(data: bytes, size: int, crop: str, out: np.ndarray | None = None
     decoded = decode_jpeg(data, size if halving else None, out, exif, halving=True)
     if decoded is None:
         return fit(decode(data, exif), size, crop)
-    stored = jpeg_size(data, exif) if halving else (decoded.shape[1], decoded.shape[0])
-    width, height, left, top = _frame(*stored, size, crop)
+    stored_width, stored_height = jpeg_size(data, exif) if halving else (decoded.shape[1], decoded.shape[0])
+    width, height, left, top = _frame(stored_width, stored_height, size, crop)
     if decoded.shape[:2] == (height, width):
         return decoded[top : top + size, left : left + size]
     if width * height > max(decoded.shape[0] * decoded.shape[1], MOST * size * size):

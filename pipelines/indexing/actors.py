@@ -156,10 +156,10 @@ class Embed:
         self, job: Job, items: list[Sample | Problem], payloads: list[bytes] | None, problems: list[str | None] | None
     ) -> EncodedSplit:
         """Images that cannot be read become problems; the photos were prepared where there are payloads, one a sample."""
-        matcher = self.matcher
-        if payloads is not None and problems is not None and isinstance(matcher.inputs, Inputs):
+        matcher, inputs = self.matcher, self.matcher.inputs
+        if payloads is not None and problems is not None and isinstance(inputs, Inputs):
             matcher = copy.copy(matcher)  # shares its weights
-            matcher._inputs = _Decoded(matcher.inputs)  # type: ignore[assignment]
+            matcher._inputs = _Decoded(inputs)  # type: ignore[assignment]
             name, given = files.name_of(job.source), iter(zip(payloads, problems, strict=True))
             items = [item if isinstance(item, Problem) else _with_pixels(item, name, *next(given)) for item in items]
         with computing("fp32", self.device):

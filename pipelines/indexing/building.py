@@ -141,7 +141,7 @@ def _splits(wanted: Wanted, before: Catalogue | None) -> list[Split]:
     """The splits that were indexed, then those that are named, each with a folder of its own name."""
     known = {place_of(wanted.output, s.uri): s.folder for s in before.splits} if before else {}
     named = list(dict.fromkeys(files.absolute(uri).rstrip("/") for uri in wanted.shards))
-    found = []
+    found: list[Split] = []
     for uri in [*known, *(uri for uri in named if uri not in known)] if wanted.add or not before else named:
         folder = known.get(uri) or files.name_of(uri)
         if uri not in known and folder in {s.folder for s in found} | set(known.values()):

@@ -51,7 +51,7 @@ def scheduler_of(trials: list[Trial], whole: bool) -> TrialScheduler:
     """Successive halving that knows what the trials of before have told; with `whole` every trial trains to its end."""
     if whole:
         return FIFOScheduler()
-    scheduler = ASHAScheduler("percent", "value", "max", max_t=100, grace_period=100 / REDUCTION**RUNGS, reduction_factor=REDUCTION)  # type: ignore[arg-type]
+    scheduler = ASHAScheduler("percent", "value", "max", max_t=100, grace_period=100 / REDUCTION**RUNGS, reduction_factor=REDUCTION)
     for trial in trials:
         if trial.state != "open":
             past: Any = SimpleNamespace(trial_id=f"past-{trial.number:03d}")  # all that this scheduler asks of a trial
@@ -90,7 +90,11 @@ def run(trials: list[Trial], waiting: list[Trial], asked: Asked, tracker: Tracke
     )
     with interruptible():
         results = tuner.fit()
-    failed = {result.config["number"]: str(cause_of(result.error)) for result in results if result.error and result.config}
+    failed = {
+        result.config["number"]: str(cause_of(result.error))
+        for result in map(results.__getitem__, range(len(results)))
+        if result.error and result.config
+    }
     for name in files.walk(files.join(folder, "tune")):
         files.delete(files.join(folder, "tune", name))
     return failed
