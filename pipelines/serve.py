@@ -165,7 +165,8 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         said = ServedModel(place).said()  # what is wrong is said here; an index that must be made is made once
         print(f"{place.name}: {said.kind} version {said.version}, {said.images} images, {said.captions} captions", flush=True)
     connect()
-    settings = replace(settings, **_shares(len(settings.places) * settings.replicas))
+    gpus, cpus = _shares(len(settings.places) * settings.replicas)
+    settings = replace(settings, gpus=gpus, cpus=cpus)
     quietly = {"enable_access_log": False, "log_level": "WARNING"}
     http = {"host": host, "port": port, "request_timeout_s": 2 * settings.limits.seconds}
     try:
@@ -181,12 +182,12 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         serve.shutdown()
 
 
-def _shares(replicas: int) -> dict[str, float]:
-    """What each replica may keep for itself of what Ray has, so that all of them find a place."""
+def _shares(replicas: int) -> tuple[float, float]:
+    """The GPUs and CPUs that each replica may keep for itself of what Ray has, so that all of them find a place."""
     import ray
 
     there = ray.cluster_resources()
-    return {"gpus": min(1.0, there.get("GPU", 0.0) / replicas), "cpus": min(1.0, there.get("CPU", 1.0) / 2 / replicas)}
+    return min(1.0, there.get("GPU", 0.0) / replicas), min(1.0, there.get("CPU", 1.0) / 2 / replicas)
 
 
 def _check_free(host: str, port: int) -> None:

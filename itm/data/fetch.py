@@ -109,8 +109,8 @@ class Fetch:
         numbers = [bisect_right(begins[shard], row) - 1 for shard, row in pairs]
         wanted = dict.fromkeys((shard, number) for (shard, _), number in zip(pairs, numbers, strict=True))
         samples = dict(zip(wanted, many(lambda key: self._sample(key[0], key[1], epoch), wanted), strict=True))
-        at = zip(pairs, numbers, strict=True)
-        made = (self._pair(samples[shard, number], shard, row, row - begins[shard][number]) for (shard, row), number in at)
+        rows = zip(pairs, numbers, strict=True)
+        made = (self._pair(samples[shard, number], shard, row, row - begins[shard][number]) for (shard, row), number in rows)
         return _columns([{"problem": pair.row()} if isinstance(pair, Problem) else pair for pair in made], work)
 
     def _open_shard(self, shard: int) -> _Shard:

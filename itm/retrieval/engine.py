@@ -103,7 +103,9 @@ class Engine:
         usual = exact(background(side, self.index.rows(find))) if self.calibration and questions[0].crosses else None
         if self.rerank is None and not self.first.quickly(questions[0]):
             pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
-            found = list(zip(*best(lambda block: exact(side.read(block)), len(side), rows, _wanted(questions), pieces), strict=True))
+            found = list(
+                zip(*best(lambda block: exact(side.read(block, brief=True)), len(side), rows, _wanted(questions), pieces), strict=True)
+            )
         else:
             found = self._screened(asked, numbers, questions, rows)
         return [

@@ -61,7 +61,7 @@ class FirstStage:
             asked = Asked(self.other.matcher, questions, self.device)
         side = index.images if find == "images" else index.captions
         cheap = combined(asked.scorers(numbers, find, exact=False), side, self.index.rows(find))
-        return list(best(lambda block: cheap(side.read(block, ("vector", "uni"))), len(side), rows, keep)[1].sort(dim=1).values)
+        return list(best(lambda block: cheap(side.read(block, ("vector", "uni"), brief=True)), len(side), rows, keep)[1].sort(dim=1).values)
 
 
 def _among(found: Tensor, rows: Tensor | None) -> Tensor:

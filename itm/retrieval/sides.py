@@ -23,8 +23,12 @@ class Side(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS) -> Encoded:
-        """The rows of a slice with both ends, or of an index tensor (N,) int64: float32, on the CPU. only: the fields that are wanted."""
+    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS, brief: bool = False) -> Encoded:
+        """The rows of a slice with both ends, or of an index tensor (N,) int64: float32, on the CPU.
+
+        only: the fields that are wanted. brief: the vectors may be overwritten by the next brief read of this thread, which saves fresh
+        memory: filling that takes five times as long.
+        """
 
 
 class Held:
@@ -38,7 +42,7 @@ class Held:
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS) -> Encoded:
+    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS, brief: bool = False) -> Encoded:
         return self.encoded[rows]
 
 

@@ -5,6 +5,7 @@ N = rows   K = parts   D = width
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast, overload
@@ -43,6 +44,7 @@ class Stored:
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
         self.tables = [table for table in tables if len(table)]
+        self._threads = threading.local()
         self.starts = torch.tensor([0, *(len(table) for table in self.tables)]).cumsum(0)
         names = self.tables[0].column_names if self.tables else []
         self.members = sorted({name.partition(".")[0] for name in names if name[0].isdigit()})
@@ -54,12 +56,19 @@ class Stored:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS) -> Encoded:
+    def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS, brief: bool = False) -> Encoded:
         """float32 rows; parts and mask padded to the longest row."""
         pieces = list(self._pieces(rows))
         if not self.members:
-            return self._one("", pieces, rows, only)
-        return beside([self._one(f"{member}.", pieces, rows, only) for member in self.members])
+            return self._one("", pieces, rows, only, brief)
+        return beside([self._one(f"{member}.", pieces, rows, only, brief) for member in self.members])
+
+    def _scratch(self, name: str, rows: int, width: int) -> Tensor:
+        """Memory of this thread that brief reads share."""
+        held: dict[str, Tensor] = self._threads.__dict__.setdefault("held", {})
+        if name not in held or len(held[name]) < rows:
+            held[name] = torch.empty(rows, width)
+        return held[name][:rows]
 
     def _pieces(self, rows: slice | Tensor) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
         """(table, its rows, their places in what is read)."""
@@ -74,15 +83,19 @@ class Stored:
             places = (table == number).nonzero()[:, 0]
             yield number, rows[places] - self.starts[number], places
 
-    def _one(self, prefix: str, pieces: Any, rows: slice | Tensor, only: Sequence[str]) -> Encoded:
+    def _one(self, prefix: str, pieces: Any, rows: slice | Tensor, only: Sequence[str], brief: bool) -> Encoded:
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         found: dict[str, Tensor] = {}
         for field in ("vector", "uni"):
             if field in only and (held := self.vectors.get(prefix + field)):
-                out = torch.empty(count, held[0][0].shape[1])
+                shape = count, held[0][0].shape[1]
+                out = self._scratch(prefix + field, *shape) if brief else torch.empty(shape)
                 for number, own, places in pieces:
                     codes, scale = held[number]
-                    out[places] = codes[own].float()  # of a slice, converted on its way to its place
+                    if isinstance(places, slice):
+                        out[places].copy_(codes[own])  # converted on its way
+                    else:
+                        out[places] = codes[own].float()
                     if scale is not None:
                         out[places] *= scale[own, None]
                 found[field] = out

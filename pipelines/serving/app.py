@@ -169,20 +169,24 @@ def application(given: Settings | dict[str, Any]) -> serve.Application:
     """What Ray Serve runs: of `Settings`, or of the mapping that a manifest holds under `args`."""
     settings = given if isinstance(given, Settings) else Settings.of(given)
     actor = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
-    quick = {"health_check_period_s": 2, "health_check_timeout_s": 20, "graceful_shutdown_timeout_s": 5}
     handles = [
-        serve.deployment(
+        _deployed(
             Replica,
             name=f"model-{place.name}",
             num_replicas=settings.replicas,
             max_ongoing_requests=2 * BATCH,
             max_queued_requests=settings.limits.waiting,
             ray_actor_options=actor,
-            **quick,
         ).bind(place, settings.watch)
         for place in settings.places
     ]
-    front = serve.deployment(
-        Front, name="front", max_ongoing_requests=2 * settings.limits.waiting, ray_actor_options={"num_cpus": 0}, **quick
-    )
+    front = _deployed(Front, name="front", max_ongoing_requests=2 * settings.limits.waiting, ray_actor_options={"num_cpus": 0})
     return front.bind(settings, *handles)
+
+
+def _deployed(kind: type, **given: Any) -> serve.Deployment:
+    """A class as Ray Serve runs it, looked after often enough that a dead replica is missed within seconds."""
+    often: dict[str, Any] = {"health_check_period_s": 2, "health_check_timeout_s": 20, "graceful_shutdown_timeout_s": 5}
+    made: Any = serve.deployment(kind, **given, **often)
+    assert isinstance(made, serve.Deployment)
+    return made

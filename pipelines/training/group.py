@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -74,8 +75,13 @@ def run_group(job: Job, show: Callable[[int, str, dict[str, float] | None], None
 
 
 def check_room(recipe: Recipe, cpus: float) -> None:
-    """Raises ValueError where trainers on CPUs would leave none to the actors that decode for them, and both wait for ever."""
+    """Raises ValueError where trainers on CPUs would leave none to the actors that decode for them, and both wait for ever; and for more
+    trainers than a session of this machine has CPUs: a cluster may grow, it cannot."""
     train, data = recipe.train, recipe.data
+    least = train.min_workers or train.workers
+    if not train.use_gpu and least > cpus > 0 and not os.environ.get("RAY_ADDRESS"):
+        asked = f"train.min_workers={least}" if train.min_workers else f"train.workers={least}"
+        raise ValueError(f"{asked} need as many CPUs, the session of this machine has {cpus:g} and would wait for ever: ask for fewer")
     wanted = train.workers * (1 + PrepareActor.CPUS * decoders(data.decode_workers, train.use_gpu))
     if data.decode == "actors" and not train.use_gpu and train.workers <= cpus < wanted:
         raise ValueError(

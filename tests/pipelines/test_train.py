@@ -162,6 +162,15 @@ def test_trainers_that_leave_no_cpu_to_the_decoding_actors_are_refused(tmp_path:
         check_room(fine, cpus)
 
 
+def test_more_trainers_than_a_session_that_cannot_grow_has_cpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match=r"train\.workers=9 need as many CPUs, the session of this machine has 4"):
+        check_room(recipe(tmp_path, workers=9), 4.0)
+    check_room(recipe(tmp_path, workers=9, min_workers=2), 4.0)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    check_room(recipe(tmp_path, workers=9), 4.0)
+
+
 def test_too_few_pairs_are_refused_with_numbers_before_the_start(tmp_path: Path) -> None:
     splits(tmp_path, shards=1, samples=3)
     with pytest.raises(ValueError, match=r"has 6 pairs in 1 shards, fewer than one global batch of 24 = 6 .* x 4 \(workers\)"):

@@ -108,7 +108,7 @@ def main() -> None:
             queries = torch.from_numpy(asked)
 
             def score(block: slice | torch.Tensor, side: Stored = side, queries: torch.Tensor = queries) -> torch.Tensor:
-                rows = side.read(block).vector
+                rows = side.read(block, brief=True).vector
                 assert rows is not None
                 return queries @ rows.T
 

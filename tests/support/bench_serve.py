@@ -332,7 +332,7 @@ def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
                 crown("dual", number)
                 until(lambda number=number: asking.versions[-32:] == [f"dual/{number}"] * 32, 120)  # type: ignore[misc]
                 moved[number] = time.monotonic() - begun
-            add_scenes(service.shards, [replace(row, key=f"new-{row.key}") for row in scenes(10, seed=9)])
+            add_scenes(service.shards, scenes(10, seed=9))
             index(replace(service.scanned, add=True))
             until(lambda: service.client.search(QUESTION, model="scan")["total"] == SCENES + 10, 120)
             time.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ def write_scenes(folder: Path, rows: list[Record], shards: int = 2, framed: bool
 
 
 def add_scenes(folder: str, rows: list[Record]) -> None:
-    """One more shard at the end of a split."""
+    """One more shard at the end of a split, of images that it does not have yet."""
     manifest = read_manifest(folder)
-    more = write_shard(f"{folder}/{len(manifest.shards):05d}.tar", rows)
+    new = [replace(row, key=f"new-{row.key}", meta={**row.meta, "image_id": f"new-{row.key}"}) for row in rows]
+    more = write_shard(f"{folder}/{len(manifest.shards):05d}.tar", new)
     write_manifest(folder, manifest.model_copy(update={"shards": [*manifest.shards, more]}))
 
 

@@ -35,6 +35,7 @@ RAY = {
     "RAY_worker_niceness": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # else a group that lost a node waits a minute for another before it shrinks
     "RAY_prestart_worker_first_driver": "0",  # else each job starts eight idle processes, a CPU-second each
+    "RAY_memory_monitor_refresh_ms": "0",  # the machines share one memory: each would end its job for what the others hold
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
@@ -105,11 +106,11 @@ class Lab:
         self.join(node, cpus, labels)
         return node
 
-    def replace(self, worker: int, clock: str = "", cpus: int = 2) -> None:
+    def replace(self, worker: int, cpus: int = 2) -> None:
         """An empty machine in the place of a lost one, at the next address: the old one may still be known as dead."""
         old = self.workers[worker]
         number = int(old.address.rpartition(".")[2]) + 20
-        self.workers[worker] = self._node(f"{old.name}x", f"{SUBNET}.{number if number < 90 else number - 60}", clock=clock)
+        self.workers[worker] = self._node(f"{old.name}x", f"{SUBNET}.{number if number < 90 else number - 60}")
         self.join(self.workers[worker], cpus)
 
     def _node(self, name: str, address: str, **machine: Any) -> Machine:

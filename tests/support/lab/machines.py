@@ -26,7 +26,7 @@ from tests.support import ROOT
 SUBNET = "10.77.0"
 SERVICES = f"{SUBNET}.1"
 """Where the machines find the services: an address of the switch, behind proxies."""
-DISK = "700m"
+DISK = "300m"
 CLONE_NEWNET = 0x40000000
 NEEDED = ("unshare", "nsenter", "setpriv", "ip", "mount", "bash")
 
@@ -79,8 +79,6 @@ class Machine:
     seen: Sequence[Path] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     disk: str = DISK
-    clock: str = ""
-    """As the library of faketime reads it, e.g. +120s; empty: that of this machine."""
 
     def __post_init__(self) -> None:
         keep = [str(path) for path in (*dict.fromkeys((sys.base_prefix, sys.prefix)), *self.seen)]
@@ -127,7 +125,7 @@ class Machine:
         """Start a command in its folder /tmp/own. It sees the machine's environment, none of this process."""
         words = shlex.split(command) if isinstance(command, str) else list(command)
         given = {"PATH": f"{Path(sys.prefix) / 'bin'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp/own", "TMPDIR": "/tmp"}
-        given |= {**self.environment, **self._clock(), **environment}
+        given |= {**self.environment, **environment}
         where = ["nsenter", "-t", str(self.pid), "--net", "--mount", "--uts", "--pid"]
         out = log.open("ab") if log else subprocess.PIPE
         try:
@@ -169,16 +167,6 @@ class Machine:
         """It loses its power."""
         self.process.kill()  # --kill-child passes it on to the first process
         self.process.communicate()
-
-    def _clock(self) -> dict[str, str]:
-        if not self.clock:
-            return {}
-        return {"LD_PRELOAD": str(faketime()), "FAKETIME": self.clock, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_RESET": "1"}
-
-
-def faketime() -> Path | None:
-    """The library that shifts the clock of the processes that load it; None where it is not installed."""
-    return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
 
 def listen(machine: Machine, port: int) -> socket.socket:

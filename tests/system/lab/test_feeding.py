@@ -40,7 +40,7 @@ def training(there: Lab, name: str, decode: str, lose: int | None = None) -> dic
     """lose: a worker that loses its power when actors have taken over. Returns the log, the last weights and state, and traffic."""
     log, before = there.folder / f"{name}.log", [worker.traffic() for worker in there.workers]
     job = there.start("train", f"name={name}", f"data.decode={decode}", log=log)
-    end = time.monotonic() + 400
+    end = time.monotonic() + 900
     while job.poll() is None:
         assert time.monotonic() < end, log.read_text()[-3000:]
         if lose is not None and "actors a trainer decode on" in log.read_text():
