@@ -26,7 +26,19 @@ from itm.data.preprocess import ImageInput, Inputs
 from itm.data.shards import Sample, read_manifest, read_samples
 from itm.evaluation.metrics import chance_metrics, retrieval_metrics
 from tests.support.study_loop import checked, explored, vectors_of
-from tests.support.study_page import METRICS, differences, gains, gains_svg, loop_table, queries, table
+from tests.support.study_page import (
+    ABOUT,
+    FOLDS_ABOUT,
+    METRICS,
+    PLAIN_ABOUT,
+    WHY,
+    differences,
+    gains,
+    gains_svg,
+    loop_table,
+    queries,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "docs/results/real-photos.json"
@@ -319,36 +331,15 @@ def page_of(result: Path) -> str:
                 "",
                 WHY,
             ]
+    missing = [name for name in ("dual", *LATE, "sgraf") if name not in tables_of(runs)]
+    lines += ["", f"Not run yet: {', '.join(missing)}."] if missing else []
     cpu = sum(r["cpu"] for r in runs)
     return "\n".join([*lines, "", f"{len(runs)} runs, {cpu / 60:.0f} CPU-minutes."]) + "\n"
 
 
-ABOUT = """# Real photos
-
-`make study DATA=<folder>` makes this page: 600 COCO photos to learn from and 201 with 1,000 captions to be asked about, and real frozen
-towers of the extra `real`: EfficientNet-Lite0 (ImageNet) for photos, MiniLM for sentences. Teachers are the same two models: the mean of
-the grid cells less the mean of train, and the sentence vector. The shuffled control has the same vectors, each of another photo or caption.
-Figures are of the last step, nothing is chosen on the 201 photos; mean ± standard deviation over seeds. Every run trains on kept features
-(`data.cache_features`). These are small models on few photos: rows are compared with each other, not with published figures."""
 DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE with a fixed temperature of {DUAL_NCE["tau"]}, {DUAL_STEPS} steps of
 {DUAL_BATCH}, rate 1e-3 falling to 0. CSA and USA have weight 1; their students' temperatures begin with {STUDENT} and are learned, the
 teacher's is {DUAL_TAU}: what `itm inspect` suggests for batches of 128, and best on the folds below. USA reads the retrieval vectors."""
-PLAIN_ABOUT = """The same setting in a loop of plain torch (`tests/support/study_loop.py`), which shares nothing with the pipeline but the
-vectors: rSum on the same photos and captions (chance 15.8)."""
-FOLDS_ABOUT = """How the setting was chosen: rSum of the loop on a held-out sixth of train (100 photos; chance 31.6). Of one run
-a difference of a few points says nothing."""
-WHY = """What decides what soft labels do here:
-
-- **The students' temperature.** Where CSA and USA use InfoNCE's own ("InfoNCE's own": it is learned, and ends at 0.025 to 0.05), a shuffled
-  teacher harms, and the true one is well above it but little above no teacher. Where the students have a temperature of their own, from
-  0.45 on, shuffled labels help on the folds too: so flat a term holds vectors apart like a second, softer InfoNCE, whatever the teacher
-  says. Only what the true teacher has over the shuffled one is meaning.
-- **InfoNCE's temperature.** A learned one serves the base better: from 0.07 on, the pipeline gave it 341.7 ± 2.7 (4 seeds). Against that,
-  CUSA of the table above gains about as much over no teacher as over the shuffled one.
-- **The teacher's temperature.** At 0.1 a row of the labels of 128 samples has 1 % (photos) and 5 % (captions) of its mass off the diagonal
-  (`itm inspect`), so that true and shuffled labels are nearly the plain ones, and nearly the same. At 0.2 it is half.
-- **How long one rate is kept.** 600 photos are learnt by heart: with one rate for 600 steps every column falls, that of the shuffled
-  teacher at 0.2 by far the most, because its labels are learnt by heart as well."""
 LATE_ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {LATE_STEPS} steps of {LATE_BATCH}, InfoNCE with a learned
 temperature; CSA, USA and their students as above, teacher's temperature {LATE_TAU}, which `itm inspect` suggests for this batch. USA has a
 linear layer of its own (`usa.head`), SGRAF is the mean of the scores of SGR and SAF."""
