@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="actors that encode; 0 = in this process (default: one for each GPU, or one)")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--device", default="auto", help=HELP)
-    parser.add_argument("--screen", metavar="URI", help="first stage of a matcher that scores pairs: own, or URI of a dual encoder")
+    parser.add_argument(
+        "--screen", metavar="URI", type=read_from, help="first stage of a matcher that scores pairs: own, or URI of a dual encoder"
+    )
     parser.add_argument("--loss", type=float, default=0.01, help="share of hits that the first stage may lose (default .01)")
     parser.add_argument("--faiss", metavar="recall=R", help="also a structure of faiss that finds this share of the best ten")
     parser.add_argument("--sample", type=int, default=1000, help="questions that --screen and --faiss are measured on (default 1000)")

@@ -207,9 +207,10 @@ MINIMAL = {
     "explain": ["-c", "demo", "--pair", "x"],
     "export": ["matcher", "m", "--to", "onnx", "-o", "o"],
     "import": ["c", "-o", "o"],
+    "index": ["--model", "m", "--shards", "s"],
     "repair": ["u", "--output", "o"],
     "search": ["x", "--model", "m", "--shards", "s"],
-} | {stage: ["-c", "demo"] for stage in ("features", "pack", "plan", "run", "teach", "train", "verify", "register", "report")}
+} | {stage: ["-c", "demo"] for stage in ("features", "pack", "plan", "run", "sweep", "teach", "train", "verify", "register", "report")}
 
 
 def test_an_address_that_is_missing_or_answers_nothing_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
