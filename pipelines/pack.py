@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     data, there = recipe.data, set(map(files.name_of, files.list_folders(root)))
     for key in ("train_split", "val_split", "test_split"):
         if (split := getattr(data, key)) and split not in there:
-            print(f"no split {split!r} was packed, and data.{key} names it: the source has {', '.join(source_of(recipe).splits)}")
+            has = ", ".join(source_of(recipe).splits)
+            print(f"no split {split!r} was packed, and data.{key} names it: the source has {has}", file=sys.stderr)
 
 
 def kept(args: argparse.Namespace) -> str:

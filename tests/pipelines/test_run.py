@@ -9,6 +9,7 @@ import pytest
 
 from itm.config import Recipe, parse_recipe
 from itm.data import files
+from itm.sections import Indexed
 from pipelines.contract import CONTRACTS, stages_of
 from pipelines.run import run_stages
 from tests.support.noise_split import small_split
@@ -71,7 +72,10 @@ def test_a_recipe_asks_only_for_the_stages_that_it_can_do(tmp_path: Path) -> Non
     whole = small(tmp_path, data={"source": source}, teachers={"image": teacher})
     assert [c.stage for c in stages_of(whole)] == ["pack", "teach", "train", "evaluate", "register", "report"]
     with_features = small(tmp_path, data={"source": source}, teachers={"image": teacher}, features={"photos": str(tmp_path / "photos")})
-    assert [c.stage for c in stages_of(with_features)] == every == ["pack", "features", *(c.stage for c in stages_of(whole)[1:])]
+    assert [c.stage for c in stages_of(with_features)] == ["pack", "features", *(c.stage for c in stages_of(whole)[1:])]
+    all_of_it = with_features.model_copy(update={"index": Indexed(splits=["test"])})
+    assert [c.stage for c in stages_of(all_of_it)] == every
+    assert set(every) == {"index", *(c.stage for c in stages_of(with_features))}
     assert [c.stage for c in stages_of(small(tmp_path))] == ["train", "evaluate", "register", "report"]
     ensemble = small(tmp_path, evaluation={"ensemble": ["a/matcher", "b/matcher"]})
     assert [c.stage for c in stages_of(ensemble)] == ["evaluate", "register", "report"]

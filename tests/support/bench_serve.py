@@ -2,7 +2,7 @@
 
     python -m tests.support.bench_serve                                # 10,000 and 1,000,000 vectors; at most 30 minutes
     python -m tests.support.bench_serve --rows 2000 --questions 64     # small
-    python -m tests.support.bench_serve --only engine,http --write docs/results/serve.md
+    python -m tests.support.bench_serve --only engine,http --write serve.md
 
 Vectors of width 512 lie around 20,000 centres in a space of 32 dimensions (seed 0), as vectors of photos do. Peers are measured in the same
 run: numpy's float32 product, and where they are installed faiss (flat), and hnswlib or usearch on 100,000 rows. Every figure is a row in

@@ -100,7 +100,7 @@ def test_all_seven_tasks_and_their_mean_come_from_one_command(tmp_path, capsys):
     asked = ["-c", str(tmp_path / "r.yaml"), "--protocol", "senteval", "--pairs", str(folder)]
     assert stage_main("evaluate", asked) == 0
     assert "sts_STS12_wmean" in capsys.readouterr().out
-    path = Path(recipe.folder, "evaluation-senteval.json")
+    path = Path(recipe.folder, "evaluation-senteval-downstream.json")
     metrics = json.loads(path.read_text())["metrics"]
     tasks = [metrics[f"sts_{name}"] for name in (*SUBSETS, "STS-B", "SICK-R")]
     assert metrics["sts_mean"] == pytest.approx(np.mean([round(value, 2) for value in tasks]))
