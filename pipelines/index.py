@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete an index of other choices, then make this one")
     parser.add_argument("--part", metavar="K/N", help="encode the K-th of N shares of the shards")
     parser.add_argument("--merge", nargs="+", default=[], type=read_from, metavar="URI", help="indexes, also parts, to take vectors from")
-    parser.add_argument("--workers", type=int, help="actors that encode; 0 = in this process (default: one for each GPU, or one)")
+    parser.add_argument("--workers", type=int, default=0, help="Ray actors that encode (default 0: in this process)")
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--device", default="auto", help=HELP)
     parser.add_argument(

@@ -6,10 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -295,23 +291,3 @@ def test_a_recipe_names_the_splits_that_a_run_indexes_and_the_stage_is_done_unti
     assert contract.done(recipe) is None
     contract.work(recipe)
     assert Index.open(f"{recipe.folder}/index", other).settings == {}
-
-
-@pytest.mark.e2e
-def test_actors_write_the_bytes_that_one_process_writes_and_a_kill_keeps_what_is_whole(tmp_path, ray_local):
-    shards = write_discs(tmp_path / "shards" / "test", COLOURS * 4, per_shard=2)
-    folder = str(matcher_folder(tmp_path / "m", 2))
-    asked = [sys.executable, "-m", "pipelines.index", "--model", folder, "--shards", shards, "--batch-size", "2", "--workers", "0"]
-    killed = subprocess.Popen([*asked, "--output", str(tmp_path / "torn")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "torn").glob("test/*.captions.arrow")) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    left = {f: os.stat(f).st_ino for f in (tmp_path / "torn" / "test").glob("0000?.arrow")}
-    assert len(left) < 12, "killed before the end"
-    assert not (tmp_path / "torn" / "index.json").exists()
-    index(folder, shards, tmp_path / "torn", workers=1)
-    assert {f: os.stat(f).st_ino for f in left} == left, "what was done is not done again"
-    index(folder, shards, tmp_path / "whole")
-    assert bytes_of(tmp_path / "torn") == bytes_of(tmp_path / "whole")
