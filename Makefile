@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check docs bench bench-teach bench-growth bench-serve golden study chaos clean
+.PHONY: help setup demo test test-system check docs bench bench-teach bench-growth bench-serve golden study lab chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -67,6 +67,9 @@ bench-growth: $(READY)  ## how time and memory grow with sizes, with exponents a
 
 bench-serve: $(READY)  ## what an index costs, how fast it answers, re-ranking, and a service under load; half an hour, resumable
 	$(BIN)/python -m tests.support.bench_serve
+
+lab: $(READY)  ## every walk on six machines that share no disk, those of half an hour too; needs root
+	ITM_LAB=1 $(BIN)/python -m pytest -rs tests/system/lab
 
 chaos: $(READY)  ## kill every stage at random moments, and let faults of all kinds fall on a cluster; compare with an undisturbed run; one hour
 	$(BIN)/python -m tests.support.chaos

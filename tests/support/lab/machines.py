@@ -61,6 +61,11 @@ def missing() -> str:
     return "" if tried.returncode == 0 else f"no namespaces here: {tried.stderr.decode().strip()}"
 
 
+def asked_for() -> str:
+    """Why the long walks on the machines are not begun unasked; empty where they are asked for."""
+    return "" if os.environ.get("ITM_LAB") else "a quarter of an hour each, so `make lab` asks for it"
+
+
 def _hidden() -> list[str]:
     """Folders that no machine shares with this one: the checkouts above all, so that code arrives as it would on another machine."""
     found = [Path("/tmp"), Path("/dev/shm"), Path.home(), ROOT]

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.lab.chaos import FIRST, disturbed, quiet
 from tests.support.lab.cluster import lab
-from tests.support.lab.machines import missing
+from tests.support.lab.machines import asked_for, missing
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: faults of a cluster; {why}")]
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing() or asked_for()), reason=f"NOT TESTED: faults of a cluster; {why}")]
 
 
 def test_a_walk_on_which_five_faults_fall_ends_in_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:

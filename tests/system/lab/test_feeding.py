@@ -17,10 +17,13 @@ from itm.data.manifest import Manifest, write_manifest
 from itm.data.records import Caption, Record
 from itm.data.shards import write_shard
 from tests.support.lab.cluster import Lab, lab, lab_recipe
-from tests.support.lab.machines import missing
+from tests.support.lab.machines import asked_for, missing
 from tests.support.s3_server import BUCKET
 
-pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: nodes that feed trainers; {why}")]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(bool(why := missing() or asked_for()), reason=f"NOT TESTED: nodes that feed trainers; {why}"),
+]
 STEPS = 120
 
 

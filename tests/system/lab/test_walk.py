@@ -13,7 +13,6 @@ from tests.support.lab.machines import missing
 from tests.support.s3_server import BUCKET
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(bool(why := missing()), reason=f"NOT TESTED: machines that share no disk; {why}")]
-LIMIT = 360  # seconds on two cores that have nothing else to do
 
 
 def walk(there: Lab) -> dict[str, str]:
@@ -37,4 +36,3 @@ def test_the_whole_walk_by_submit_from_a_machine_that_has_only_the_wheel(tmp_pat
     assert {"runs/lab/matcher/model.safetensors", "runs/lab/report.html"} <= kept.keys()
     assert len([name for name in kept if name.startswith("shards/") and name.endswith(".tar")]) == 5 + 1 + 2
     assert len(said["search"].strip().splitlines()) >= 4, said["search"]
-    assert whole < LIMIT or Path("/proc/loadavg").read_text() > "2", f"{whole:.0f} s on an idle machine"
