@@ -1,4 +1,4 @@
-"""One service on Ray Serve over two models of a registry, as `itm serve` starts it, for all tests of this folder."""
+"""One service on Ray Serve over two models of a registry, as `itm serve` starts it, for the tests of one file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.support.serving_process import two_models
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     with two_models(tmp_path_factory.mktemp("service")) as service:
         yield service
