@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 DEEPEST = 8
 
 
@@ -10,6 +12,8 @@ def cause_of(error: Exception) -> Exception:
 
     Of the workers of a training that failed the first error that says what to mend counts: the others only lost their peer.
     """
+    if "ray" not in sys.modules:  # nothing has been asked of it, and it may not be installed
+        return error
     import ray.exceptions
 
     for _ in range(DEEPEST):
