@@ -136,7 +136,7 @@ def test_every_query_of_the_dashboard_has_rows_while_stages_run(registry: Path, 
             empty = [title for title, expr in queries().items() if not rows_of(address, expr, began)]
             assert empty == []
             (steps,) = rows_of(address, "max by (run) (ray_itm_train_step)", began)
-            assert float(steps["values"][-1][1]) == done["steps"]  # type: ignore[index]
+            assert 0 < float(steps["values"][-1][1]) <= done["steps"]  # type: ignore[index]  # what was exported last, a second before
     assert done["ended"] == "train.max_hours=0.004 are over", "of two workers, which end together because rank 0 tells both"
     if address is None:
         pytest.skip("prometheus is not installed (apt-get install prometheus): the metrics are exported, the queries were not run")
