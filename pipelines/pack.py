@@ -71,12 +71,11 @@ def run(args: argparse.Namespace) -> None:
             f"{manifest.rejected:,} rejected, fingerprint {manifest.fingerprint()}; {kept_and_lost(manifest, files.join(root, split))}"
             f"{'' if args.overwrite else added_since(before.get(split), manifest)}"
         )
-        if count := others_passed_over(files.join(recipe.data.root, split)):
+        if count := others_passed_over(files.join(root, split)):
             print(f"{split}: {count:,} other files were passed over; each is named in {QUARANTINE}")
-    data, there = recipe.data, set(map(files.name_of, files.list_folders(root)))
+    there, has = set(map(files.name_of, files.list_folders(root))), ", ".join(source_of(recipe).splits)
     for key in ("train_split", "val_split", "test_split"):
-        if (split := getattr(data, key)) and split not in there:
-            has = ", ".join(source_of(recipe).splits)
+        if (split := getattr(recipe.data, key)) and split not in there:
             print(f"no split {split!r} was packed, and data.{key} names it: the source has {has}", file=sys.stderr)
 
 
@@ -390,10 +389,7 @@ def open_source(part: Part) -> Source:
 
 @lru_cache(maxsize=2)
 def _source(part: str, folder: str, made_from: str = "") -> Source:
-    """Built once a worker process and state of its files: a source may have a large annotation file to read.
-
-    folder: that relative paths begin at.
-    """
+    """Built once a worker process and state of its files, which may be large. folder: that relative paths begin at."""
     choice = Part.model_validate_json(part)
     return build_source(choice.kind, choice.options)
 
