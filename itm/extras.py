@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 DISTRIBUTION = "itm-pipeline"
 EXTRAS = {  # extra -> packages
-    "tracking": ("mlflow",),
-    "pipeline": ("ray", "mlflow"),
+    "tracking": ("mlflow", "psutil"),
+    "pipeline": ("ray", "mlflow", "psutil"),
     "s3": ("boto3",),
     "hf": ("datasets",),
     "lora": ("peft",),

@@ -28,12 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import psutil
-
     from pipelines.training import driver
     from pipelines.training.startup import StartUp
 
-    done = driver.train(recipe_from(args), args.overwrite, StartUp(psutil.Process().create_time()))
+    done = driver.train(recipe_from(args), args.overwrite, StartUp.of_this_process())
     best = done["best"]
     print(f"{done['steps']} steps in {done['seconds']:.0f} s ({done['samples_per_s']:.0f} pairs/s), MLflow run {done['run_id']}")
     if (share := done.get("same_image_share")) is not None:

@@ -16,6 +16,13 @@ class StartUp:
     began: float = field(default_factory=time.time)
     parts: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of_this_process(cls) -> StartUp:
+        """From when the process started."""
+        import psutil
+
+        return cls(psutil.Process().create_time())
+
     def reached(self, part: str) -> None:
         """The part that began where the last one ended is over. A part of a moment more is added to it."""
         self.parts[part] = self.parts.get(part, 0.0) + max(0.0, time.time() - self.began - self.seconds)
