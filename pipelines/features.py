@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from itm.config import Recipe
     from itm.data.formats import Json
     from itm.data.manifest import Manifest, Receipt
-    from pipelines.featuring.actors import Choices, Job
+    from pipelines.featuring.actors import Choices
+    from pipelines.on_ray.shard_actors import ShardJob
 
 MEAN = "mean.npy"
 
@@ -151,24 +152,25 @@ def _claimed(choices: Choices) -> Json:
     return {"format": FORMAT, **json.loads(json.dumps(choices.said()))}
 
 
-def _name(job: Job) -> str:
+def _name(job: ShardJob) -> str:
     from itm.data import files
 
     return files.name_of(job.target)
 
 
-def _jobs(said: Json, photos: str, folder: str) -> Iterator[Job]:
+def _jobs(said: Json, photos: str, folder: str) -> Iterator[ShardJob]:
     """One a shard of photos, which keeps its name. Raises ValueError as `read_manifest`."""
     from itm.data import files
     from itm.data.shards import read_manifest
-    from pipelines.featuring.actors import Job, digest
+    from pipelines.featuring.actors import digest
+    from pipelines.on_ray.shard_actors import ShardJob
 
     for shard in read_manifest(photos).shards:
         made_from = digest(said, shard.sha256)
-        yield Job(files.join(photos, shard.name), shard.sha256, files.join(folder, shard.name), files.name_of(folder), made_from)
+        yield ShardJob(files.join(photos, shard.name), shard.sha256, files.join(folder, shard.name), files.name_of(folder), made_from)
 
 
-def _usable(job: Job) -> Receipt | None:
+def _usable(job: ShardJob) -> Receipt | None:
     from itm.data import files
     from itm.data.manifest import read_receipt
     from pipelines.featuring.actors import sum_uri
@@ -207,11 +209,11 @@ def _split(recipe: Recipe, choices: Choices, photos: str, folder: str, overwrite
     return manifest
 
 
-def _is_of(manifest: Manifest, jobs: list[Job]) -> bool:
+def _is_of(manifest: Manifest, jobs: list[ShardJob]) -> bool:
     return {s.name for s in manifest.shards} <= {_name(job) for job in jobs} and manifest.source == _source(jobs)
 
 
-def _source(jobs: list[Job]) -> str:
+def _source(jobs: list[ShardJob]) -> str:
     from pipelines.featuring.actors import digest
 
     return f"features {digest(*(job.made_from for job in jobs))}"
@@ -253,7 +255,7 @@ def _check_boxes(uri: str, photos: str, source: Manifest) -> None:
         )
 
 
-def _extract(recipe: Recipe, choices: Choices, todo: list[Job]) -> Iterator[str]:
+def _extract(recipe: Recipe, choices: Choices, todo: list[ShardJob]) -> Iterator[str]:
     """Make the region shards in any order; yields each as it is written."""
     if not todo:
         return
@@ -272,7 +274,7 @@ def _extract(recipe: Recipe, choices: Choices, todo: list[Job]) -> Iterator[str]
             yield row["uri"]
 
 
-def _close(folder: str, jobs: list[Job], source: Manifest, max_reject_rate: float) -> Manifest:
+def _close(folder: str, jobs: list[ShardJob], source: Manifest, max_reject_rate: float) -> Manifest:
     """Quarantine table, mean feature and checks over all shards; the manifest, which is not written yet."""
     import numpy as np
 

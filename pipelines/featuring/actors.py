@@ -28,6 +28,7 @@ from itm.precision import computing
 from pipelines.featuring.boxes import Boxes, read_boxes
 from pipelines.featuring.regions import box_regions, grid_regions, side_of
 from pipelines.on_ray.reach import Tokens, confirm
+from pipelines.on_ray.shard_actors import ShardJob
 
 _STRINGS = pa.list_(pa.string())
 _PREPARED = pa.schema(
@@ -65,17 +66,6 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One region shard to make: from the shard `source` of this sha256, into `target`."""
-
-    source: str
-    sha256: str
-    target: str
-    split: str
-    made_from: str
-
-
-@dataclass(frozen=True)
 class Prepare:
     """Shards -> the pixels of their photos, one table row a shard. What the user can mend travels as text in `error`."""
 
@@ -86,13 +76,13 @@ class Prepare:
         return pa.Table.from_pylist([self._shard(row["job"]) for row in jobs.to_pylist()], _PREPARED)
 
     def _shard(self, said: str) -> Json:
-        job = Job(**json.loads(said))
+        job = ShardJob(**json.loads(said))
         problems: list[str | None] = []
         sizes: list[Any] = []
         payloads: list[Any] = []
         try:
             confirm(self.tokens)
-            for sample in _samples(job):
+            for sample in job.samples():
                 pixels, size, problem = self._photo(sample)
                 payloads.append(pixels)
                 sizes += size
@@ -113,10 +103,6 @@ class Prepare:
             return b"", (0, 0), "there is not enough memory to decode it"
 
 
-def _samples(job: Job) -> Iterator[Sample]:
-    return (item for item in read_samples(job.source, job.sha256) if isinstance(item, Sample))
-
-
 class Extract:
     """The encoder's actor: makes the regions of a shard's photos and writes the region shard and its receipt before it answers."""
 
@@ -134,7 +120,7 @@ class Extract:
     def _shard(self, shard: pa.Table) -> Json:
         if shard["error"][0].is_valid:
             return {"error": shard["error"][0].as_py()}
-        job = Job(**json.loads(shard["job"][0].as_py()))
+        job = ShardJob(**json.loads(shard["job"][0].as_py()))
         try:
             confirm(self.tokens)
             if not self.same:
@@ -145,7 +131,7 @@ class Extract:
         except (OSError, ValueError) as error:
             return {"error": f"{job.source}: {error}"}
 
-    def _write(self, job: Job, shard: pa.Table) -> int:
+    def _write(self, job: ShardJob, shard: pa.Table) -> int:
         said = shard["problems"][0].as_py()
         sizes = np.array(shard["sizes"][0].as_py(), np.int64).reshape(-1, 2).tolist()
         payloads = shard["payloads"][0].values
@@ -166,8 +152,8 @@ class Extract:
         write_receipt(job.target, Receipt(info=info, made_from=job.made_from, rows=spans, problems=problems))
         return info.samples
 
-    def _members(self, job: Job, made: dict[int, Regions]) -> Iterator[Sample]:
-        for row, sample in enumerate(_samples(job)):
+    def _members(self, job: ShardJob, made: dict[int, Regions]) -> Iterator[Sample]:
+        for row, sample in enumerate(job.samples()):
             if row in made:
                 yield replace(sample, regions=made[row].to_npz(), image=sample.image if self.choices.keep_images else None)
 
@@ -188,14 +174,14 @@ class Extract:
             yield from encoded.parts.float().cpu().numpy()
 
     def _regions(
-        self, job: Job, said: list[str | None], sizes: list[list[int]], features: dict[int, np.ndarray]
+        self, job: ShardJob, said: list[str | None], sizes: list[list[int]], features: dict[int, np.ndarray]
     ) -> tuple[list[Problem], dict[int, Regions]]:
         """What is left out, and the regions by row of the shard."""
         name = files.name_of(job.target)
         unread = (item for item in read_samples(job.source) if isinstance(item, Problem))
         problems = [replace(problem, shard=name) for problem in unread]
         made: dict[int, Regions] = {}
-        for row, sample in enumerate(_samples(job)):
+        for row, sample in enumerate(job.samples()):
             try:
                 if (fault := said[row]) is not None:
                     raise ValueError(fault)

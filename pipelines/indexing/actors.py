@@ -25,8 +25,8 @@ from itm.precision import computing
 from itm.retrieval.kept import matcher_identity
 from itm.retrieval.store import Choices, captions_uri, check_vectors, metadata_columns, write_rows
 from itm.types import Images, Matcher
-from pipelines.indexing.jobs import Job
 from pipelines.on_ray.reach import Tokens, confirm
+from pipelines.on_ray.shard_actors import ShardJob
 
 _PREPARED = pa.schema(
     {
@@ -55,10 +55,10 @@ class Prepare:
     def _shard(self, said: str) -> Json:
         if self.image is None:
             return {"job": said}
-        job = Job(**json.loads(said))
+        job = ShardJob(**json.loads(said))
         try:
             confirm(self.tokens)
-            photos = [self._photo(sample, self.image) for sample in _samples(job)]
+            photos = [self._photo(sample, self.image) for sample in job.samples()]
         except (OSError, ValueError) as error:
             return {"error": f"{job.source}: {error}", "job": said}
         return {"job": said, "payloads": [pixels for pixels, _ in photos], "problems": [problem for _, problem in photos]}
@@ -72,10 +72,6 @@ class Prepare:
             return b"", str(error)
         except MemoryError:
             return b"", "there is not enough memory to decode it"
-
-
-def _samples(job: Job) -> Iterator[Sample]:
-    return (item for item in read_samples(job.source, job.sha256) if isinstance(item, Sample))
 
 
 def prepared_apart(matcher: Matcher) -> ImageInput | None:
@@ -116,7 +112,7 @@ class Embed:
     def _shard(self, shard: Json) -> Json:
         if shard["error"] is not None:
             return {"error": shard["error"]}
-        job = Job(**json.loads(shard["job"]))
+        job = ShardJob(**json.loads(shard["job"]))
         try:
             confirm(self.tokens)
             if not self.same:
@@ -125,7 +121,7 @@ class Embed:
         except (OSError, ValueError) as error:
             return {"error": f"{job.source}: {error}"}
 
-    def _write(self, job: Job, payloads: list[bytes] | None, problems: list[str | None] | None) -> int:
+    def _write(self, job: ShardJob, payloads: list[bytes] | None, problems: list[str | None] | None) -> int:
         items = list(read_samples(job.source, job.sha256))
         samples = {item.key: item for item in items if isinstance(item, Sample)}
         encoded = self._encoded(job, items, payloads, problems)
@@ -153,7 +149,7 @@ class Embed:
         return len(names.image_keys)
 
     def _encoded(
-        self, job: Job, items: list[Sample | Problem], payloads: list[bytes] | None, problems: list[str | None] | None
+        self, job: ShardJob, items: list[Sample | Problem], payloads: list[bytes] | None, problems: list[str | None] | None
     ) -> EncodedSplit:
         """Images that cannot be read become problems; the photos were prepared where there are payloads, one a sample."""
         matcher, inputs = self.matcher, self.matcher.inputs
@@ -172,7 +168,7 @@ def _with_pixels(sample: Sample, shard: str, pixels: bytes, problem: str | None)
     return replace(sample, image=pixels)
 
 
-def in_this_process(actor: Embed, prepare: Prepare, jobs: Sequence[Job]) -> Iterator[str]:
+def in_this_process(actor: Embed, prepare: Prepare, jobs: Sequence[ShardJob]) -> Iterator[str]:
     """The two operators without Ray between them; yields the files as they are written. Raises ValueError as they say."""
     for job in jobs:
         (row,) = actor(prepare(pa.table({"job": [json.dumps(asdict(job))]}))).to_pylist()

@@ -29,7 +29,8 @@ from itm.retrieval.store import (
     write_catalogue,
 )
 from itm.types import Matcher
-from pipelines.indexing.jobs import Job, taken, target_of, usable
+from pipelines.indexing.jobs import taken, target_of, usable
+from pipelines.on_ray.shard_actors import ShardJob, through_actors
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ def _changed(wanted: Wanted, before: Catalogue, splits: Sequence[Split]) -> str 
 # --- shards -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _jobs(wanted: Wanted, choices: Choices, split: Split) -> Iterator[Job]:
+def _jobs(wanted: Wanted, choices: Choices, split: Split) -> Iterator[ShardJob]:
     for shard in split.manifest.shards:
         target = target_of(wanted.output, split.folder, shard.name)
-        yield Job(files.join(split.uri, shard.name), shard.sha256, target, split.folder, choices.made_from(shard.sha256))
+        yield ShardJob(files.join(split.uri, shard.name), shard.sha256, target, split.folder, choices.made_from(shard.sha256))
 
 
-def _made(wanted: Wanted, matcher: Matcher, choices: Choices, todo: Sequence[Job]) -> Iterator[str]:
+def _made(wanted: Wanted, matcher: Matcher, choices: Choices, todo: Sequence[ShardJob]) -> Iterator[str]:
     """Encode shards in any order; yields the file of each as it is written."""
     if not todo:
         return
@@ -183,7 +184,6 @@ def _made(wanted: Wanted, matcher: Matcher, choices: Choices, todo: Sequence[Job
         yield from in_this_process(Embed(matcher, choices, wanted.batch_size, wanted.device), Prepare(form), todo)
         return
     from pipelines.on_ray.reach import shared
-    from pipelines.on_ray.shard_actors import through_actors
 
     rows: list[Json] = [{"job": json.dumps(asdict(job))} for job in todo]
     with shared({"--output": wanted.output}, read={f"--shards {uri}": uri for uri in wanted.shards}) as tokens:
@@ -229,6 +229,6 @@ def _closed(wanted: Wanted, catalogue: Catalogue, splits: Sequence[Split], befor
     return whole
 
 
-def _entry(size: int, job: Job, said: Json) -> Entry:
+def _entry(size: int, job: ShardJob, said: Json) -> Entry:
     rejected = sum(problem["what"] in ("sample", "shard") for problem in said["problems"])
     return Entry(files.name_of(job.source), job.sha256, size, said["images"], said["captions"], rejected)

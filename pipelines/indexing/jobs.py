@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from itm.data import files
 from itm.data.formats import Json
 from itm.retrieval.store import captions_uri, read_header
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard to encode, `source` of this sha256, into the file `target`. split: the folder of the index, which tells splits apart."""
-
-    source: str
-    sha256: str
-    target: str
-    split: str
-    made_from: str
+from pipelines.on_ray.shard_actors import ShardJob
 
 
 def target_of(output: str, folder: str, shard: str) -> str:
     return files.join(output, folder, f"{shard.removesuffix('.tar')}.arrow")
 
 
-def usable(job: Job) -> Json | None:
+def usable(job: ShardJob) -> Json | None:
     """The header of a shard's vectors that are whole and of these choices."""
     header = read_header(job.target)
     good = header is not None and header.get("made_from") == job.made_from and files.exists(captions_uri(job.target))
     return header if good else None
 
 
-def taken(others: Sequence[str], job: Job) -> Job | None:
+def taken(others: Sequence[str], job: ShardJob) -> ShardJob | None:
     """Copies a shard's vectors from the first index that has them of the same shard and choices, whether it is finished or not."""
     for other in others:
         own = replace(job, target=target_of(other, job.split, files.name_of(job.source)))

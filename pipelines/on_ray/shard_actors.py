@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from itm.data.formats import Json
+from itm.data.shards import Sample, read_samples
 from pipelines.on_ray.gpus import Seats, gpu_seats
 
 ACTOR_CPUS = 0.25
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One file to make: from the shard `source` of this sha256, into `target`. split: the folder that its split has there."""
+
+    source: str
+    sha256: str
+    target: str
+    split: str
+    made_from: str
+
+    def samples(self) -> Iterator[Sample]:
+        """Those of the shard that can be read. Raises ValueError for a shard that is another one by now."""
+        return (item for item in read_samples(self.source, self.sha256) if isinstance(item, Sample))
 
 
 def through_actors(

@@ -18,7 +18,8 @@ from itm.config import Recipe
 from itm.data.records import Caption, Record
 from itm.data.shards import Sample, read_manifest, read_samples
 from pipelines import features as stage
-from pipelines.featuring.actors import Choices, Extract, Job, Prepare
+from pipelines.featuring.actors import Choices, Extract, Prepare
+from pipelines.on_ray.shard_actors import ShardJob
 from tests.support.small_teaching import pack
 
 WIDE, HIGH = 96, 64
@@ -51,7 +52,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The two operators of the stage without Ray between them; the list tells the region shards that were made."""
     worked: list[str] = []
 
-    def extract(recipe: Recipe, choices: Choices, todo: list[Job]) -> Iterator[str]:
+    def extract(recipe: Recipe, choices: Choices, todo: list[ShardJob]) -> Iterator[str]:
         actor = Extract(choices, recipe.features.batch_size, "cpu")
         for job in todo:
             rows: list[dict[str, Any]] = actor(Prepare(choices.image)(pa.table({"job": [json.dumps(asdict(job))]}))).to_pylist()
