@@ -184,3 +184,14 @@ def test_an_actor_that_died_is_told_in_rays_own_words_and_one_that_could_not_beg
     assert cause_of(died) is died
     begun = ray.exceptions.ActorDiedError(ray.exceptions.RayTaskError("task", "trace\nValueError: no weights", ValueError("no weights")))
     assert str(cause_of(begun)) == "ValueError: no weights"
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.SIG_DFL, signal.SIG_IGN])
+def test_sigterm_stops_also_what_a_script_started_in_the_background_where_ctrl_c_is_ignored(ctrl_c: signal.Handlers) -> None:
+    waits = "import time; from pipelines.stopping import sigterm_as_interrupt as s\nwith s(): print('begun', flush=True); time.sleep(60)"
+    piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([sys.executable, "-c", waits], preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c), **piped)
+    assert child.stdout is not None and child.stdout.readline() == "begun\n"
+    child.terminate()
+    _, said = child.communicate(timeout=20)
+    assert said.splitlines()[-1] == "KeyboardInterrupt"
