@@ -19,11 +19,13 @@ from tests.support.registry_world import wait_for
 
 @dataclass(frozen=True)
 class Head:
-    """dashboard: the address for jobs; address: for drivers; metrics: the port of the exporter of its node."""
+    """dashboard: the address for jobs; address: for drivers; metrics: the port of the exporter of its node, which answers
+    some seconds later; process: of `ray start`."""
 
     dashboard: str
     address: str
     metrics: int
+    process: subprocess.Popen[bytes]
 
 
 @contextmanager
@@ -41,7 +43,7 @@ def ray_head(log: Path, **environment: str) -> Iterator[Head]:
         address = f"http://127.0.0.1:{dashboard}"
         try:
             wait_for(f"{address}/api/version", process, log)
-            yield Head(address, f"127.0.0.1:{port}", metrics)
+            yield Head(address, f"127.0.0.1:{port}", metrics, process)
         finally:
             process.terminate()
             try:

@@ -115,6 +115,8 @@ def test_every_query_of_the_dashboard_has_rows_while_stages_run(registry: Path, 
 
     recipe = load_recipe(RECIPES / "demo-cusa.yaml", [f"data.root={tmp_path}/shards", f"output={tmp_path}/runs", *OVERRIDES])
     with ray_head(tmp_path / "head.log", RAY_metrics_report_interval_ms="1000") as head, prometheus(head, tmp_path) as address:
+        # Ray's processes look for the agent when they start, and where it does not answer in time they export nothing for good
+        wait_for(f"http://127.0.0.1:{head.metrics}/metrics", head.process, tmp_path / "head.log")
         monkeypatch.setenv("RAY_ADDRESS", head.address)
         monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
         began = time.time()
