@@ -18,6 +18,9 @@ from itm.matchers.mean import beside
 from itm.retrieval.sides import FIELDS
 from itm.types import Encoded
 
+CACHED = 1 << 18
+"""Numbers of float32 that the second cache of a core holds beside the codes that they come from."""
+
 
 class Cells(Sequence[Any]):
     """A column as a sequence of Python values, which are made as they are asked for."""
@@ -63,12 +66,31 @@ class Stored:
             return self._one("", pieces, rows, only, brief)
         return beside([self._one(f"{member}.", pieces, rows, only, brief) for member in self.members])
 
+    def pieces(self, rows: slice) -> Iterator[Encoded]:
+        """See `Side`. float32 that is stored as such is not copied."""
+        if self.members or self.lists:
+            yield self.read(rows, brief=True)
+            return
+        step = max(1, CACHED // max(held[0][0].shape[1] for held in self.vectors.values()))
+        for number, own, _ in self._pieces(rows):
+            assert isinstance(own, slice)
+            for first in range(own.start, own.stop, step):
+                last = min(first + step, own.stop)
+                yield Encoded(**{field: self._converted(field, *held[number], first, last) for field, held in self.vectors.items()})
+
+    def _converted(self, field: str, codes: Tensor, scale: Tensor | None, first: int, last: int) -> Tensor:
+        if scale is None and codes.dtype == torch.float32:
+            return codes[first:last]
+        out = self._scratch(field, last - first, codes.shape[1]).copy_(codes[first:last])
+        return out if scale is None else out.mul_(scale[first:last, None])
+
     def _scratch(self, name: str, rows: int, width: int) -> Tensor:
         """Memory of this thread that brief reads share."""
         held: dict[str, Tensor] = self._threads.__dict__.setdefault("held", {})
-        if name not in held or len(held[name]) < rows:
-            held[name] = torch.empty(rows, width)
-        return held[name][:rows]
+        kept = held.get(name)
+        if kept is None or kept.shape[0] < rows:
+            kept = held[name] = torch.empty(rows, width)
+        return kept if kept.shape[0] == rows else kept[:rows]
 
     def _pieces(self, rows: slice | Tensor) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
         """(table, its rows, their places in what is read)."""
