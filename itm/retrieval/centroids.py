@@ -160,10 +160,10 @@ def _parts(side: Side, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _trained(side: Side) -> Tensor:
-    """As many centroids as PLAID takes for a sixteenth of the parts, a power of two near four times the root of their number."""
+    """As many centroids as PLAID takes, a power of two below sixteen times the root of the number of parts, and `MOST` at most."""
     some = torch.linspace(0, len(side) - 1, min(len(side), PART_ROWS)).round().long()
     each = float(_parts(side, some)[1].float().mean())
-    wanted = min(MOST, 2 ** round(np.log2(4 * (each * len(side)) ** 0.5)))
+    wanted = min(MOST, 2 ** int(np.log2(16 * (each * len(side)) ** 0.5)))
     rows = torch.linspace(0, len(side) - 1, min(len(side), round(TRAINED_ON * wanted / each) + 1)).round().long()
     return k_means(torch.cat([_parts(side, block)[0] for block in blocks(len(side), rows, PART_ROWS)]), wanted)
 

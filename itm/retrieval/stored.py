@@ -67,7 +67,7 @@ class Stored:
         return beside([self._one(f"{member}.", pieces, rows, only, brief) for member in self.members])
 
     def pieces(self, rows: slice) -> Iterator[Encoded]:
-        """See `Side`. float32 that is stored as such is not copied."""
+        """See `Side`."""
         if self.members or self.lists:
             yield self.read(rows, brief=True)
             return
@@ -79,8 +79,6 @@ class Stored:
                 yield Encoded(**{field: self._converted(field, *held[number], first, last) for field, held in self.vectors.items()})
 
     def _converted(self, field: str, codes: Tensor, scale: Tensor | None, first: int, last: int) -> Tensor:
-        if scale is None and codes.dtype == torch.float32:
-            return codes[first:last]
         out = self._scratch(field, last - first, codes.shape[1]).copy_(codes[first:last])
         return out if scale is None else out.mul_(scale[first:last, None])
 
@@ -128,6 +126,12 @@ class Stored:
 
 
 def _padded(lists: Sequence[tuple[Tensor, Tensor]], pieces: Any, count: int, field: str) -> Tensor:
+    if len(pieces) == 1 and isinstance(own := pieces[0][1], slice):
+        values, offsets = lists[pieces[0][0]]
+        starts = offsets[own.start : own.stop + 1]
+        if bool((starts.diff() == starts[1] - starts[0]).all()):  # as many regions in each image: no row has to be padded
+            block = values[int(starts[0]) : int(starts[-1])].unflatten(0, (count, -1))
+            return block.bool() if field == "mask" else block.to(torch.float32, copy=True)
     ragged: list[Tensor] = [torch.empty(0)] * count
     for number, own, places in pieces:
         values, offsets = lists[number]

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 
@@ -164,8 +165,13 @@ def write_index(uri: str, rows: np.ndarray, identity: str) -> dict[str, Any]:
 # --- measuring --------------------------------------------------------------------------------------------------------------------------
 
 
-def asked_by(clients: int, questions: int, ask: Callable[[int], Any], seconds: float = 30.0) -> dict[str, Any]:
-    """Latencies of `ask(number of a question)` from so many threads, until all are asked or the time is over."""
+def asked_by(
+    clients: int, questions: int, ask: Callable[[int], Any], seconds: float = 30.0, cpu: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
+    """Latencies of `ask(number of a question)` from so many threads, until all are asked or the time is over.
+
+    cpu: seconds that the processor has worked for those who answer, which a busy machine does not lengthen as it does latencies.
+    """
     taken: list[float] = []
     numbers, end = iter(range(questions)), time.monotonic() + seconds
     lock = threading.Lock()
@@ -180,13 +186,13 @@ def asked_by(clients: int, questions: int, ask: Callable[[int], Any], seconds: f
             ask(number)
             taken.append(time.perf_counter() - begun)
 
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), cpu()
     threads = [threading.Thread(target=work) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return latencies(taken) | {"q/s": len(taken) / (time.perf_counter() - begun)}
+    return latencies(taken) | {"CPU ms": 1000 * (cpu() - worked) / len(taken), "q/s": len(taken) / (time.perf_counter() - begun)}
 
 
 def latencies(taken: Sequence[float]) -> dict[str, Any]:
@@ -362,8 +368,9 @@ def measure_http(rows: Rows, count: int, folder: Path, uri: str, times: int) -> 
     with serving(folder, ["--model", f"dual={folder / 'dual'}", "--index", uri]) as service:
         ask = lambda number: service.client.search(f"two dogs run through deep snow near {word(number % 600)}", k=10)
         ask(0)
+        cpu = lambda: worked(service.process.pid)
         for clients in CLIENTS:
-            rows.measure(f"http/{count}/{clients}", lambda clients=clients: asked_by(clients, times, ask))
+            rows.measure(f"http/{count}/{clients}", lambda clients=clients: asked_by(clients, times, ask, cpu=cpu))
 
 
 def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
@@ -396,6 +403,12 @@ def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
         return figures | {"MB": held[0], "MB later": held[-1]}
 
     rows.measure("load/60/16", work)
+
+
+def worked(process: int) -> float:
+    """Seconds of the processor that all processes of the service have had."""
+    own = psutil.Process(process)
+    return sum(sum(one.cpu_times()[:2]) for one in [own, *own.children(recursive=True)])
 
 
 def resident(process: int) -> float:

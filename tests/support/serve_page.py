@@ -11,7 +11,8 @@ HEAD = """# Search and serving
 `make bench-serve` measures these rows on the machine it runs on, peers in the same run, and writes this page.
 
 **How these were measured.** 2 cores (x86-64, torch CPU), one thread a process, shared with other work: every row says the load of the
-machine when it began, and at a load above 2 wall time is longer than it would be alone. p50, p95 and p99 are over the questions of one run.
+machine when it began, and at a load above 2 wall time is longer than it would be alone: `CPU ms` a question, of all processes that answer,
+is what a busy machine lengthens little, and searches are compared by it. p50, p95 and p99 are over the questions of one run.
 Vectors are made up (width 512, around 20,000 centres in 32 dimensions), weights of late interactions and UNITER are random: time is
 measured, and whether the right rows are found, not what a model knows.
 
@@ -44,24 +45,26 @@ def page(rows: Measured) -> str:
 
 def _http(rows: Measured) -> tuple[str, bool]:
     row = rows["http/10000/1"]
-    return f"p50 {row['p50 ms']:.1f}, p95 {row['p95 ms']:.1f}, p99 {row['p99 ms']:.1f} ms", row["p95 ms"] < 30
+    said = f"p50 {row['p50 ms']:.0f}, p95 {row['p95 ms']:.0f}, p99 {row['p99 ms']:.0f} ms"
+    return f"{said} at a load of {row['load']}; {row['CPU ms']:.1f} CPU ms", row["p95 ms"] < 30
 
 
 def _engine(rows: Measured) -> tuple[str, bool]:
-    own, product = rows["engine/1000000/1"]["p50 ms"], rows["numpy/1000000/1"]["p50 ms"]
-    return f"{own / product:.2f} x ({own:.0f} against {product:.0f} ms, medians)", own <= 1.2 * product
+    own, product = rows["engine/1000000/1"]["CPU ms"], rows["numpy/1000000/1"]["CPU ms"]
+    return f"{own / product:.2f} x ({own:.0f} against {product:.0f} CPU ms, the best ten taken in both)", own <= 1.2 * product
 
 
 def _faiss(rows: Measured) -> tuple[str, bool]:
     row = rows["faiss-engine/1000000/1"]
     met = row["recall@10"] >= 0.95 and row["p95 ms"] < 20
-    return f"recall@10 {row['recall@10']:.3f}, p50 {row['p50 ms']:.1f}, p95 {row['p95 ms']:.1f} ms", met
+    return f"recall@10 {row['recall@10']:.3f}, p50 {row['p50 ms']:.1f}, p95 {row['p95 ms']:.1f} ms, {row['CPU ms']:.1f} CPU ms", met
 
 
 def _rerank(kind: str, most: float) -> Cell:
     def cell(rows: Measured) -> tuple[str, bool]:
         row = rows[f"rerank/{kind}/100"]
-        return f"p50 {row['p50 ms']:.0f}, p95 {row['p95 ms']:.0f} ms", row["p50 ms"] < most
+        said = f"p50 {row['p50 ms']:.0f}, p95 {row['p95 ms']:.0f} ms at a load of {row['load']}; {row['CPU ms']:.0f} CPU ms"
+        return said, row["p50 ms"] < most
 
     return cell
 
