@@ -20,7 +20,7 @@ from itm.data import files
 from itm.evaluation.metrics import chance_metrics
 from tests.support.study_late import ABOUT as LATE_ABOUT
 from tests.support.study_late import CELLS, LATE, SEEDS, folded, late_runs
-from tests.support.study_loop import checked, explored, vectors_of
+from tests.support.study_loop import checked, explored, lengthened, vectors_of
 from tests.support.study_page import (
     ABOUT,
     FOLDS_ABOUT,
@@ -83,6 +83,7 @@ def tried(study: Study) -> None:
     train, val = (vectors_of(files.join(study.root(1), split), study.runs / f"vectors-{split}.npz") for split in ("train", "val"))
     explored(train, study.runs / "loop", (0, 3), (0, 1))
     checked(train, val, study.runs / "loop", tuple(range(DUAL_SEEDS)))
+    lengthened(train, val, study.runs / "loop", tuple(range(DUAL_SEEDS)))
 
 
 def prepare(study: Study, cells: int) -> None:
