@@ -28,8 +28,8 @@ demo: $(READY)  ## the whole pipeline on embedded defaults: scenes, teachers, th
 test: $(READY)  ## unit tests first, then real end-to-end runs, three at a time: they wait more than they compute
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-test-system: $(READY)  ## what is slow or needs root, services or a browser; what cannot run here is skipped and says why
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile tests/system
+test-system: $(READY)  ## what is slow or needs root, services or a browser; what is skipped or was tried twice is named with its reason
+	$(BIN)/python -m pytest -rsR --reruns 1 -n 2 --dist loadfile tests/system
 
 check: $(READY)  ## lint, format, types, house rules
 	$(BIN)/ruff check .

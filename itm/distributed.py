@@ -56,8 +56,7 @@ def gather_ragged_rows(x: Tensor) -> Tensor:
     """As `gather_rows`, for (B, K, ...) whose second axis differs between ranks: zero-padded to the longest first."""
     if world_size() == 1:
         return x
-    longest = torch.tensor(x.shape[1], device=x.device)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    longest = all_reduce_max(torch.tensor(x.shape[1], device=x.device))
     pad = x.new_zeros(x.shape[0], int(longest) - x.shape[1], *x.shape[2:])
     return gather_rows(torch.cat([x, pad], 1))
 
@@ -66,6 +65,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, without gradient."""
     if world_size() > 1:
         dist.all_reduce(x)
+    return x
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The largest over ranks, without gradient."""
+    if world_size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 

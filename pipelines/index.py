@@ -4,14 +4,18 @@
     itm index --model runs/clip/matcher --shards data/shards/train data/shards/test --output data/index --dtype int8
     itm index --model runs/clip/matcher --photos ~/Pictures --output data/album
     itm index --model runs/clip/matcher --output data/index --add
+    itm index --model runs/clip/matcher --output data/index --remove keys.txt
     itm index --model runs/clip/matcher --shards data/shards/train --faiss recall=.95
     itm index --model runs/clip/matcher --shards data/shards/train data/shards/test --output data/index --report data/index-report
     itm index --model runs/scan/matcher --shards data/shards/test --screen own --loss .01
+    itm index --model runs/scan/matcher --shards data/shards/test --screen centroids
     itm search "two dogs" --model runs/clip/matcher --shards data/shards/test --index data/index
 
 --photos takes a folder of photos as people keep them, with or without captions, and packs it to <output>/shards first. Shards that were
 encoded are kept, so it can be stopped at any time and run again: the index ends with the same bytes. With --add the shards that are new, or
-were changed, are encoded, and those that are gone are not found any more; nothing else is done again. --part K/N encodes a share of the
+were changed, are encoded, and those that are gone are not found any more; nothing else is done again. --remove takes images out by their
+keys: nothing is written but index.json, and their vectors lie in the files until their shard is packed without them and encoded again; only
+--overwrite forgets which they are. --part K/N encodes a share of the
 shards, so that N machines can work on one --output, or on one each, which --merge then puts together. What cannot be read is listed in
 quarantine.jsonl. index.json is written last.
 
@@ -45,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp16", "int8", "fp32"), default="fp16", help="how vectors are stored (default fp16)")
     parser.add_argument("--keep", nargs="*", metavar="FIELD", help="fields of samples to filter by (default: all flat ones)")
     parser.add_argument("--add", action="store_true", help="encode what is new or changed in the splits that were indexed, or are named")
+    parser.add_argument("--remove", type=read_from, metavar="FILE", help="images that are not to be found any more: their keys, one a line")
     parser.add_argument("--overwrite", action="store_true", help="delete an index of other choices, then make this one")
     parser.add_argument("--part", metavar="K/N", help="encode the K-th of N shares of the shards")
     parser.add_argument("--merge", nargs="+", default=[], type=read_from, metavar="URI", help="indexes, also parts, to take vectors from")
@@ -52,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images encoded at once (default 64)")
     parser.add_argument("--device", default="auto", help=HELP)
     parser.add_argument(
-        "--screen", metavar="URI", type=read_from, help="first stage of a matcher that scores pairs: own, or URI of a dual encoder"
+        "--screen",
+        metavar="URI",
+        type=read_from,
+        help="first stage of a matcher that scores pairs: own, centroids, or URI of a dual encoder",
     )
     parser.add_argument("--loss", type=float, default=0.01, help="share of hits that the first stage may lose (default .01)")
     parser.add_argument("--faiss", metavar="recall=R", help="also a structure of faiss that finds this share of the best ten")
@@ -64,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     wanted, recall = wanted_of(args), recall_of(args.faiss)
-    catalogue = index(wanted)
+    only_removes = args.remove and not wanted.shards and not wanted.add
+    catalogue = None if only_removes else index(wanted)
+    if args.remove and (only_removes or catalogue is not None):
+        catalogue = removed(wanted, args.remove)
     if catalogue is None:
         return
     print(f"{flow_line(catalogue)}; {wanted.output}")
@@ -167,14 +178,26 @@ def index(wanted: Wanted) -> Catalogue | None:
     return build(wanted)
 
 
+def removed(wanted: Wanted, keys: str) -> Catalogue:
+    """The index without the images whose keys a file lists. Raises ValueError as `remove`."""
+    import itm
+    from pipelines.indexing.removing import remove
+
+    matcher = itm.load_matcher(wanted.model, allow=wanted.allow) if isinstance(wanted.model, str) else wanted.model
+    return remove(wanted.output, matcher, keys)
+
+
 def flow_line(catalogue: Catalogue) -> str:
     """What is in an index, as the last line of the stage states it."""
     entries = [entry for split in catalogue.splits for entry in split.shards]
     here = [entry for entry in entries if not entry.gone]
     images, captions, rejected = (sum(getattr(e, name) for e in here) for name in ("images", "captions", "rejected"))
+    removed = sum(len(entry.removed) for entry in here)
+    captions -= sum(count for entry in here for count in entry.removed.values())
     gone = sum(entry.images for entry in entries if entry.gone)
     lost = f", {gone:,} of shards that are gone" if gone else ""
-    return f"{images + rejected:,} images = {images:,} indexed + {rejected:,} rejected, {captions:,} captions in {len(here)} shards{lost}"
+    parts = [f"{images - removed:,} indexed", f"{rejected:,} rejected", *([f"{removed:,} removed"] if removed else [])]
+    return f"{images + rejected:,} images = {' + '.join(parts)}, {captions:,} captions in {len(here)} shards{lost}"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,18 @@ _REMEDIES = (  # of what a store says when it refuses
         re.compile(r"Expired_?Token|token.{0,20}expired|Request_?Expired|Token_?Refresh_?Required", re.IGNORECASE),
         "the credentials of the store have expired: renew them and run the stage again, it resumes",
     ),
-    (re.compile(r"No_?Such_?Bucket", re.IGNORECASE), "there is no such bucket: mend the name, or AWS_ENDPOINT_URL, or make the bucket"),
+    (
+        re.compile(r"Status\(UNAUTHENTICATED"),
+        "the store does not know these credentials: mend GOOGLE_APPLICATION_CREDENTIALS, of this machine and of all nodes",
+    ),
+    (
+        re.compile(r"Status\(PERMISSION_DENIED"),
+        "the credentials may not do this: have the right to read, list and write there granted (GOOGLE_APPLICATION_CREDENTIALS)",
+    ),
+    (
+        re.compile(r"No_?Such_?Bucket|specified bucket does not exist", re.IGNORECASE),
+        "there is no such bucket: mend the name, or AWS_ENDPOINT_URL, or make the bucket",
+    ),
     (
         re.compile(r"Invalid_?Access_?Key|Signature_?Does_?Not_?Match|Invalid_?Token|HTTP status 401", re.IGNORECASE),
         "the store does not know these credentials: mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, of this machine and of all nodes",
@@ -47,11 +58,12 @@ _REMEDIES = (  # of what a store says when it refuses
         "the store refuses the request: expired credentials (AWS_SESSION_TOKEN) or another AWS_REGION than the bucket's",
     ),
 )
-_CERTIFICATE = re.compile(r"Quota_?Exceeded|curlCode: (51|58|60|77)\b", re.IGNORECASE)
+_CERTIFICATE = re.compile(r"Quota_?Exceeded|(curlCode: |CURL error \[)(51|58|60|77)\b", re.IGNORECASE)
 _PASSING = re.compile(
     r"NETWORK_CONNECTION|Slow_?Down|Service_?Unavailable|Internal_?(Failure|Error)|Throttl|Failed to flush|curlCode"
     r"|HTTP (status|error)( code)?:? ?(5\d\d|408|429)|Request_?Time_?out|timed out|reset by peer|connection (refused|closed|aborted)"
-    r"|broken pipe|IncompleteRead|disconnected|could( not|n't) (connect|resolve)|cannot connect",
+    r"|broken pipe|IncompleteRead|disconnected|could( not|n't) (connect|resolve)|cannot connect"
+    r"|google::cloud::Status\((UNAVAILABLE|INTERNAL|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED|DATA_LOSS|ABORTED)|CURL error",
     re.IGNORECASE,
 )
 

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _TRIES, _UPLOADS = 2, 5  # attempts of the S3 client itself: of one request, as an operation may take several; of a part of an upload
 _CONNECT = 3  # seconds to connect
+_CLIENT_SECONDS = 1  # of Google's client, in which it makes a request again itself
 
 
 def open_remote(uri: str) -> tuple[Remote, str]:
@@ -36,7 +37,7 @@ def _found(uri: str) -> tuple[fs.FileSystem, str]:
     if _plain_s3(uri):
         return _s3(*place_of(uri), _TRIES, _keys()), uri.removeprefix("s3://").rstrip("/")
     try:
-        return fs.FileSystem.from_uri(uri)
+        return fs.FileSystem.from_uri(_soon_tired(uri))
     except pa.ArrowInvalid:
         import fsspec
 
@@ -45,6 +46,13 @@ def _found(uri: str) -> tuple[fs.FileSystem, str]:
         except (ValueError, ImportError) as error:
             raise ValueError(f"cannot open {uri}: {error}") from None
         return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def _soon_tired(uri: str) -> str:
+    """Of Google's store: its client would make a request again for 15 minutes, unseen, unless the URI says another limit."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={_CLIENT_SECONDS}"
 
 
 def _plain_s3(uri: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from itm.types import Encoded, Matcher, Options
 Z95 = 1.959963984540054
 Vectors = tuple[Tensor, Tensor]
 Sides = Sequence[tuple[Encoded, Encoded]]
+Cheap = Callable[[int, Tensor], Tensor]
+"""(0 = images ask for captions, 1 = captions for images; rows that ask (n,)) -> (n,G), the scores by which a screen proposes."""
 
 
 def unit_vectors(images: Encoded, captions: Encoded) -> Vectors:
@@ -35,6 +37,11 @@ def unit_vectors(images: Encoded, captions: Encoded) -> Vectors:
             f"image vectors are {images.vector.shape[1]} wide, caption vectors {captions.vector.shape[1]}: no cosine to screen by"
         )
     return F.normalize(images.vector.float(), dim=1), F.normalize(captions.vector.float(), dim=1)
+
+
+def by_cosine(vectors: Vectors) -> Cheap:
+    """vectors: of unit length, of images and captions."""
+    return lambda way, rows: vectors[way][rows] @ vectors[1 - way].T
 
 
 class ScreenedScores(Streamed):
@@ -138,7 +145,7 @@ class Probe:
 
 
 def probe(
-    members: Sequence[Matcher], sides: Sides, vectors: Vectors, sample: tuple[Tensor, int, int], options: Options | None = None
+    members: Sequence[Matcher], sides: Sides, cheap: Cheap, sample: tuple[Tensor, int, int], options: Options | None = None
 ) -> list[Probe]:
     """Score random images and captions exactly against the whole gallery; one `Probe` each way.
 
@@ -147,15 +154,15 @@ def probe(
     """
     caption_image, queries, seed = sample
     generator = torch.Generator().manual_seed(seed)
-    owners = torch.arange(len(vectors[0])), caption_image
+    owners = torch.arange(len(sides[0][0])), caption_image
     found = []
     for way in (0, 1):
         rows = torch.randperm(len(owners[way]), generator=generator)[:queries].sort().values
         pieces = [[side[which][rows] if which == way else side[which] for side in sides] for which in (0, 1)]
         exact = score_matrix(list(members), pieces[0], pieces[1], **(options or {}))
-        cosines = vectors[way][rows] @ vectors[1 - way].T
+        proposing = cheap(way, rows)
         truth = owners[way][rows, None] == owners[1 - way][None]
-        needed = torch.stack([_needed(*row) for row in zip(exact.T if way else exact, cosines, truth, strict=True)])
+        needed = torch.stack([_needed(*row) for row in zip(exact.T if way else exact, proposing, truth, strict=True)])
         found.append(Probe("t2i" if way else "i2t", needed, len(rows) == len(owners[way])))
     return found
 
@@ -186,10 +193,10 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
 
 
-def _needed(exact: Tensor, cosine: Tensor, truth: Tensor) -> Tensor:
-    """(len(KS),): over the positives within the first K of one query's exact row, the least place in the row of cosines (from 1)."""
+def _needed(exact: Tensor, proposing: Tensor, truth: Tensor) -> Tensor:
+    """(len(KS),): over the positives within the first K of one query's exact row, the least place in the screen's row (from 1)."""
     ahead = (exact[~truth] >= exact[truth, None]).sum(1)
-    place = (cosine >= cosine[truth, None]).sum(1)
+    place = (proposing >= proposing[truth, None]).sum(1)
     return torch.stack([place[ahead < at].min() if bool((ahead < at).any()) else torch.tensor(0) for at in KS])
 
 

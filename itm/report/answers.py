@@ -8,6 +8,7 @@ from itm.data.formats import Json
 from itm.evaluation.protocols import Scored
 from itm.report.disagreements import FORMAT
 from itm.report.gallery import HITS, rows_of
+from itm.retrieval.scan import top
 
 MOST = 5000  # queries of a direction, evenly spread: all of Flickr30K's
 
@@ -22,14 +23,14 @@ def answers(scored: Scored) -> Json:
         if len(queries) > MOST:
             kept = torch.linspace(0, len(queries) - 1, MOST).round().long()
             queries, scores, annotated, truth = queries[kept], scores[kept], annotated[kept], truth[kept]
-        top = scores.topk(min(HITS, scores.shape[1]))
+        values, places = top(scores, HITS)
         best = scores.masked_fill(~annotated, -torch.inf).amax(1, keepdim=True)
         said[way] = {
             "query": queries.tolist(),
             "rank": (((scores >= best) & ~annotated).sum(1) + 1).tolist(),
-            "hits": top.indices.tolist(),
-            "holds": truth.gather(1, top.indices).int().tolist(),
-            "scores": [[round(value, 5) for value in row] for row in top.values.tolist()],
+            "hits": places.tolist(),
+            "holds": truth.gather(1, places).int().tolist(),
+            "scores": [[round(value, 5) for value in row] for row in values.tolist()],
         }
         seen[asked].update(said[way]["query"])
         seen[found].update(row for hits in said[way]["hits"] for row in hits)

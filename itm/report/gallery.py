@@ -10,6 +10,7 @@ from torch import Tensor
 
 from itm.evaluation.metrics import Streamed
 from itm.evaluation.protocols import Scored
+from itm.retrieval.scan import top
 
 HITS = 5
 BINS = 48
@@ -75,8 +76,7 @@ def rows_of(scored: Scored, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _one_way(queries: Tensor, scores: Tensor, annotated: Tensor, truth: Tensor, each: int) -> list[Example]:
-    top = scores.argmax(1)
-    right = truth[torch.arange(len(scores)), top]
+    right = truth[torch.arange(len(scores)), scores.argmax(1)]
     chosen = [*_spread(right.nonzero()[:, 0], each), *_spread((~right).nonzero()[:, 0], each)]
     return [example(int(queries[row]), scores[row], annotated[row], truth[row]) for row in chosen]
 
@@ -88,7 +88,7 @@ def _spread(rows: Tensor, each: int) -> list[int]:
 
 def example(query: int, scores: Tensor, annotated: Tensor, truth: Tensor) -> Example:
     best = int(scores.masked_fill(~annotated, -torch.inf).argmax())
-    found = scores.topk(min(HITS, len(scores))).indices.tolist()
+    found = top(scores[None], HITS)[1][0].tolist()
     hits: list[Hit] = [{"row": h, "score": float(scores[h]), "annotated": bool(annotated[h]), "holds": bool(truth[h])} for h in found]
     answer: Hit = {"row": best, "score": float(scores[best]), "annotated": True, "holds": bool(truth[best])}
     rank = int((scores[~annotated] >= scores[best]).sum()) + 1

@@ -38,10 +38,10 @@ class Asked:
         self.texts = encode_texts(matcher, texts, device=device) if texts else Encoded()
         self.images = _encoded(matcher, images, device) if images else Encoded()
 
-    def vectors(self, numbers: Sequence[int]) -> Tensor | None:
-        """(Q,D) of the texts of some questions, or of their images where they have no text."""
+    def encoded(self, numbers: Sequence[int]) -> Encoded:
+        """The texts (Q) of some questions, or their images where they have no text."""
         rows, encoded = (self.text_rows, self.texts) if self.text_rows[numbers[0]] >= 0 else (self.image_rows, self.images)
-        return None if encoded.vector is None else encoded.vector[torch.tensor([rows[number] for number in numbers])]
+        return encoded[torch.tensor([rows[number] for number in numbers])]
 
     def scorers(self, numbers: Sequence[int], find: Find, exact: bool = True) -> list[Scorer]:
         """Of the texts and of the images of some questions, which have the same of the two.

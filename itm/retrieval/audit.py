@@ -99,7 +99,8 @@ def duplicates(index: Index, alike: float) -> Duplicates:
     """
     if not 0 < alike <= 1:
         raise ValueError(f"--alike {alike:g} is no cosine of images that are nearly the same: say one between 0 and 1, e.g. .97")
-    vectors = F.normalize(uni_vectors(index.images.read(slice(0, len(index.images)), ("vector", "uni")), "image"), dim=1)
+    there = torch.arange(len(index.images)) if index.removed is None else (~index.removed).nonzero()[:, 0]
+    vectors = F.normalize(uni_vectors(index.images.read(there, ("vector", "uni")), "image"), dim=1)
     parents = list(range(len(vectors)))
     least: dict[int, float] = {}
     pairs = 0
@@ -114,8 +115,8 @@ def duplicates(index: Index, alike: float) -> Duplicates:
             parents[high] = low
             least[low] = min(score, least.get(low, 1.0), least.pop(high, 1.0) if high != low else 1.0)
     groups: dict[int, list[int]] = {}
-    for row in range(len(parents)):
-        groups.setdefault(_root(parents, row), []).append(row)
+    for place, row in enumerate(there.tolist()):
+        groups.setdefault(_root(parents, place), []).append(row)
     splits = index.columns["split"]
     told = [Group(rows, [splits[row].as_py() for row in rows], least[root]) for root, rows in groups.items() if len(rows) > 1]
     return Duplicates(alike, len(vectors), sorted(told, key=lambda g: (-len(set(g.splits)), -len(g.rows), g.rows)))

@@ -1,4 +1,5 @@
-"""What proposes candidates that are then scored exactly: vectors of the matcher itself or of a dual encoder, all of them or by faiss."""
+"""What proposes candidates that are then scored exactly: centroids of parts, or vectors of the matcher itself or of a dual encoder, all of
+them or by faiss."""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ from torch import Tensor
 import itm
 from itm.data.formats import Json
 from itm.evaluation.dataset import EncodedSplit
-from itm.evaluation.screen import choose_k, probe, unit_vectors
+from itm.evaluation.screen import Cheap, by_cosine, choose_k, probe, unit_vectors
 from itm.retrieval.approximate import AT, Approximate, faiss_uri, unit
 from itm.retrieval.asking import Asked, combined
+from itm.retrieval.centroids import SIDES, Centroids
 from itm.retrieval.index import Index
 from itm.retrieval.questions import Question
-from itm.retrieval.scan import best
-from itm.retrieval.sides import Side
+from itm.retrieval.scan import VECTOR_ROWS, best, blocks
+from itm.retrieval.sides import Find, Side
+from itm.retrieval.store import CENTROIDS, OWN
 from itm.types import Encoded, Matcher
-
-OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class FirstStage:
         self.index, self.device = index, device
         screen, quick = index.settings.get("screen"), index.settings.get("faiss", {})
         self.keep: int | None = screen["k"] if screen else None
-        self.other = opened(index, screen["by"], allow) if screen and screen["by"] != OWN else None
+        by = screen["by"] if screen else OWN
+        self.other = opened(index, by, allow) if by not in (OWN, CENTROIDS) else None
+        self.centroids = {find: Centroids.read(index, find) for find in SIDES} if by == CENTROIDS else {}
         if self.other is not None:
             self.other.matcher.eval().to(device)
         self.quick = {find: Approximate.read(faiss_uri(index.uri, find), said["kind"], said["effort"]) for find, said in quick.items()}
@@ -47,14 +50,16 @@ class FirstStage:
     def quickly(self, question: Question) -> bool:
         """Whether faiss answers it: one text or image across modalities, without filters, by the matcher's own vectors."""
         across = (question.text is None) == (question.find == "captions") and (question.text is None or question.image is None)
-        return question.find in self.quick and across and not question.where and self.other is None
+        return question.find in self.quick and across and not question.where and self.other is None and not self.centroids
 
     def propose(self, asked: Asked, numbers: list[int], questions: list[Question], rows: Tensor | None, keep: int) -> list[Tensor]:
         """Rows, ascending, that are worth an exact score: about `keep` for each question, which all are of one kind."""
         find = questions[0].find
         if self.quickly(questions[0]):
-            found = self.quick[find].propose(unit(asked.vectors(numbers)), keep + AT)
-            return [_among(own[own >= 0], rows) for own in found]
+            return self._quickly(unit(asked.encoded(numbers).vector), find, rows, keep)
+        if self.centroids and questions[0].crosses:  # a text and an image together are screened by vectors
+            coded, words = self.centroids[find], asked.encoded(numbers)
+            return list(best(lambda block: coded.scores(words, find, block), len(coded), rows, keep)[1].sort(dim=1).values)
         index = self.index
         if self.other is not None:
             index, numbers = self.other.index, list(range(len(questions)))
@@ -62,6 +67,16 @@ class FirstStage:
         side = index.images if find == "images" else index.captions
         cheap = combined(asked.scorers(numbers, find, exact=False), side, self.index.rows(find))
         return list(best(lambda block: cheap(side.read(block, ("vector", "uni"), brief=True)), len(side), rows, keep)[1].sort(dim=1).values)
+
+    def _quickly(self, asked: Tensor, find: Find, rows: Tensor | None, keep: int) -> list[Tensor]:
+        """faiss knows all rows of the side: it is asked for more while too few of them can be found."""
+        there = len(self.index.images if find == "images" else self.index.captions)
+        enough, wanted = min(keep, there if rows is None else len(rows)), keep + AT
+        while True:
+            found = [_among(own[own >= 0], rows) for own in self.quick[find].propose(asked, min(wanted, there))]
+            if wanted >= there or all(len(own) >= enough for own in found):
+                return found
+            wanted *= 4
 
 
 def _among(found: Tensor, rows: Tensor | None) -> Tensor:
@@ -87,15 +102,29 @@ def chosen_screen(matcher: Matcher, index: Index, by: str, sample: tuple[float, 
     bound, questions = sample
     if not len(index.captions):
         raise ValueError(f"{index.uri} has no captions to ask with, so no loss can be measured: search with --rerank K instead of --screen")
-    screen = opened(index, by, allow).index if by != OWN else index
     whole = [_whole(side) for side in (index.images, index.captions)]
-    vectors = unit_vectors(*(_whole(side, ("vector",)) for side in (screen.images, screen.captions)))
+    cheap = _by_centroids(index, whole) if by == CENTROIDS else _by_vectors(index if by == OWN else opened(index, by, allow).index)
     split = EncodedSplit(whole[0], whole[1], index.names)
     members = list(matcher.averaged)
     sides = [(split.images, split.captions)] if len(members) == 1 else list(zip(split.images.each, split.captions.each, strict=True))
-    found = probe(members, sides, vectors, (index.names.caption_image, questions, 0), {"device": device})
+    found = probe(members, sides, cheap, (index.names.caption_image, questions, 0), {"device": device})
     k = choose_k(found, bound)
     return {"by": by, "k": k, "loss": bound, "measured": {one.way: one.report(k) for one in found}}
+
+
+def _by_vectors(index: Index) -> Cheap:
+    return by_cosine(unit_vectors(*(_whole(side, ("vector",)) for side in (index.images, index.captions))))
+
+
+def _by_centroids(index: Index, whole: Sequence[Encoded]) -> Cheap:
+    """whole: the images and captions of the index, which ask for each other."""
+    found = [Centroids.read(index, find) for find in SIDES]
+
+    def cheap(way: int, rows: Tensor) -> Tensor:
+        coded, asked = found[1 - way], whole[way][rows]
+        return torch.cat([coded.scores(asked, SIDES[1 - way], block) for block in blocks(len(coded), None, VECTOR_ROWS)], 1)
+
+    return cheap
 
 
 def _whole(side: Side, only: Sequence[str] | None = None) -> Encoded:

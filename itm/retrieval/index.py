@@ -36,10 +36,14 @@ class Index:
         self.identity, self.names, self.columns = identity, names, dict(columns)
         self.images, self.captions = sides
         self.live = live
-        """(I,) bool, False for images that are gone or shown by an earlier row; None where all can be found."""
+        """(I,) bool, False for images that are removed or shown by an earlier row; None where all can be found."""
+        self.removed: Tensor | None = None
+        """(I,) bool, of an index that was opened: images that were removed by a key."""
         self.settings: Json = {}
         self.uri = ""
         """Of an index that was opened."""
+        self.places: Sequence[str] = ()
+        """Of an index that was opened: the file of images of each shard, in the order of the rows."""
         self.image_numbers: Tensor | None = None
         """(I,) int64 of an index that was opened: equal for rows that show one image."""
 
@@ -76,7 +80,8 @@ class Index:
         """
         found = load(uri, matcher)
         index = cls(found.identity, found.names, found.sides, found.columns, None if bool(found.live.all()) else found.live)
-        index.settings, index.image_numbers, index.uri = found.settings, found.image_numbers, uri
+        index.settings, index.image_numbers, index.uri, index.places = found.settings, found.image_numbers, uri, found.places
+        index.removed = found.removed
         return index
 
     def __len__(self) -> int:
@@ -118,24 +123,18 @@ class Index:
         return len(self.captions) if rows is None else len(rows)
 
     def row_of(self, key: str) -> int:
-        """The row of an image. Raises ValueError for a key that is not there."""
-        try:
-            return self._by_key[key]
-        except KeyError:
+        """The row of an image. Raises ValueError for a key that is not there, or was removed."""
+        row = self._by_key.get(key)
+        if row is None:
             first = next(iter(self._by_key), None)
-            raise ValueError(f"the index holds no image {key!r}; keys look like {first!r}") from None
+            raise ValueError(f"the index holds no image {key!r}; keys look like {first!r}")
+        if self.removed is not None and bool(self.removed[row]):
+            raise ValueError(f"image {key!r} was removed from the index")
+        return row
 
     def sample(self, key: str) -> Sample:
         """An image with its files, read from its shard. Raises ValueError for a key that is not there, or a shard that has changed."""
-        shard = self.names.image_shards[self.row_of(key)]
-        if not files.exists(shard):
-            raise ValueError(f"{shard}, which holds image {key!r}, is not there: put the shards back, or run `itm index` where they are")
-        split = files.name_of(shard.rpartition("/")[0])
-        entries = ((entry, full_key(shard, entry.key)) for entry in index_shard(shard))
-        entry = next((entry for entry, full in entries if key in (entry.key, full, f"{split}/{full}")), None)
-        if entry is None:
-            raise ValueError(f"{shard} holds no sample {key!r} any more: run `itm index` again")
-        return read_range(shard, entry.start, entry.end)
+        return _sample(self.names.image_shards[self.row_of(key)], key)
 
     @cached_property
     def _by_key(self) -> dict[str, int]:
@@ -146,3 +145,15 @@ class Index:
         owners = self.names.caption_image
         counts = torch.bincount(owners, minlength=len(self.images))
         return owners.argsort(stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _sample(shard: str, key: str) -> Sample:
+    """key: as the index names it. Raises ValueError for a shard that is not there, or holds it no more."""
+    if not files.exists(shard):
+        raise ValueError(f"{shard}, which holds image {key!r}, is not there: put the shards back, or run `itm index` where they are")
+    split = files.name_of(shard.rpartition("/")[0])
+    entries = ((entry, full_key(shard, entry.key)) for entry in index_shard(shard))
+    entry = next((entry for entry, full in entries if key in (entry.key, full, f"{split}/{full}")), None)
+    if entry is None:
+        raise ValueError(f"{shard} holds no sample {key!r} any more: run `itm index` again")
+    return read_range(shard, entry.start, entry.end)

@@ -28,7 +28,10 @@ META = "meta:"
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parts of an index. image_numbers (I,) int64: equal for rows that show one image, before copies were put together."""
+    """The parts of an index. image_numbers (I,) int64: equal for rows that show one image, before copies were put together.
+
+    places: the file of images of each shard, in the order of the rows; removed (I,) bool: images that are not to be found by any key.
+    """
 
     identity: Identity
     names: Names
@@ -37,6 +40,8 @@ class Loaded:
     live: Tensor
     image_numbers: Tensor
     settings: Json
+    places: list[str]
+    removed: Tensor
 
 
 def load(uri: str, matcher: Matcher | None) -> Loaded:
@@ -101,6 +106,7 @@ def _assembled(uri: str, catalogue: Catalogue, entries: Sequence[tuple[SplitEntr
     shards = [files.join(place, entry.name) for _, place, entry in entries]
     numbers = torch.from_numpy(_joined(images, "image").to_numpy().astype(np.int64))
     first, owner = _copies(numbers)
+    removed = _removed(images, [entry for _, _, entry in entries], numbers)
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     described = [torch.from_numpy(t["image"].to_numpy().astype(np.int64)) + s for t, s in zip(captions, starts, strict=False)]
     names = Names(
@@ -117,7 +123,7 @@ def _assembled(uri: str, catalogue: Catalogue, entries: Sequence[tuple[SplitEntr
     }
     identity = Identity(catalogue.choices.matcher, {place_of(uri, s.uri): s.fingerprint for s in catalogue.splits})
     sides = Stored(images), Stored(captions)
-    return Loaded(identity, names, sides, _fields(images) | columns, first, numbers, catalogue.settings)
+    return Loaded(identity, names, sides, _fields(images) | columns, first & ~removed, numbers, catalogue.settings, places, removed)
 
 
 def _copies(numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +131,14 @@ def _copies(numbers: Tensor) -> tuple[Tensor, Tensor]:
     _, firsts, which = np.unique(numbers.numpy(), return_index=True, return_inverse=True)
     owner = torch.from_numpy(firsts[which])
     return owner == torch.arange(len(numbers)), owner
+
+
+def _removed(tables: Sequence[pa.Table], entries: Sequence[Entry], numbers: Tensor) -> Tensor:
+    """(I,) bool: rows that show an image that was removed by a key."""
+    if not any(entry.removed for entry in entries):
+        return torch.zeros(len(numbers), dtype=torch.bool)
+    rows = [key in entry.removed for table, entry in zip(tables, entries, strict=True) for key in table["key"].to_pylist()]
+    return torch.isin(numbers, numbers[torch.tensor(rows)])
 
 
 def _joined(tables: Sequence[pa.Table], name: str) -> pa.ChunkedArray:

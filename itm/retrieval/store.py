@@ -27,7 +27,11 @@ from itm.data.formats import Json, NewerFormat, check_format, read_json
 from itm.types import Encoded
 
 FORMAT = 1
+CATALOGUE_FORMAT = 2
+"""Of `index.json` that earlier versions would misread: it removes images, or screens by centroids. All others say 1."""
 NAME = "index.json"
+OWN, CENTROIDS = "own", "centroids"
+"""What proposes candidates, beside the URI of a dual encoder."""
 DTYPES = ("fp16", "int8", "fp32")
 LONGEST = 200
 """Characters of a text field of a sample that is kept to filter by."""
@@ -53,7 +57,10 @@ class Choices:
 
 @dataclass(frozen=True)
 class Entry:
-    """A shard in an index. gone: the split has it no more, so its images are not found; its files stay, in case it comes back."""
+    """A shard in an index. gone: the split has it no more, so its images are not found; its files stay, in case it comes back.
+
+    removed: keys of images that are not to be found, though the shard has them, and how many captions each has.
+    """
 
     name: str
     sha256: str
@@ -62,13 +69,14 @@ class Entry:
     captions: int
     rejected: int
     gone: bool = False
+    removed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stem(self) -> str:
         return self.name.removesuffix(".tar")
 
     def said(self) -> Json:
-        return {name: value for name, value in asdict(self).items() if value is not False}
+        return {name: value for name, value in asdict(self).items() if value is not False and value != {}}
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,9 @@ class Catalogue:
 
     def said(self) -> Json:
         splits = [{**asdict(s), "shards": [entry.said() for entry in s.shards]} for s in self.splits]
-        return {"format": FORMAT, **self.choices.said(), "kind": self.kind, "splits": splits, "settings": self.settings}
+        newer = self.settings.get("screen", {}).get("by") == CENTROIDS or any(e.removed for s in self.splits for e in s.shards)
+        own = CATALOGUE_FORMAT if newer else FORMAT
+        return {"format": own, **self.choices.said(), "kind": self.kind, "splits": splits, "settings": self.settings}
 
 
 def read_catalogue(uri: str) -> Catalogue:
@@ -102,13 +112,13 @@ def read_catalogue(uri: str) -> Catalogue:
         started = sum(len(files.list_files(folder, ".arrow")) for folder in files.list_folders(uri))
         half = f", though it holds {started} files of one that was begun" if started else ""
         raise ValueError(f"no finished index at {uri} ({NAME} is missing){half}: run `itm index`")
-    said = read_json(place, FORMAT)
+    said = read_json(place, CATALOGUE_FORMAT)
     try:
         choices = Choices(said["matcher"], said["dtype"], None if said["fields"] is None else tuple(said["fields"]))
         splits = [SplitEntry(**{**s, "shards": [Entry(**entry) for entry in s["shards"]]}) for s in said["splits"]]
         return Catalogue(choices, said["kind"], splits, said["settings"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{place} is no index of format {FORMAT} ({error}): delete it and run `itm index` again") from None
+        raise ValueError(f"{place} is no index of format {CATALOGUE_FORMAT} ({error}): delete it and run `itm index` again") from None
 
 
 def write_catalogue(uri: str, catalogue: Catalogue) -> None:

@@ -30,6 +30,7 @@ from itm.retrieval.store import (
 )
 from itm.types import Matcher
 from pipelines.indexing.jobs import taken, target_of, usable
+from pipelines.indexing.removing import still_removed
 from pipelines.on_ray.shard_actors import ShardJob, through_actors
 
 
@@ -211,8 +212,10 @@ def _closed(wanted: Wanted, catalogue: Catalogue, splits: Sequence[Split], befor
         missing += headers.count(None)
         own = [_entry(shard.bytes, job, said) for shard, job, said in zip(split.manifest.shards, jobs, headers, strict=True) if said]
         problems += [Problem(**problem) for said in headers if said for problem in said["problems"]]
+        was = {entry.name: entry for entry in (earlier[split.folder].shards if split.folder in earlier else [])}
+        own = [still_removed(files.join(wanted.output, split.folder), entry, was.get(entry.name)) for entry in own]
         names = {entry.name for entry in own}
-        gone = [replace(e, gone=True) for e in (earlier[split.folder].shards if split.folder in earlier else []) if e.name not in names]
+        gone = [replace(entry, gone=True) for entry in was.values() if entry.name not in names]
         uri = written_place(wanted.output, split.uri)
         entries.append(SplitEntry(uri, split.folder, split.manifest.fingerprint(), own + gone))
     if missing:

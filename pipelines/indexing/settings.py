@@ -9,16 +9,17 @@ from itm.data import files
 from itm.data.formats import Json
 from itm.device import resolve_device
 from itm.retrieval.approximate import Approximate, faiss_uri, held_out, unit
-from itm.retrieval.first_stage import OWN, chosen_screen
+from itm.retrieval.centroids import write_centroids
+from itm.retrieval.first_stage import chosen_screen
 from itm.retrieval.index import Index
-from itm.retrieval.store import Catalogue, write_catalogue
+from itm.retrieval.store import CENTROIDS, OWN, Catalogue, write_catalogue
 from pipelines.indexing.building import Wanted, build
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """screen: `own` vectors or the URI of a dual encoder, None = no first stage. loss: share of hits that it may lose, as the upper end of
-    a 95 % interval over `sample` questions each way. recall: that faiss has to reach, None = no faiss.
+    """screen: `own` vectors, `centroids` of parts, or the URI of a dual encoder; None = no first stage. loss: share of hits that it may
+    lose, as the upper end of a 95 % interval over `sample` questions each way. recall: that faiss has to reach, None = no faiss.
     """
 
     screen: str | None = None
@@ -41,7 +42,9 @@ def settle(wanted: Wanted, catalogue: Catalogue, chosen: Chosen) -> list[str]:
     index, settings, lines = Index.open(wanted.output, matcher), dict(catalogue.settings), []
     device = resolve_device(wanted.device)
     if chosen.screen is not None:
-        if chosen.screen != OWN:
+        if chosen.screen == CENTROIDS:
+            lines.append("centroids: " + ", ".join(f"{count:,} of {find}" for find, count in write_centroids(index).items()))
+        elif chosen.screen != OWN:
             splits, place = tuple(index.identity.data), files.join(wanted.output, "screen")
             build(replace(wanted, model=chosen.screen, output=place, shards=splits, merge=(), part=(1, 1)))
         settings["screen"] = chosen_screen(matcher.to(device), index, chosen.screen, (chosen.loss, chosen.sample), device, wanted.allow)

@@ -1,9 +1,10 @@
 """Who decodes where the recipe leaves it open (`data.decode=auto`): a trainer's own threads, or actors on nodes that have no trainer.
 
 A trainer begins with threads of its own. Over some batches it measures how much of the time they are busy, which is
-`decoding seconds of a batch x batches a second / threads`: at `BUSY` or more they are what it waits for. Then actors on the nodes that
-can feed it take over: those with CPUs and no GPU where training is on GPUs, and those with the label `itm/feeds=true`, which get no
-trainer. The pairs, their order and their pixels are the same for both, so a run can go from one to the other at any batch.
+`decoding seconds of a batch x batches a second / threads`: at `BUSY` or more, in any trainer, they are what all trainers wait for. Then
+actors on the nodes that can feed them take over: those with CPUs and no GPU where training is on GPUs, and those with the label
+`itm/feeds=true`, which get no trainer. The pairs, their order and their pixels are the same for both, so a run can go from one to the
+other at any batch.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def measured(batches: Iterator[B], watched: Watched, threads: int, wait: Callabl
 
 def words(share: float, threads: int, found: Feeders, moves: bool) -> str:
     """What was decided, and why."""
-    busy = f"data.decode=auto: {threads} decoding threads of a trainer were busy {share:.0%} of the time"
+    busy = f"data.decode=auto: {threads} decoding threads of a trainer were busy {int(100 * share)}% of the time"
     if moves:
         return f"{busy}, so {found.actors} actors a trainer decode on {', '.join(sorted(found.nodes.values()))}"
     if share < BUSY:

@@ -23,7 +23,7 @@ from itm.device import resolve_device
 from itm.evaluation.dataset import EncodedSplit, Names
 from itm.evaluation.metrics import Scores
 from itm.evaluation.scoring import score_matrix
-from itm.evaluation.screen import ScreenedScores, Sides, choose_k, probe, screened_scores, unit_vectors
+from itm.evaluation.screen import ScreenedScores, Sides, by_cosine, choose_k, probe, screened_scores, unit_vectors
 from itm.evaluation.streamed import TiledScores
 from itm.evaluation.tiles import Grid, Part, Spread, TileStore, fill_parts, score_tile
 from itm.matchers.late.uarda import UARDA
@@ -173,14 +173,15 @@ def _by_mean_cosine(encoded: Sequence[EncodedSplit]) -> EncodedSplit:
 
 def _screened(members: Sequence[Matcher], sides: Sides, how: How, screen: EncodedSplit) -> ScreenedScores:
     vectors, owners = unit_vectors(screen.images, screen.captions), screen.names.caption_image
+    cheap = by_cosine(vectors)
     options = {"precision": how.precision, "device": resolve_device()}
     if how.screen == "auto":
-        k = choose_k(probe(members, sides, vectors, (owners, how.screen_queries, 1), options), how.screen_loss)
+        k = choose_k(probe(members, sides, cheap, (owners, how.screen_queries, 1), options), how.screen_loss)
     else:
         k = int(how.screen or 0)
     scores = screened_scores(members, sides, k, vectors, options)
     # A sample of its own: the one that chose k flatters it.
-    loss = probe(members, sides, vectors, (owners, how.screen_queries, 2), options)
+    loss = probe(members, sides, cheap, (owners, how.screen_queries, 2), options)
     pairs = scores.shape[0] * scores.shape[1]
     scores.report = {"k": k, "scored": len(scores.values) / pairs, "loss": {p.way: p.report(k) for p in loss}}
     return scores

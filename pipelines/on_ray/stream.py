@@ -121,11 +121,17 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
 
 
 def stream_auto(
-    pairs: Pairs, work: Sequence[Work], threads: int, find: Callable[[], Feeders], say: Callable[[int, str], None]
+    pairs: Pairs,
+    work: Sequence[Work],
+    threads: int,
+    find: Callable[[], Feeders],
+    say: Callable[[int, str], None],
+    most: Callable[[float], float],
 ) -> Iterator[Columns]:
     """As `stream`, by threads of this process until they turn out too slow, and by actors on the nodes that `find` knows from then on.
 
-    say: is told once, with the step, what was decided, and why.
+    say: is told once, with the step, what was decided, and why. most: the largest of what all trainers measured, so that they decide alike:
+    each step waits for the slowest of them, whose threads alone may be busy.
     """
     prepare, threads = Watched(pairs.prepare), min(threads, os.cpu_count() or 1)
     own = in_threads(prepare, _fetched(pairs, work), threads)
@@ -133,7 +139,7 @@ def stream_auto(
         yield columns
         if busy is None:
             continue
-        found, rest = find(), work[number + 1 + HANDOVER :]
+        busy, found, rest = most(busy), find(), work[number + 1 + HANDOVER :]
         moves = busy >= BUSY and bool(found.nodes) and bool(rest)
         say(work[number].step, words(busy, threads, found, moves))
         if moves:

@@ -22,7 +22,7 @@ from itm.data.formats import Json
 from itm.data.mix import Mixture
 from itm.data.pairs import Pairs
 from itm.device import is_lost
-from itm.distributed import rank, world_size
+from itm.distributed import all_reduce_max, rank, world_size
 from itm.training.loop import Hooks, train_loop
 from itm.types import Batch
 from pipelines.on_ray.feeding import Feeders, feeders
@@ -145,7 +145,10 @@ def columns_of(here: Rank, report: Report) -> Iterator[Columns]:
         if rank() == 0:
             report(step, text, {})
 
-    return stream_auto(pairs, items, threads, find, say)
+    def most(share: float) -> float:
+        return float(all_reduce_max(torch.tensor(share, device=here.step.device)))
+
+    return stream_auto(pairs, items, threads, find, say, most)
 
 
 def _feeders(gpu: bool, wanted: int | None) -> Feeders:

@@ -212,7 +212,7 @@ def test_what_cannot_be_indexed_or_opened_is_refused_in_a_sentence(shards, tmp_p
     with pytest.raises(ValueError, match=r"00001.captions.arrow, which the index needs, cannot be read .*: run `itm index` again"):
         Index.open(str(made), matcher)
     (made / "index.json").write_text(json.dumps({"format": 9}))
-    with pytest.raises(NewerFormat, match="index.json has format 9, this version reads up to 1"):
+    with pytest.raises(NewerFormat, match="index.json has format 9, this version reads up to 2"):
         Index.open(str(made), matcher)
 
 

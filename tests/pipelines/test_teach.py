@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 
 from itm.config import Part
+from itm.data.patience import ASKED, asked
 from itm.data.records import Caption, Record
 from itm.data.shards import read_manifest
 from itm.data.sidecar import find_store, open_store, read_sidecar
 from itm.teachers.identity import build_teacher, choice_of
 from itm.teachers.image import StatisticsTeacher
 from itm.teachers.stores import store_for, stored_identity
+from pipelines.on_ray.shard_actors import through_actors
 from pipelines.teaching import driver as stage
 from tests.support.small_teaching import SHUFFLED, SHUFFLED_TEXT, pack, recipe, samples, scenes, score_here
 
@@ -286,3 +288,34 @@ def test_an_error_in_a_worker_reaches_the_user_as_one_line(tmp_path, monkeypatch
     monkeypatch.setattr(stage, "stored_identity", lambda teacher, dtype: real(teacher, dtype) | {"revision": "of the driver"})
     with pytest.raises(ValueError, match="other weights of 'hsv-pyramid'"):
         stage.teach(wanted)
+
+
+@pytest.mark.e2e
+def test_what_tasks_and_actors_ask_a_store_again_is_counted_in_the_driver(ray_local):
+    def ask(failures):
+        left = [ConnectionError("reset")] * failures
+
+        def once():
+            if left:
+                raise left.pop()
+
+        asked(once, "s3://there/x", "s3://there")
+
+    def prepare(rows):
+        ask(2)
+        return rows
+
+    class Actor:
+        def __init__(self, failures):
+            ask(failures)
+
+        def __call__(self, rows):
+            ask(1)
+            return rows
+
+    again, waited = ASKED.again, ASKED.waited
+    rows = [{"row": n, "error": None} for n in range(3)]
+    made = list(through_actors(rows, prepare, Actor, lambda device: (4,), None))
+    assert sorted(row["row"] for row in made) == [0, 1, 2] and set(made[0]) == {"row"}
+    assert ASKED.again - again == 3 * 2 + 4 + 3 * 1
+    assert ASKED.waited > waited

@@ -6,6 +6,7 @@ Choices are made on folds of train: a sixth of its photos is held out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ class Setting:
     usa: float = 0.0
     shuffled: bool = False
     steps: int = 300
+    batch: int = 128
     cosine: bool = True
 
 
@@ -93,9 +95,9 @@ def trained(setting: Setting, train: Vectors, seed: int) -> Student:
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-4)
     order = torch.empty(0, dtype=torch.int64)
     for step in range(setting.steps):
-        if len(order) < 128:
+        if len(order) < setting.batch:
             order = torch.randperm(len(train.texts))
-        rows, order = order[:128], order[128:]
+        rows, order = order[: setting.batch], order[setting.batch :]
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * (0.5 * (1 + math.cos(math.pi * step / setting.steps)) if setting.cosine else 1.0)
         student.clamp_()
@@ -228,4 +230,20 @@ def checked(train: Vectors, asked: Vectors, folder: Path, seeds: tuple[int, ...]
             path = folder / f"val-{arm.replace(' ', '-')}-{seed}.json"
             if not path.exists():
                 said = {"setting": CHOSEN, "on": "val", "arm": arm, "seed": seed, "rsum": rsum(trained(setting, train, seed), asked)}
+                files.write_atomic(str(path), json.dumps(said).encode())
+
+
+LENGTHS = ((32, 300), (32, 1200), (64, 600), (128, 300))
+
+
+def lengthened(train: Vectors, asked: Vectors, folder: Path, seeds: tuple[int, ...]) -> None:
+    """The chosen setting on val with other batches and numbers of steps: how much must be seen before labels of other photos harm."""
+    for (batch, steps), seed in itertools.product(LENGTHS, seeds):
+        chosen = replace(SETTINGS[CHOSEN], teacher=0.2, batch=batch, steps=steps)
+        soft = replace(chosen, csa=1, usa=1)
+        for arm, setting in {"base": chosen, "shuffled": replace(soft, shuffled=True), "CUSA": soft}.items():
+            path = folder / f"length-{batch}-{steps}-{arm}-{seed}.json"
+            if not path.exists():
+                name = f"{steps:,} steps of {batch}"
+                said = {"setting": name, "on": "length", "arm": arm, "seed": seed, "rsum": rsum(trained(setting, train, seed), asked)}
                 files.write_atomic(str(path), json.dumps(said).encode())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import random
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from itm.data import files
@@ -103,6 +107,11 @@ def test_a_store_that_stays_away_is_named_with_the_time_it_was_asked_for_and_the
         files.sizes("s3://gone/y")
 
 
+def google(code: str, said: str) -> str:
+    """As pyarrow words an answer of Google's store."""
+    return f"google::cloud::Status({code}: {said} error_info={{reason=, domain=, metadata={{gcloud-cpp.retry.function=ReadObject}}}})"
+
+
 @pytest.mark.parametrize(
     ("error", "passing"),
     [
@@ -120,6 +129,18 @@ def test_a_store_that_stays_away_is_named_with_the_time_it_was_asked_for_and_the
         (OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 60, SSL peer certificate was not OK"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (FileNotFoundError("connection refused.txt"), False),
+        (OSError(google("UNAVAILABLE", "Retry policy exhausted, with a last message of backend error")), True),
+        (OSError(google("UNAVAILABLE", "PerformWork() - CURL error [7]=Could not connect to server")), True),
+        (OSError(google("INTERNAL", "gateway timeout")), True),
+        (OSError(google("DEADLINE_EXCEEDED", "PerformWork() - CURL error [28]=Timeout was reached")), True),
+        (OSError(google("ABORTED", "the request conflicts with another one")), True),
+        (pa.ArrowCapacityError(google("RESOURCE_EXHAUSTED", "rate limit")), True),
+        (PermissionError(13, google("PERMISSION_DENIED", "no storage.objects.get access")), False),
+        (PermissionError(13, google("UNAUTHENTICATED", "Invalid Credentials")), False),
+        (FileNotFoundError(2, google("NOT_FOUND", "No such object")), False),
+        (OSError(google("FAILED_PRECONDITION", "at least one precondition did not hold")), False),
+        (pa.ArrowInvalid(google("INVALID_ARGUMENT", "Invalid bucket name")), False),
+        (OSError(google("UNAVAILABLE", "PerformWork() - CURL error [60]=SSL peer certificate was not OK")), False),
         (ValueError("whatever"), False),
     ],
 )
@@ -188,3 +209,31 @@ def test_an_answer_that_breaks_off_before_it_tells_the_size_is_not_taken_for_an_
                 door.maimed = 1
                 assert ask(uri) == known
                 assert not door.maimed
+
+
+def test_googles_store_is_asked_again_by_us_and_a_refusal_says_the_remedy() -> None:
+    answers = [503, 500, 403, 401]
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code = answers.pop(0) if answers else 404
+            body = json.dumps({"error": {"code": code, "message": "as the test wants it"}}).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"gs://anonymous@b/x.bin?scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+        begun, again = time.monotonic(), ASKED.again
+        for code, remedy in ((403, "have the right to read"), (401, "mend GOOGLE_APPLICATION_CREDENTIALS")):
+            with pytest.raises(OSError, match=remedy):
+                files.exists(uri)
+            assert code not in answers
+        assert ASKED.again - again == 2
+        assert not files.exists(uri)
+        server.shutdown()
+    assert time.monotonic() - begun < 30, "its client would make requests again for 15 minutes by itself"

@@ -8,7 +8,7 @@ import torch
 
 from itm.evaluation.metrics import KS, rank_queries, retrieval_metrics
 from itm.evaluation.scoring import score_matrix
-from itm.evaluation.screen import Probe, ScreenedScores, choose_k, probe, propose, screened_scores, unit_vectors, wilson
+from itm.evaluation.screen import Probe, ScreenedScores, by_cosine, choose_k, probe, propose, screened_scores, unit_vectors, wilson
 from itm.matchers.late.scan import SCAN
 from itm.matchers.late.sgraf import SGR
 from itm.types import Encoded
@@ -85,7 +85,7 @@ def test_probed_on_all_queries_the_loss_bounds_what_the_recalls_lose(k):
     screened, exact = (
         retrieval_metrics(s, truth()) for s in (screened_scores([matcher], sides, k, vectors), score_matrix(matcher, *sides[0]))
     )
-    for p in probe([matcher], sides, vectors, (OWNERS, 100, 0)):
+    for p in probe([matcher], sides, by_cosine(vectors), (OWNERS, 100, 0)):
         assert p.whole
         for at in KS:
             lost, low, high = p.loss(k)[at]
@@ -96,7 +96,7 @@ def test_probed_on_all_queries_the_loss_bounds_what_the_recalls_lose(k):
 
 def test_the_chosen_k_is_the_least_that_keeps_the_bound_and_some_k_loses_more():
     matcher, sides = world()
-    probes = probe([matcher], sides, unit_vectors(*sides[0]), (OWNERS, 100, 0))
+    probes = probe([matcher], sides, by_cosine(unit_vectors(*sides[0])), (OWNERS, 100, 0))
     worst = lambda k: max(high for p in probes for _, _, high in p.loss(k).values())
     for bound in (0.0, 0.05, 0.2):
         k = choose_k(probes, bound)
