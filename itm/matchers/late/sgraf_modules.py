@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from itm.matchers.late.sgraf_tiles import linear
@@ -115,6 +118,31 @@ class GraphReasoning(nn.Module):
         return linear(mixed.flatten(0, 1), self.sim_graph_w).relu_().view_as(asking)
 
 
+def _with_logits(nodes: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """(...,S) -> layer(nodes) (...) and the nodes to go on with, whose gradient both share."""
+    if torch.is_autocast_enabled(nodes.device.type):
+        return layer(nodes).squeeze(-1), nodes
+    found: tuple[Tensor, Tensor] = _Logits.apply(nodes, layer.weight, layer.bias)
+    return found
+
+
+class _Logits(torch.autograd.Function):
+    """Adds the gradient of the logits into that of the nodes, which is as large as all nodes: autograd would make and add a second one."""
+
+    @staticmethod
+    def forward(ctx: Any, nodes: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(nodes, weight)
+        return F.linear(nodes, weight, bias).squeeze(-1), nodes.view_as(nodes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_logits: Tensor, to_nodes: Tensor) -> Any:
+        nodes, weight = ctx.saved_tensors
+        to_weight = to_logits.flatten()[None] @ nodes.flatten(0, -2)
+        # In place: it is the fresh result of the one product that reads the nodes, held by nobody else.
+        return to_nodes.addcmul_(to_logits.unsqueeze(-1), weight[0]), to_weight, to_logits.sum()[None]
+
+
 class AttentionFiltration(nn.Module):
     """SAF: sum of the nodes weighted by l1(sigmoid(BN(Lin(Z)))), then l2.
 
@@ -132,7 +160,8 @@ class AttentionFiltration(nn.Module):
         In training a caption is normalised by its own values over all images of the block
         (docs/methods/sgraf.md#batch-norm-in-training).
         """
-        logits, norm = self.attn_sim_w(nodes).squeeze(-1), self.bn
+        logits, nodes = _with_logits(nodes, self.attn_sim_w)
+        norm = self.bn
         assert norm.running_mean is not None
         assert norm.running_var is not None
         mean, variance, statistics = norm.running_mean, norm.running_var, logits.new_zeros(len(mask), 2)

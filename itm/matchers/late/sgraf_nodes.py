@@ -35,10 +35,10 @@ class _Nodes(torch.autograd.Function):
         nodes = words.new_zeros(len(weights), *mask.shape, len(weight))
         nodes[:, :, 0] = glob
         found, places = nodes.flatten(1, 2), mask.flatten().nonzero().squeeze(1)
-        norms = words.new_empty(weights.shape[:2])
+        norms, space = words.new_empty(weights.shape[:2]), _Space(words, weight)
         for images, own in _tiles(*weights.shape[:2]):
-            squares = _differences(weights, regions, words, images, own).square_()
-            projected = torch.addmm(bias, squares.flatten(0, 1), weight.T)
+            squares = _differences(weights, regions, words, images, own, space).square_()
+            projected = torch.addmm(bias, squares.flatten(0, 1), weight.T, out=space.projected[: squares.shape[0] * squares.shape[1]])
             length = torch.linalg.vector_norm(projected, dim=1)
             norms[images, own] = length.view(squares.shape[:2])
             found[images].index_copy_(1, places[own], projected.div_(length.add_(EPS)[:, None]).view(*squares.shape[:2], -1))
@@ -51,22 +51,31 @@ class _Nodes(torch.autograd.Function):
         weights, regions, words, weight, places, nodes, norms = ctx.saved_tensors
         glob, grad, found = grad[:, :, 0], grad.flatten(1, 2), nodes.flatten(1, 2)
         to_weights, to_regions, to_words = torch.empty_like(weights), torch.zeros_like(regions), torch.zeros_like(words)
-        to_weight, to_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
+        to_weight, to_bias, space = torch.zeros_like(weight), weight.new_zeros(len(weight)), _Space(words, weight)
         for images, own in _tiles(*weights.shape[:2]):
             slopes = _of_unit(grad[images].index_select(1, places[own]), found[images].index_select(1, places[own]), norms[images, own])
             flat = slopes.flatten(0, 1)
-            difference = _differences(weights, regions, words, images, own)
-            to_weight.addmm_(flat.T, difference.square().flatten(0, 1))
+            difference = _differences(weights, regions, words, images, own, space).flatten(0, 1)
+            second = space.second[: len(flat)]
+            to_weight.addmm_(flat.T, torch.mul(difference, difference, out=second))
             to_bias += flat.sum(0)
-            to_difference = (flat @ weight).view_as(difference).mul_(difference.mul_(2))
-            to_words[own] -= to_difference.sum(0) if len(difference) > 1 else to_difference[0]
-            to_weights[images, own] = to_difference @ regions[images].mT
-            to_regions[images] += weights[images, own].mT @ to_difference
+            to_difference = torch.mm(flat, weight, out=second).mul_(difference.mul_(2)).view(*slopes.shape[:2], -1)
+            to_words[own].sub_(to_difference.sum(0) if len(slopes) > 1 else to_difference[0])
+            torch.bmm(to_difference, regions[images].mT, out=to_weights[images, own])
+            to_regions[images].baddbmm_(weights[images, own].mT, to_difference)
         return to_weights, to_regions, to_words, to_weight, to_bias, None, glob
 
 
+class _Space:
+    """Memory of one tile, used for every tile: fresh memory costs as much as what is computed in it beside the products."""
+
+    def __init__(self, words: Tensor, weight: Tensor) -> None:
+        self.first, self.second = words.new_empty(2, ROWS, words.shape[1])
+        self.projected = words.new_empty(ROWS, len(weight))
+
+
 def _tiles(images: int, words: int) -> Iterator[tuple[slice, slice]]:
-    """At most ROWS differences each, or all words of one image where those are few more."""
+    """At most ROWS differences each."""
     if words > ROWS:
         parts = -(-words // ROWS)
         size = -(-words // parts)
@@ -76,9 +85,11 @@ def _tiles(images: int, words: int) -> Iterator[tuple[slice, slice]]:
         yield from ((slice(i, i + together), slice(None)) for i in range(0, images, together))
 
 
-def _differences(weights: Tensor, regions: Tensor, words: Tensor, images: slice, own: slice) -> Tensor:
-    """(i,n,D) of one tile."""
-    return torch.matmul(weights[images, own], regions[images]).sub_(words[own])
+def _differences(weights: Tensor, regions: Tensor, words: Tensor, images: slice, own: slice, space: _Space) -> Tensor:
+    """(i,n,D) of one tile, in the first space."""
+    chosen = weights[images, own]
+    out = space.first[: chosen.shape[0] * chosen.shape[1]].view(*chosen.shape[:2], -1)
+    return torch.bmm(chosen, regions[images], out=out).sub_(words[own])
 
 
 def _of_unit(grad: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
