@@ -70,7 +70,9 @@ def test_an_index_with_faiss_answers_with_exact_scores_and_filters_exactly(tmp_p
     assert [line.split(":")[0] for line in lines] == ["faiss, images", "faiss, captions"]
     engine = Engine(matcher, Index.open(wanted.output, matcher), "cpu")
     assert engine.first.quickly(QUESTIONS[0])
-    assert engine.answer(QUESTIONS) == exact
+    for found, other in zip(engine.answer(QUESTIONS), exact, strict=True):
+        assert [hit.key for hit in found.hits] == [hit.key for hit in other.hits]
+        assert [hit.score for hit in found.hits] == pytest.approx([hit.score for hit in other.hits], abs=1e-6)
     assert not engine.first.quickly(replace(QUESTIONS[0], where={"split": ["test"]}))
     assert not engine.first.quickly(Question(image=picture("red")))
     (tmp_path / "index" / "images.faiss").write_bytes(b"half")
