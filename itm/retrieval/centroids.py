@@ -169,9 +169,12 @@ def _trained(side: Side) -> Tensor:
 
 
 def k_means(parts: Tensor, wanted: int, seed: int = 0) -> Tensor:
-    """(K,D) unit vectors, at most `wanted`, each the direction of the mean of the parts (N,D) that are nearest to it by cosine."""
+    """(K,D) unit vectors, at most `wanted`, each the direction of the mean of the parts (N,D) that are nearest to it by cosine.
+
+    Parts that are the same, as equal words are, start one centroid only.
+    """
     start = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))[:wanted]
-    found = parts[start]
+    found = F.normalize((parts[start] * 1024).round().unique(dim=0), dim=1)
     for _ in range(ROUNDS):
         nearest = _nearest(parts, found)
         sums = torch.zeros_like(found).index_add_(0, nearest, parts)
