@@ -55,6 +55,7 @@ bench: $(READY)  ## speed against named peers measured in the same run
 	$(BIN)/python -m tests.support.bench_late
 	$(BIN)/python -m tests.support.bench_lock
 	$(BIN)/python -m tests.support.bench_pixels
+	$(BIN)/python -m tests.support.bench_start
 
 study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards with train and val>; resumable, docs/results/real-photos.md
 	$(BIN)/python -m tests.support.study $(DATA)

@@ -67,6 +67,8 @@ class Parcel:
     def ship(self, place: Place, recipes: Iterable[Recipe]) -> None:
         """Send what lies at a place and have the job read it from there."""
         inside = self.add_file(place.path)
+        if place.absolute:  # the nodes may have the same path: say which of the two is read
+            self.names[-1] = f"a copy of {place.path}"
         if place.key.startswith("-") or any(word == place.given for word in self.arguments):
             self.rename(place.given, inside)
             return
@@ -77,8 +79,7 @@ class Parcel:
         """A file or folder; returns its place in the working folder of the job. Raises ValueError when it is too much."""
         number = len(list((self.folder / FILES_SENT).glob("*"))) if (self.folder / FILES_SENT).exists() else 0
         inside = f"{FILES_SENT}/{number}/{path.name}"
-        size = path.stat().st_size if path.is_file() else sum(files.walk(path).values())
-        if size > MOST:
+        if (size := size_of(path)) > MOST:
             raise ValueError(f"{path} holds {size / 1e6:,.0f} MB, --ship sends up to {MOST / 1e6:.0f}: {upload_line(path)}")
         target = self.folder / inside
         target.parent.mkdir(parents=True)
@@ -93,6 +94,11 @@ class Parcel:
         """How much goes, and what."""
         held = files.walk(self.folder)
         return f"sends {len(held):,} files, {sum(held.values()) / 1e6:.1f} MB: {', '.join(self.names) or 'nothing'}"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or folder."""
+    return path.stat().st_size if path.is_file() else sum(files.walk(path).values())
 
 
 def upload_line(path: Path) -> str:

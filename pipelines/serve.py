@@ -148,8 +148,11 @@ def _each(given: Sequence[str], models: int, flag: str) -> Sequence[str | None]:
 
 def serve_here(settings: Settings, host: str, port: int) -> int:
     """Serves until Ctrl-C or SIGTERM. Raises ValueError for a model that cannot be served, before anything is started."""
+    import io
+    from contextlib import redirect_stdout
     from dataclasses import replace
 
+    import ray
     from ray import serve
 
     from pipelines.on_ray.session import connect
@@ -179,7 +182,9 @@ def serve_here(settings: Settings, host: str, port: int) -> int:
         print("\nitm serve: stopped", flush=True)
         return 0
     finally:
-        serve.shutdown()
+        with redirect_stdout(io.StringIO()):  # Ray would tell of its controller, which it kills itself, that it does not answer
+            serve.shutdown()
+            ray.shutdown()
 
 
 def _shares(replicas: int) -> tuple[float, float]:

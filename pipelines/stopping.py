@@ -7,6 +7,7 @@ the message, exit code 2. Anything else: its type, its message and where it aros
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -66,6 +67,12 @@ def failed(stage: str, error: Exception) -> tuple[str, int]:
     error = _cause(error)
     if isinstance(error, MissingExtra):
         return str(error), MENDABLE
+    if isinstance(error, json.JSONDecodeError) and _is_of(error, "mlflow"):
+        from itm.tracking.outages import sentence
+
+        return f"itm {stage}: {sentence(str(error))}", MENDABLE
+    if isinstance(error, json.JSONDecodeError):
+        return f"itm {stage}: a file holds no JSON: {error}{_place(error)}; --traceback shows the way there", MENDABLE
     if isinstance(error, ValueError | OSError):
         return f"itm {stage}: {error}", MENDABLE
     if type(error).__module__.startswith("mlflow"):
@@ -92,6 +99,11 @@ def _short(text: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # Ray's messages come in colours
     lines = [line for line in text[:CHARACTERS].splitlines() if line.strip()]
     return "\n".join(lines[:LINES]) + (" ..." if len(lines) > LINES or len(text) > CHARACTERS else "")
+
+
+def _is_of(error: Exception, package: str) -> bool:
+    """Whether an error arose in a function of an installed package, or below it."""
+    return any(package in Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _place(error: Exception) -> str:

@@ -114,7 +114,7 @@ def submit(
     except ConnectionError as error:
         raise ValueError(f"no Ray dashboard at {address}: {error}") from None
     check_versions(address)
-    variables = job_environment(address, on_this_machine(address), wanted.read_here()) | (environment or {})
+    variables = job_environment(address, on_this_machine(address), wanted.read_here(ship)) | (environment or {})
     with tempfile.TemporaryDirectory(prefix="itm-job-") as folder:
         parcel = wanted.packed(Path(folder), ship, code)
         print(parcel.said(), flush=True)
@@ -199,9 +199,17 @@ class Wanted:
                     f"{place.key}={place.given} lies on this machine only. Upload it, {upload_line(place.path)}; or send it along by --ship"
                 )
 
-    def read_here(self) -> list[str]:
-        """Absolute paths that the stage reads and that this machine has: the cluster may have them as well."""
-        return [str(place.path) for place in self.places if place.local and place.absolute and not place.written and place.path.exists()]
+    def sent(self, ship: bool) -> list[Place]:
+        """What goes along. An absolute path that is too large may be a folder that the nodes have too: it is looked for there."""
+        from pipelines.parcel import MOST, size_of
+
+        read = [place for place in self.places if place.local and not place.written and place.path.exists()]
+        return [place for place in read if ship and (not place.absolute or size_of(place.path) <= MOST)]
+
+    def read_here(self, ship: bool = False) -> list[str]:
+        """Absolute paths that the stage reads, that this machine has and that do not go along: the cluster may have them as well."""
+        read = [place for place in self.places if place.local and place.absolute and not place.written and place.path.exists()]
+        return [str(place.path) for place in read if place not in self.sent(ship)]
 
     def packed(self, folder: Path, ship: bool, code: bool) -> Any:
         """The parcel for the job: code, own packages, own recipe, and with `ship` the files that are read."""
@@ -219,10 +227,8 @@ class Wanted:
             parcel.add_recipe(self.args, path)
         elif isinstance(given, str) and given not in (path.stem, path.name):  # a shipped one by its path here
             parcel.rename(given, path.stem)
-        if ship:
-            for place in self.places:
-                if place.local and not place.written and place.path.exists():
-                    parcel.ship(place, self.recipes)
+        for place in self.sent(ship):
+            parcel.ship(place, self.recipes)
         return parcel
 
 

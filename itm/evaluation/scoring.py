@@ -92,14 +92,19 @@ def encode_rows(matcher: Matcher, rows: Images | Captions, batch_size: int = 256
 
 @contextlib.contextmanager
 def scoring_mode(matcher: Matcher, device: str | torch.device = "cpu") -> Iterator[None]:
-    """No gradients, evaluation mode, on `device`; the matcher's training flag is put back afterwards."""
-    training = matcher.training
-    matcher.eval().to(device)
+    """No gradients, evaluation mode, on `device`; the matcher's training flag is put back afterwards.
+
+    One that is in evaluation mode there is taken as it is: a walk through all modules would cost every question of a search.
+    """
+    training, weight = matcher.training, next(matcher.parameters(), None)
+    if training or weight is None or weight.device != torch.device(device):
+        matcher.eval().to(device)
     try:
         with torch.no_grad():  # inference tensors would not outlive this block
             yield
     finally:
-        matcher.train(training)
+        if training:
+            matcher.train()
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ class Asked:
                 pair = (rows, asked) if find == "images" else (asked, rows)
                 scores = score_matrix(self.matcher, *pair, device=self.device)
             else:  # one product: tiles of it would only be copied
-                there = rows.to(self.device)
+                there = rows if self.device.type == "cpu" else rows.to(self.device)
                 scores = self.matcher.score(*((there, moved) if find == "images" else (moved, there))).float().cpu()
             return scores.T if find == "images" else scores
 
@@ -88,6 +88,14 @@ def combined(scorers: Sequence[Scorer], side: Side, rows: Tensor | None) -> Scor
         return torch.stack([(own(block) - mean) / spread for own, (mean, spread) in zip(scorers, scales, strict=True)]).sum(0)
 
     return score
+
+
+def over(score: Scorer, side: Side, rows: slice | Tensor) -> Tensor:
+    """(Q,B) of some rows of a side, whose memory is shared with the next rows of this thread."""
+    if not isinstance(rows, slice):
+        return score(side.read(rows, brief=True))
+    found = [score(piece) for piece in side.pieces(rows)]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def background(side: Side, rows: Tensor | None) -> Encoded:

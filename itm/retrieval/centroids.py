@@ -1,12 +1,13 @@
 """A first stage of late interactions: parts stand for the nearest of a few centroids, so that words need few products with many images.
 
-As PLAID (Santhanam et al., CIKM 2022) does for texts: an image is kept as the set of the centroids of its regions, a caption as the
+As PLAID (Santhanam et al., CIKM 2022) does for texts: an image is kept as the set of the centroids of its regions, a caption as that of the
 centroids of its words. A word of a question is compared with all centroids once, an image gives it the best of its own, and the mean over
-the words is the score. So candidates come from parts, not from the mean of parts; the exact score decides among them.
+the words is the score; regions ask for captions likewise. So candidates come from parts, not from the mean of parts; the exact score
+decides among them.
 
     <index>/images.centroids.arrow, captions.centroids.arrow     the centroids of each side, unit vectors in fp32: learnt once, then kept
     <index>/<split>/<shard stem>.centroids.arrow                 codes: of each image, ascending, each once
-    <index>/<split>/<shard stem>.captions.centroids.arrow        codes: of each caption, one a word, in order
+    <index>/<split>/<shard stem>.captions.centroids.arrow        the same of each caption
 
 What is added to the index gets centroids that are there. K = centroids   W = words (or regions) that are asked   C = codes
 """
@@ -14,7 +15,7 @@ What is added to the index gets centroids that are there. K = centroids   W = wo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ SIDES: tuple[Find, ...] = ("images", "captions")
 MOST = 4096
 TRAINED_ON, ROUNDS = 32, 8  # parts a centroid, and passes over them
 _CHUNK = 1 << 22  # products held at once
-_TOGETHER = 64  # questions
+_TOGETHER = 16  # questions
 _REMEDY = "run `itm index --screen centroids` again"
 
 
@@ -67,26 +68,19 @@ class Centroids:
             raise ValueError(f"the codes of {len(found):,} {find} are in {index.uri}, which holds other ones: {_REMEDY}")
         return found
 
-    def scores(self, asked: Encoded, find: Find, rows: slice | Tensor) -> Tensor:
-        """(Q,B) of questions with parts (Q,L,D), and rows (B) of this side: the mean over words of the best cosine with an image's part.
-
-        find: what this side holds. Words ask for images, regions for captions.
-        """
+    def scores(self, asked: Encoded, rows: slice | Tensor) -> Tensor:
+        """(Q,B) of questions with parts (Q,L,D) and rows (B): the mean over the parts of the best cosine with a centroid of the row."""
         if len(asked) > _TOGETHER:
             pieces = range(0, len(asked), _TOGETHER)
-            return torch.cat([self.scores(asked[first : first + _TOGETHER], find, rows) for first in pieces])
+            return torch.cat([self.scores(asked[first : first + _TOGETHER], rows) for first in pieces])
         assert asked.parts is not None
         mask = torch.ones(asked.parts.shape[:2], dtype=torch.bool) if asked.mask is None else asked.mask
         likeness = self.vectors @ F.normalize(asked.parts[mask].float(), dim=1).T
         codes, offsets = self._bags(rows)
-        counts = mask.sum(1)
-        if find == "images":
-            words = F.embedding_bag(codes, likeness, offsets, mode="max")
-            share = torch.zeros(len(counts), words.shape[1])
-            share[torch.arange(len(counts)).repeat_interleave(counts), torch.arange(words.shape[1])] = 1 / counts.repeat_interleave(counts)
-            return share @ words.T
-        nearest = torch.stack([own.amax(1) for own in likeness.split(counts.tolist(), dim=1)], 1)
-        return F.embedding_bag(codes, nearest, offsets, mode="mean").T
+        best = F.embedding_bag(codes, likeness, offsets, mode="max")
+        share = torch.zeros(len(asked), best.shape[1])
+        share[mask.nonzero()[:, 0], torch.arange(best.shape[1])] = 1.0
+        return share / mask.sum(1, keepdim=True) @ best.T
 
     def _bags(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """The codes of some rows behind one another, and where those of each start (B,), both int32."""
@@ -126,7 +120,7 @@ def write_centroids(index: Index) -> dict[str, int]:
             header = {**_origin(index), "made_from": (read_header(place) or {}).get("made_from"), "centroids": name}
             said = read_header(target)
             if said is None or any(said.get(key) != value for key, value in header.items()):
-                write_rows(target, header, {"codes": _coded(Stored([read_rows(rows)]), vectors, find)}, Encoded(), "fp32")
+                write_rows(target, header, {"codes": _coded(Stored([read_rows(rows)]), vectors)}, Encoded(), "fp32")
         found[find] = len(vectors)
     return found
 
@@ -166,10 +160,10 @@ def _parts(side: Side, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _trained(side: Side) -> Tensor:
-    """As many centroids as PLAID takes for a sixteenth of the parts, a power of two near four times the root of their number."""
+    """As many centroids as PLAID takes, a power of two below sixteen times the root of the number of parts, and `MOST` at most."""
     some = torch.linspace(0, len(side) - 1, min(len(side), PART_ROWS)).round().long()
     each = float(_parts(side, some)[1].float().mean())
-    wanted = min(MOST, 2 ** round(np.log2(4 * (each * len(side)) ** 0.5)))
+    wanted = min(MOST, 2 ** int(np.log2(16 * (each * len(side)) ** 0.5)))
     rows = torch.linspace(0, len(side) - 1, min(len(side), round(TRAINED_ON * wanted / each) + 1)).round().long()
     return k_means(torch.cat([_parts(side, block)[0] for block in blocks(len(side), rows, PART_ROWS)]), wanted)
 
@@ -191,12 +185,12 @@ def _nearest(parts: Tensor, vectors: Tensor) -> Tensor:
     return torch.cat([(own @ vectors.T).argmax(1) for own in parts.split(step)]) if len(parts) else torch.empty(0, dtype=torch.int64)
 
 
-def _coded(side: Stored, vectors: Tensor, find: Find) -> pa.Array:
-    return pa.array(list(_code_rows(side, vectors, find)), pa.list_(pa.int32()))
+def _coded(side: Stored, vectors: Tensor) -> pa.Array:
+    return pa.array(list(_code_rows(side, vectors)), pa.list_(pa.int32()))
 
 
-def _code_rows(side: Stored, vectors: Tensor, find: Find) -> Iterator[Sequence[int]]:
+def _code_rows(side: Stored, vectors: Tensor) -> Iterator[list[int]]:
     for block in blocks(len(side), None, PART_ROWS):
         parts, counts = _parts(side, block)
         for codes in _nearest(parts, vectors).split(counts.tolist()):
-            yield codes.unique().tolist() if find == "images" else codes.tolist()
+            yield codes.unique().tolist()

@@ -21,7 +21,7 @@ from itm.device import resolve_device
 from itm.evaluation.scoring import scoring_mode
 from itm.precision import computing
 from itm.retrieval.answers import answered
-from itm.retrieval.asking import Asked, Scorer, background, combined
+from itm.retrieval.asking import Asked, Scorer, background, combined, over
 from itm.retrieval.explaining import explained
 from itm.retrieval.first_stage import FirstStage
 from itm.retrieval.index import Index
@@ -103,9 +103,7 @@ class Engine:
         usual = exact(background(side, self.index.rows(find))) if self.calibration and questions[0].crosses else None
         if self.rerank is None and not self.first.quickly(questions[0]):
             pieces = PART_ROWS if "parts" in side.fields else VECTOR_ROWS
-            found = list(
-                zip(*best(lambda block: exact(side.read(block, brief=True)), len(side), rows, _wanted(questions), pieces), strict=True)
-            )
+            found = list(zip(*best(lambda block: over(exact, side, block), len(side), rows, _wanted(questions), pieces), strict=True))
         else:
             found = self._screened(asked, numbers, questions, rows)
         return [

@@ -59,7 +59,7 @@ class FirstStage:
             return self._quickly(unit(asked.encoded(numbers).vector), find, rows, keep)
         if self.centroids and questions[0].crosses:  # a text and an image together are screened by vectors
             coded, words = self.centroids[find], asked.encoded(numbers)
-            return list(best(lambda block: coded.scores(words, find, block), len(coded), rows, keep)[1].sort(dim=1).values)
+            return list(best(lambda block: coded.scores(words, block), len(coded), rows, keep)[1].sort(dim=1).values)
         index = self.index
         if self.other is not None:
             index, numbers = self.other.index, list(range(len(questions)))
@@ -122,7 +122,7 @@ def _by_centroids(index: Index, whole: Sequence[Encoded]) -> Cheap:
 
     def cheap(way: int, rows: Tensor) -> Tensor:
         coded, asked = found[1 - way], whole[way][rows]
-        return torch.cat([coded.scores(asked, SIDES[1 - way], block) for block in blocks(len(coded), None, VECTOR_ROWS)], 1)
+        return torch.cat([coded.scores(asked, block) for block in blocks(len(coded), None, VECTOR_ROWS)], 1)
 
     return cheap
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,6 +30,11 @@ class Side(Protocol):
         memory: filling that takes five times as long.
         """
 
+    def pieces(self, rows: slice) -> Iterator[Encoded]:
+        """What a brief `read` gives, in pieces of which each may overwrite the one before. Vectors come in pieces that fit into the cache
+        of a core: converted and compared there, they cost little more than a product of float32 in memory.
+        """
+
 
 class Held:
     """A side that lies in memory."""
@@ -44,6 +49,9 @@ class Held:
 
     def read(self, rows: slice | Tensor, only: Sequence[str] = FIELDS, brief: bool = False) -> Encoded:
         return self.encoded[rows]
+
+    def pieces(self, rows: slice) -> Iterator[Encoded]:
+        yield self.encoded[rows]
 
 
 @dataclass(frozen=True)

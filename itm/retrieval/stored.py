@@ -18,6 +18,9 @@ from itm.matchers.mean import beside
 from itm.retrieval.sides import FIELDS
 from itm.types import Encoded
 
+CACHED = 1 << 18
+"""Numbers of float32 that the second cache of a core holds beside the codes that they come from."""
+
 
 class Cells(Sequence[Any]):
     """A column as a sequence of Python values, which are made as they are asked for."""
@@ -63,12 +66,29 @@ class Stored:
             return self._one("", pieces, rows, only, brief)
         return beside([self._one(f"{member}.", pieces, rows, only, brief) for member in self.members])
 
+    def pieces(self, rows: slice) -> Iterator[Encoded]:
+        """See `Side`."""
+        if self.members or self.lists:
+            yield self.read(rows, brief=True)
+            return
+        step = max(1, CACHED // max(held[0][0].shape[1] for held in self.vectors.values()))
+        for number, own, _ in self._pieces(rows):
+            assert isinstance(own, slice)
+            for first in range(own.start, own.stop, step):
+                last = min(first + step, own.stop)
+                yield Encoded(**{field: self._converted(field, *held[number], first, last) for field, held in self.vectors.items()})
+
+    def _converted(self, field: str, codes: Tensor, scale: Tensor | None, first: int, last: int) -> Tensor:
+        out = self._scratch(field, last - first, codes.shape[1]).copy_(codes[first:last])
+        return out if scale is None else out.mul_(scale[first:last, None])
+
     def _scratch(self, name: str, rows: int, width: int) -> Tensor:
         """Memory of this thread that brief reads share."""
         held: dict[str, Tensor] = self._threads.__dict__.setdefault("held", {})
-        if name not in held or len(held[name]) < rows:
-            held[name] = torch.empty(rows, width)
-        return held[name][:rows]
+        kept = held.get(name)
+        if kept is None or kept.shape[0] < rows:
+            kept = held[name] = torch.empty(rows, width)
+        return kept if kept.shape[0] == rows else kept[:rows]
 
     def _pieces(self, rows: slice | Tensor) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
         """(table, its rows, their places in what is read)."""
@@ -106,6 +126,12 @@ class Stored:
 
 
 def _padded(lists: Sequence[tuple[Tensor, Tensor]], pieces: Any, count: int, field: str) -> Tensor:
+    if len(pieces) == 1 and isinstance(own := pieces[0][1], slice):
+        values, offsets = lists[pieces[0][0]]
+        starts = offsets[own.start : own.stop + 1]
+        if bool((starts.diff() == starts[1] - starts[0]).all()):  # as many regions in each image: no row has to be padded
+            block = values[int(starts[0]) : int(starts[-1])].unflatten(0, (count, -1))
+            return block.bool() if field == "mask" else block.to(torch.float32, copy=True)
     ragged: list[Tensor] = [torch.empty(0)] * count
     for number, own, places in pieces:
         values, offsets = lists[number]

@@ -52,6 +52,12 @@ def fill(run: Run, rows: Sequence[Mapping[str, float]], prefix: str = "") -> int
 def sentence(said: str) -> str:
     """One sentence of an error of MLflow, with the remedy where it is known."""
     where = f"the tracking server at {shown(tracking_uri())}"
+    if re.search(r"not in a valid JSON format|Expecting value: ", said):
+        return (
+            f"{where} gives an answer that MLflow does not understand, as the page of a login or of another service is: set "
+            "MLFLOW_TRACKING_URI to an MLflow server, or MLFLOW_TRACKING_TOKEN (or _USERNAME and _PASSWORD) to be let in; what was "
+            "finished is kept"
+        )
     if re.search(r"out-of-date database schema|Can't locate revision", said):
         return (
             f"{where} has the tables of another version of MLflow than {mlflow.__version__}: keep a copy of the database and run "

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -195,3 +197,28 @@ def test_sigterm_stops_also_what_a_script_started_in_the_background_where_ctrl_c
     child.terminate()
     _, said = child.communicate(timeout=20)
     assert said.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_a_tracking_server_that_answers_with_a_page_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Login(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Please log in</html>")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    splits(tmp_path)
+    (tmp_path / "r.json").write_text(recipe(tmp_path).model_dump_json())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Login) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        assert stage_main("train", ["-c", str(tmp_path / "r.json")]) == 2
+        server.shutdown()
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"itm train: the tracking server at http://127.0.0.1:{server.server_port} gives an answer")
+    assert "set MLFLOW_TRACKING_URI to an MLflow server" in said

@@ -124,6 +124,21 @@ def test_too_much_to_ship_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         packed(tmp_path / "job", "train", ["-c", "demo", *SHARED, "text.path=./vocab.json"], ship=True)
 
 
+def test_an_absolute_path_goes_along_as_a_copy_that_is_named_so_or_is_looked_for_there_where_it_is_too_large(tmp_path: Path):
+    (tmp_path / "vocab.json").write_text("{}")
+    wanted = Wanted("train", ["-c", "demo", *SHARED, f"text.path={tmp_path}/vocab.json"])
+    assert wanted.read_here() == [f"{tmp_path}/vocab.json"] and wanted.read_here(ship=True) == []
+    (tmp_path / "job").mkdir()
+    parcel = wanted.packed(tmp_path / "job", True, False)
+    assert f"a copy of {tmp_path}/vocab.json" in parcel.said()
+    assert "text.path=sent/0/vocab.json" in parcel.arguments
+    with (tmp_path / "vocab.json").open("wb") as out:
+        out.truncate(21 << 20)
+    assert wanted.read_here(ship=True) == [f"{tmp_path}/vocab.json"]
+    (tmp_path / "other").mkdir()
+    assert f"text.path={tmp_path}/vocab.json" in wanted.packed(tmp_path / "other", True, False).arguments
+
+
 def test_an_element_of_a_list_is_replaced_by_an_override_of_the_list():
     choices = {"evaluation": {"ensemble": ["a", "b"]}, "data": {"mix": [{"root": "x", "weight": 1.0}]}}
     [word] = overriding(choices, "evaluation.ensemble.1", "sent/0/b")

@@ -108,9 +108,8 @@ def main() -> None:
             queries = torch.from_numpy(asked)
 
             def score(block: slice | torch.Tensor, side: Stored = side, queries: torch.Tensor = queries) -> torch.Tensor:
-                rows = side.read(block, brief=True).vector
-                assert rows is not None
-                return queries @ rows.T
+                assert isinstance(block, slice)
+                return torch.cat([queries @ piece.vector.T for piece in side.pieces(block) if piece.vector is not None], 1)
 
             said[dtype] = median(lambda score=score: best(score, args.rows, None, 10, VECTOR_ROWS), args.runs)
             said[f"{dtype}_ratio"] = float(said[dtype]) / float(said["numpy_product"])  # type: ignore[arg-type]

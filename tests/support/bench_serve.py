@@ -2,16 +2,18 @@
 
     python -m tests.support.bench_serve                                # 10,000 and 1,000,000 vectors; at most 30 minutes
     python -m tests.support.bench_serve --rows 2000 --questions 64     # small
-    python -m tests.support.bench_serve --only engine,http --write serve.md
+    python -m tests.support.bench_serve --only engine,http --write docs/results/serve.md
 
 Vectors of width 512 lie around 20,000 centres in a space of 32 dimensions (seed 0), as vectors of photos do. Peers are measured in the same
-run: numpy's float32 product, and where they are installed faiss (flat), and hnswlib or usearch on 100,000 rows. Every figure is a row in
-<output>/rows.jsonl; rows that are there are not measured again, so a run that was stopped goes on. recall@10 is against numpy in float64.
+run: numpy's float32 product in memory, and where they are installed faiss (flat), and hnswlib or usearch on 100,000 rows. Every figure is a
+row in <output>/rows.jsonl, with the load of the machine before it; rows that are there are not measured again, so a run that was stopped
+goes on. recall@10 is against numpy in float64. Everything computes on one thread a process, as the replicas of the service do.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -26,14 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import torch
 
-from itm.config import Part
+from itm.config import Part, Text
 from itm.data import files
 from itm.data.preprocess import ImageInput, Inputs
-from itm.data.text import WordVocabulary
+from itm.data.text import WordVocabulary, build_tokenizer
 from itm.matchers.folder import build_matcher, save_matcher
+from itm.retrieval.approximate import Approximate, faiss_uri
 from itm.retrieval.engine import Engine, Question
 from itm.retrieval.index import Index
 from itm.retrieval.kept import matcher_identity
@@ -42,17 +46,18 @@ from itm.tracking.registry import crown
 from itm.types import Captions, Encoded, Images, Matcher
 from pipelines.index import index
 from pipelines.on_ray.session import quiet
-from tests.support.pair_world import matcher_of
-from tests.support.pair_world import split as scenes_with_regions
+from tests.support.serve_page import page
 from tests.support.serving_process import QUESTION, SCENES, Asking, replicas, serving, two_models, until
 from tests.support.serving_world import add_scenes, scenes
 
-WIDTH, CENTRES, INTRINSIC, SEED = 512, 20_000, 32, 0
+WIDTH, CENTRES, INTRINSIC, SEED, REGIONS = 512, 20_000, 32, 0, 36
 SHARD = 10_000
 PEER_ROWS = 100_000
+RECALLED = 50  # questions that show what a peer finds
 CLIENTS = (1, 16)
-PARTS = ("build", "engine", "peers", "rerank", "http", "load")
-DUAL = Part(kind="dual", options={"image": {"kind": "conv", "image_size": 32, "hidden": 8}, "text": {"kind": "pooled_gru"}, "width": WIDTH})
+PARTS = ("build", "engine", "faiss", "peers", "rerank", "http", "load")
+CONV = {"kind": "conv", "image_size": 32, "hidden": 8}
+DUAL = Part(kind="dual", options={"image": CONV, "text": {"kind": "hf_text", "path": "minilm"}, "width": WIDTH})
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -67,20 +72,15 @@ class Rows:
     def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         if name in self.rows:
             return
-        self.rows[name] = {key: round(value, 4) if isinstance(value, float) else value for key, value in work().items()}
+        load = os.getloadavg()[0]
+        found = {key: round(value, 4) if isinstance(value, float) else value for key, value in work().items()}
+        self.rows[name] = found | {"load": round(load, 1)}
         with self.path.open("a") as out:
             out.write(json.dumps({"row": name, **self.rows[name]}) + "\n")
         print(f"{name:<28}{self.told(name)}", flush=True)
 
     def told(self, name: str) -> str:
         return "  ".join(f"{key} {value}" for key, value in self.rows[name].items())
-
-    def markdown(self) -> str:
-        """A table; an empty cell was not measured."""
-        columns = list(dict.fromkeys(key for row in self.rows.values() for key in row))
-        lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {name} | " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for name, row in self.rows.items()]
-        return "\n".join(lines) + "\n"
 
 
 class Table(Matcher):
@@ -166,8 +166,13 @@ def write_index(uri: str, rows: np.ndarray, identity: str) -> dict[str, Any]:
 # --- measuring --------------------------------------------------------------------------------------------------------------------------
 
 
-def asked_by(clients: int, questions: int, ask: Callable[[int], Any], seconds: float = 30.0) -> dict[str, Any]:
-    """Latencies of `ask(number of a question)` from so many threads, until all are asked or the time is over."""
+def asked_by(
+    clients: int, questions: int, ask: Callable[[int], Any], seconds: float = 30.0, cpu: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
+    """Latencies of `ask(number of a question)` from so many threads, until all are asked or the time is over.
+
+    cpu: seconds that the processor has worked for those who answer, which a busy machine does not lengthen as it does latencies.
+    """
     taken: list[float] = []
     numbers, end = iter(range(questions)), time.monotonic() + seconds
     lock = threading.Lock()
@@ -182,13 +187,13 @@ def asked_by(clients: int, questions: int, ask: Callable[[int], Any], seconds: f
             ask(number)
             taken.append(time.perf_counter() - begun)
 
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), cpu()
     threads = [threading.Thread(target=work) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return latencies(taken) | {"q/s": len(taken) / (time.perf_counter() - begun)}
+    return latencies(taken) | {"CPU ms": 1000 * (cpu() - worked) / len(taken), "q/s": len(taken) / (time.perf_counter() - begun)}
 
 
 def latencies(taken: Sequence[float]) -> dict[str, Any]:
@@ -196,8 +201,11 @@ def latencies(taken: Sequence[float]) -> dict[str, Any]:
     return {"n": len(taken), **{f"p{p} ms": float(value) for p, value in zip((50, 95, 99), found, strict=True)}}
 
 
-def truth(rows: np.ndarray, asked: np.ndarray, k: int = 10) -> list[set[int]]:
-    """The k best rows of each question, in float64."""
+def truth(folder: Path, rows: np.ndarray, asked: np.ndarray, k: int = 10) -> list[set[int]]:
+    """The k best rows of each question, in float64; kept beside the vectors."""
+    kept = folder / f"truth-{len(rows)}-{len(asked)}.npy"
+    if kept.exists():
+        return [set(row.tolist()) for row in np.load(kept)]
     best = [np.full((len(asked), k), -np.inf), np.zeros((len(asked), k), np.int64)]
     for start in range(0, len(rows), SHARD):
         scores = asked.astype(np.float64) @ rows[start : start + SHARD].astype(np.float64).T
@@ -205,6 +213,7 @@ def truth(rows: np.ndarray, asked: np.ndarray, k: int = 10) -> list[set[int]]:
         places = np.concatenate([best[1], np.arange(start, start + scores.shape[1])[None].repeat(len(asked), 0)], 1)
         order = np.argpartition(-both, k - 1, axis=1)[:, :k]
         best = [np.take_along_axis(both, order, 1), np.take_along_axis(places, order, 1)]
+    np.save(kept, best[1])
     return [set(row.tolist()) for row in best[1]]
 
 
@@ -238,8 +247,34 @@ def measure_engine(rows: Rows, count: int, uri: str, asked: np.ndarray, wanted: 
     rows.measure(f"engine/{count}/batch", batched)
 
 
-def measure_peers(rows: Rows, count: int, given: np.ndarray, asked: np.ndarray) -> None:
-    wanted = truth(given, asked)
+def measure_faiss(rows: Rows, count: int, uri: str, asked: np.ndarray, wanted: list[set[int]]) -> None:
+    """The structure that `itm index --faiss recall=.95` makes: chosen on one half of the questions, measured on the other."""
+    index, half = Index.open(uri), len(asked) // 2
+
+    def build() -> dict[str, Any]:
+        begun = time.perf_counter()
+        made, measured = Approximate.build(index.images, 0.95, (torch.from_numpy(asked[:half]), torch.from_numpy(asked[half:])))
+        made.write(faiss_uri(uri, "images"))
+        return {"s": time.perf_counter() - begun, "kind": made.kind, "effort": made.effort, "recall@10": measured.recall}
+
+    rows.measure(f"faiss-build/{count}", build)
+    said = rows.rows[f"faiss-build/{count}"]
+    index.settings = {"faiss": {"images": {"kind": said["kind"], "effort": said["effort"]}}}
+    engine = Engine(Table(asked), index, "cpu")
+
+    def ask(number: int) -> list[int]:
+        (found,) = engine.answer([Question(text=word(number), k=10)])
+        return [int(hit.key[1:]) for hit in found.hits]
+
+    def work() -> dict[str, Any]:
+        found = [ask(number) for number in range(half, len(asked))]
+        return asked_by(1, len(asked) - half, lambda n: ask(half + n)) | {"recall@10": recall(found, wanted[half:])}
+
+    rows.measure(f"faiss-engine/{count}/1", work)
+
+
+def measure_peers(rows: Rows, folder: Path, given: np.ndarray, asked: np.ndarray) -> None:
+    count, wanted = len(given), truth(folder, given, asked)
     for name, build in PEERS.items():
         if name not in ("numpy", "faiss") and count > PEER_ROWS:
             continue
@@ -249,17 +284,21 @@ def measure_peers(rows: Rows, count: int, given: np.ndarray, asked: np.ndarray) 
 
         def work(build: Callable[[np.ndarray], Any] = build) -> dict[str, Any]:
             begun = time.perf_counter()
-            ask = build(np.ascontiguousarray(given))
+            gc.collect()
+            ask = build(given)
             built = time.perf_counter() - begun
-            found = [ask(asked[number : number + 1]) for number in range(len(asked))]
-            return {"s": built, **asked_by(1, len(asked), lambda n: ask(asked[n : n + 1])), "recall@10": recall(found, wanted)}
+            some = min(len(asked), RECALLED)
+            found = [ask(asked[number : number + 1]) for number in range(some)]
+            return {"s": built, **asked_by(1, len(asked), lambda n: ask(asked[n : n + 1])), "recall@10": recall(found, wanted[:some])}
 
         rows.measure(f"{name}/{count}/1", work)
 
 
 def _numpy(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
+    held = np.array(given)  # not the file, but memory
+
     def ask(question: np.ndarray) -> list[int]:
-        scores = (given @ question[0]).ravel()
+        scores = (held @ question[0]).ravel()
         return [int(row) for row in np.argpartition(-scores, 9)[:10]]
 
     return ask
@@ -294,33 +333,55 @@ def _usearch(given: np.ndarray) -> Callable[[np.ndarray], list[int]]:
 PEERS: dict[str, Callable[[np.ndarray], Any]] = {"numpy": _numpy, "faiss": _faiss, "hnswlib": _hnswlib, "usearch": _usearch}
 
 
+LATE = {"image": {"kind": "regions", "in_width": 2048, "width": 1024}, "text": {"kind": "gru", "word_dim": 300, "width": 1024}}
+RERANKED: dict[str, dict[str, Any]] = {"scan": LATE, "sgr": LATE | {"regions": REGIONS}, "uniter": {"region_dim": 2048}}
+
+
 def measure_rerank(rows: Rows, folder: Path, times: int) -> None:
-    """100 images of stored regions, scored by a matcher for one text."""
-    place = folder / "regions" / "test"
-    shutil.rmtree(place.parent, ignore_errors=True)
-    held = scenes_with_regions(place, 100)
-    for kind in ("scan", "sgr", "uniter"):
-        matcher = matcher_of(kind, held)
-        engine = Engine(matcher, Index.of_shards(matcher, str(place)), "cpu")
-        texts = [record.captions[0].text for record in held]
-        ask = lambda number, engine=engine, texts=texts: engine.answer([Question(text=texts[number % len(texts)], k=10)])
+    """100 images of 36 stored regions, scored by a matcher of the published size for one text of ten words."""
+    draw, names = torch.Generator().manual_seed(SEED), [word(number) for number in range(600)]
+    boxes = torch.rand(100, REGIONS, 7, generator=draw)
+    regions = torch.rand(100, REGIONS, 2048, generator=draw)
+    images = Images(torch.arange(100), regions=regions, boxes=boxes, mask=torch.ones(100, REGIONS, dtype=torch.bool))
+    for kind, options in RERANKED.items():
+        if f"rerank/{kind}/100" in rows.rows:
+            continue
+        form = ImageInput(kind="regions", max_regions=REGIONS, region_width=2048)
+        matcher = build_matcher(Part(kind=kind, options=options), Inputs(form, WordVocabulary.from_captions(names))).eval()
+        with torch.no_grad():
+            encoded = matcher.encode_images(images)
+        uri, place = str(folder / f"regions-{kind}"), files.join(str(folder / f"regions-{kind}"), "made", "00000.arrow")
+        write_rows(place, {}, {"key": pa.array([f"p{n}" for n in range(100)]), "image": pa.array(range(100), pa.int64())}, encoded, "fp16")
+        with torch.no_grad():
+            one = matcher.encode_captions(matcher.inputs.captions(["a photo"]))
+        captions = {"id": pa.array(["c"]), "text": pa.array(["a photo"]), "image": pa.array([0], pa.int64())}
+        write_rows(captions_uri(place), {}, captions, one, "fp16")
+        entries = [SplitEntry("/nowhere/made", "made", "0" * 12, [Entry("00000.tar", "0" * 64, 0, 100, 1, 0)])]
+        write_catalogue(uri, Catalogue(Choices(matcher_identity(matcher)), kind, entries))
+        engine = Engine(matcher, Index.open(uri), "cpu")
+        texts = [" ".join(names[(number * 7 + n) % 600] for n in range(10)) for number in range(times)]
+        ask = lambda number, engine=engine, texts=texts: engine.answer([Question(text=texts[number], k=10)])
+        ask(0)
         rows.measure(f"rerank/{kind}/100", lambda ask=ask: asked_by(1, times, ask))
 
 
 def measure_http(rows: Rows, count: int, folder: Path, uri: str, times: int) -> None:
+    """From a sentence to ids: MiniLM encodes it, all vectors are compared, the answer comes as JSON."""
     with serving(folder, ["--model", f"dual={folder / 'dual'}", "--index", uri]) as service:
-        ask = lambda number: service.client.search(f"{word(number % 600)} photo", k=10)
+        ask = lambda number: service.client.search(f"two dogs run through deep snow near {word(number % 600)}", k=10)
         ask(0)
+        cpu = lambda: worked(service.process.pid)
         for clients in CLIENTS:
-            rows.measure(f"http/{count}/{clients}", lambda clients=clients: asked_by(clients, times, ask))
+            rows.measure(f"http/{count}/{clients}", lambda clients=clients: asked_by(clients, times, ask, cpu=cpu))
 
 
 def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
-    """16 clients; a replica is killed, the alias moved and moved back, the index of the other model grows."""
+    """16 clients; a replica is killed, the alias moved and moved back, the index of the other model grows; then some time in peace."""
 
     def work() -> dict[str, Any]:
         shutil.rmtree(folder / "load", ignore_errors=True)
         (folder / "load").mkdir()
+        begun = time.monotonic()
         with two_models(folder / "load") as service, Asking(service.address, 16) as asking:
             until(lambda: len(asking.versions) > 100, 60)
             before = len(asking.versions)
@@ -328,18 +389,33 @@ def measure_load(rows: Rows, folder: Path, seconds: float) -> None:
             time.sleep(seconds)
             moved = {}
             for number in ("2", "1"):
-                begun = time.monotonic()
+                start = time.monotonic()
                 crown("dual", number)
                 until(lambda number=number: asking.versions[-32:] == [f"dual/{number}"] * 32, 120)  # type: ignore[misc]
-                moved[number] = time.monotonic() - begun
+                moved[number] = time.monotonic() - start
             add_scenes(service.shards, scenes(10, seed=9))
             index(replace(service.scanned, add=True))
             until(lambda: service.client.search(QUESTION, model="scan")["total"] == SCENES + 10, 120)
-            time.sleep(seconds)
+            held = [resident(service.process.pid)]
+            for _ in range(10):
+                time.sleep(seconds / 2)
+                held.append(resident(service.process.pid))
             figures = latencies(asking.seconds[before:])
-        return figures | {"failed": len(asking.faults), "alias s": max(moved.values())}
+        figures |= {"failed": len(asking.faults), "alias s": max(moved.values()), "s": time.monotonic() - begun}
+        return figures | {"MB": held[0], "MB later": held[-1]}
 
     rows.measure("load/60/16", work)
+
+
+def worked(process: int) -> float:
+    """Seconds of the processor that all processes of the service have had."""
+    own = psutil.Process(process)
+    return sum(sum(one.cpu_times()[:2]) for one in [own, *own.children(recursive=True)])
+
+
+def resident(process: int) -> float:
+    """MB of the replicas of both models."""
+    return sum(one.memory_info().rss for name in ("dual", "scan") for one in replicas(process, name)) / 1e6
 
 
 def main() -> None:
@@ -356,9 +432,8 @@ def main() -> None:
     folder = args.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     rows = Rows(folder / "rows.jsonl")
-    names = [word(number) for number in range(600)]
     torch.manual_seed(SEED)
-    dual = build_matcher(DUAL, Inputs(ImageInput(size=32, crop="squash"), WordVocabulary.from_captions([*names, "photo"])))
+    dual = build_matcher(DUAL, Inputs(ImageInput(size=32, crop="squash"), build_tokenizer(Text(kind="hf", path="minilm", max_length=48))))
     save_matcher(dual, folder / "dual")
     for count in args.rows:
         sized(rows, folder, count, args.questions, only, matcher_identity(dual))
@@ -367,7 +442,7 @@ def main() -> None:
     if "load" in only:
         measure_load(rows, folder, args.seconds)
     if args.write:
-        args.write.write_text(f"# Serving\n\nMade by `make bench-serve`.\n\n{rows.markdown()}")
+        args.write.write_text(page(rows.rows, args.write.read_text() if args.write.exists() else ""))
 
 
 def sized(rows: Rows, folder: Path, count: int, questions: int, only: Sequence[str], identity: str) -> None:
@@ -379,12 +454,16 @@ def sized(rows: Rows, folder: Path, count: int, questions: int, only: Sequence[s
         with suppress(FileNotFoundError):
             shutil.rmtree(uri)
         rows.measure(f"build/{count}", lambda: write_index(uri, given, identity))
-    if "engine" in only:
-        measure_engine(rows, count, uri, asked, truth(given, asked))
+    if {"engine", "faiss"} & set(only):
+        wanted = truth(folder, given, asked)
+        if "engine" in only:
+            measure_engine(rows, count, uri, asked, wanted)
+        if "faiss" in only and count > PEER_ROWS:
+            measure_faiss(rows, count, uri, asked, wanted)
     if "peers" in only:
-        measure_peers(rows, count, given, asked)
+        measure_peers(rows, folder, given, asked)
         if count > PEER_ROWS:
-            measure_peers(rows, PEER_ROWS, given[:PEER_ROWS], asked)
+            measure_peers(rows, folder, given[:PEER_ROWS], asked)
     if "http" in only:
         measure_http(rows, count, folder, uri, questions)
 

@@ -19,13 +19,15 @@ import torch
 from itm.data import files
 from itm.evaluation.metrics import chance_metrics
 from tests.support.study_late import ABOUT as LATE_ABOUT
-from tests.support.study_late import CELLS, LATE, SEEDS, folded, late_runs
+from tests.support.study_late import CELLS, LATE, LONG, LONG_STEPS, SEEDS, SOFTER, folded, late_runs
+from tests.support.study_late import WHY as LATE_WHY
 from tests.support.study_loop import checked, explored, lengthened, vectors_of
 from tests.support.study_page import (
     ABOUT,
     FOLDS_ABOUT,
     METRICS,
     PLAIN_ABOUT,
+    QUERIES_ABOUT,
     WHY,
     differences,
     gains,
@@ -103,8 +105,8 @@ def pages(study: Study) -> None:
     results = [json.loads(path.read_text()) for path in sorted((study.runs / "results").glob("*.json"))]
     if not results:
         return
-    order = {row: n for n, row in enumerate(["base", "shuffled", "CUSA", "USA alone", "CSA alone"])}
-    results.sort(key=lambda r: (r["table"], next((n for row, n in order.items() if r["row"].endswith(row)), 9), r["seed"]))
+    order = ["base", "shuffled", "CUSA", "USA alone", "CSA alone"]
+    results.sort(key=lambda r: (r["table"], order.index(r["row"]) if r["row"] in order else len(order), r["row"], r["seed"]))
     loop = [json.loads(path.read_text()) for path in sorted((study.runs / "loop").glob("*.json"))]
     RESULT.write_text(json.dumps({"chance": chance(study), "loop": loop, "runs": results}, indent=1) + "\n")
     RESULT.with_suffix(".md").write_text(page_of(RESULT), encoding="utf-8")
@@ -120,10 +122,13 @@ def chance(study: Study) -> dict[str, float]:
 
 
 VERSUS = (("CUSA", "shuffled"), ("CUSA", "base"), ("shuffled", "base"))
+SOFT_VERSUS = tuple((f"{a}, {SOFTER.teacher:g}", b) for a, b in (("CUSA", f"shuffled, {SOFTER.teacher:g}"), ("CUSA", "base")))
+TABLES = ("dual", *LATE, "sgraf", LONG)
+TITLES = {LONG: f"scan, {LONG_STEPS:,} steps"}
 
 
 def tables_of(runs: list[dict[str, Any]]) -> list[str]:
-    return [name for name in ("dual", *LATE, "sgraf") if any(r["table"] == name for r in runs)]
+    return [name for name in TABLES if any(r["table"] == name for r in runs)]
 
 
 def picture_of(result: Path) -> str:
@@ -138,30 +143,25 @@ def page_of(result: Path) -> str:
     lines = [ABOUT, "", "![Gains in rSum, seed by seed](real-photos.svg)"]
     for name in tables_of(runs):
         about = {"dual": ["", "## Dual encoder", "", DUAL_ABOUT], next(iter(LATE)): ["", "## Late interaction", "", LATE_ABOUT]}
-        lines += [*about.get(name, []), *([] if name == "dual" else ["", f"### {name}"])]
-        lines += ["", *table(runs, name, known), "", *gains(runs, name, list(VERSUS))]
+        lines += [*about.get(name, []), *([] if name == "dual" else ["", f"### {TITLES.get(name, name)}"])]
+        lines += ["", *table(runs, name, known), "", *gains(runs, name, [*VERSUS, *SOFT_VERSUS])]
         if name == "dual":
-            val, folds = ([r for r in said["loop"] if r["on"] == on] for on in ("val", "fold"))
-            plain = [r | {"table": "val", "row": r["arm"], "metrics": {"rsum": r["rsum"]}} for r in val]
-            against = [*VERSUS, ("CSA alone", "base"), ("USA alone", "base")]
-            lines += [
-                "",
-                PLAIN_ABOUT,
-                "",
-                *loop_table(val),
-                "",
-                *gains(plain, "val", against),
-                "",
-                FOLDS_ABOUT,
-                "",
-                *loop_table(folds),
-                "",
-                WHY,
-            ]
-    missing = [name for name in ("dual", *LATE, "sgraf") if name not in tables_of(runs)]
+            lines += about_dual(said["loop"])
+    missing = [name for name in TABLES if name not in tables_of(runs)]
     lines += ["", f"Not run yet: {', '.join(missing)}."] if missing else []
+    late = [r for r in said["loop"] if r["on"] == "late"]
+    lines += ["", LATE_WHY, "", *loop_table(late, "InfoNCE's temperature, the students', the teacher's")] if late else []
     cpu = sum(r["cpu"] for r in runs)
     return "\n".join([*lines, "", f"{len(runs)} runs, {cpu / 60:.0f} CPU-minutes."]) + "\n"
+
+
+def about_dual(loop: list[dict[str, Any]]) -> Iterator[str]:
+    """What plain torch says of the dual encoder, and why the table is as it is."""
+    val, folds, lengths = ([r for r in loop if r["on"] == on] for on in ("val", "fold", "length"))
+    plain = [r | {"table": "val", "row": r["arm"], "metrics": {"rsum": r["rsum"]}} for r in val]
+    yield from ("", PLAIN_ABOUT, "", *loop_table(val), "")
+    yield from gains(plain, "val", [*VERSUS, ("CSA alone", "base"), ("USA alone", "base")])
+    yield from ("", FOLDS_ABOUT, "", *loop_table(folds), "", WHY, "", *loop_table(lengths, "seen"), "", QUERIES_ABOUT)
 
 
 DUAL_ABOUT = f"""One linear layer a side to 256 dimensions, InfoNCE with a fixed temperature of {DUAL_NCE["tau"]}, {DUAL_STEPS} steps of

@@ -50,6 +50,7 @@ TRIED = (
 )
 CHOSEN = TRIED[2]
 """The best with the true teacher, on the fold."""
+SOFTER = TRIED[1]
 
 
 def late_run(study: Study, kind: str, variant: Variant, seed: int, balance: Balance = CHOSEN, steps: int = STEPS) -> Run:
@@ -57,8 +58,9 @@ def late_run(study: Study, kind: str, variant: Variant, seed: int, balance: Bala
     image = {"kind": "efficientnet_lite0", "cells": CELLS, "freeze": True}
     itc = {"tau": balance.tau, "learn_tau": balance.learn, "reduction": "sum"}
     table = kind if steps == STEPS else LONG
+    row = variant.name if balance == CHOSEN else f"{variant.name}, {balance.teacher:g}"
     recipe = study.recipe(
-        f"late/{table}-{variant.name.replace(' ', '-')}/{seed}",
+        f"late/{table}-{row.replace(',', '').replace(' ', '-')}/{seed}",
         CELLS,
         {"kind": kind, "options": {"image": image, "text": MINILM, **LATE[kind]}},
         data={"cache_features": True},
@@ -67,7 +69,7 @@ def late_run(study: Study, kind: str, variant: Variant, seed: int, balance: Bala
         teachers=study.teachers(CELLS, variant.teacher) if variant.teacher != NONE else {},
         seed=seed,
     )
-    return Run(table, variant.name, seed, recipe)
+    return Run(table, row, seed, recipe)
 
 
 def late_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
@@ -81,6 +83,8 @@ def late_runs(study: Study, seeds: Iterable[int]) -> Iterator[Run]:
             yield Run("sgraf", variant.name, seed, recipe, pair)
     for variant in (BASE, CONTROL, CUSA):
         yield late_run(study, "scan", variant, 0, steps=LONG_STEPS)
+    for variant in (CONTROL, CUSA):
+        yield late_run(study, "scan", variant, 0, SOFTER, LONG_STEPS)
 
 
 def fold_of(study: Study) -> Study:
@@ -125,3 +129,4 @@ def alike(balance: Balance) -> Balance:
 ABOUT = f"""{CELLS * CELLS} pooled grid regions and MiniLM's words, {STEPS} steps of {BATCH}, InfoNCE with a learned
 temperature; weights of CSA and USA 1, temperatures {CHOSEN.student} for their students and {CHOSEN.teacher} for the teacher, the best
 of the fold below. USA has a linear layer of its own (`usa.head`), SGRAF is the mean of the scores of SGR and SAF."""
+WHY = """Reasons to be written."""

@@ -39,15 +39,12 @@ def column(path: Path, name: str) -> list:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()[name].to_pylist()
 
 
-def one_by_one(asked: Encoded, centroids: np.ndarray, codes: list[list[int]], of_words: bool) -> list[list[float]]:
-    """Scores of questions with rows: the mean over words of the best cosine, a word and a part at a time."""
+def one_by_one(asked: Encoded, centroids: np.ndarray, codes: list[list[int]]) -> list[list[float]]:
+    """Scores of questions with rows: the mean over the parts asked of the best cosine, a part and a centroid at a time."""
     found = []
     for parts, mask in zip(asked.parts.numpy(), asked.mask.numpy(), strict=True):
         real = [part / np.linalg.norm(part) for part in parts[mask]]
-        if of_words:
-            found.append([float(np.mean([max(float(word @ centroids[c]) for c in row) for word in real])) for row in codes])
-        else:
-            found.append([float(np.mean([max(float(region @ centroids[c]) for region in real) for c in row])) for row in codes])
+        found.append([float(np.mean([max(float(part @ centroids[c]) for c in row) for part in real])) for row in codes])
     return found
 
 
@@ -64,12 +61,12 @@ def test_scores_are_the_best_of_a_rows_centroids_averaged_over_words(find, late,
     kept = side.read(slice(0, len(side)))
     for row, parts, mask in zip(codes, kept.parts.numpy(), kept.mask.numpy(), strict=True):
         near = [int((part / np.linalg.norm(part) @ vectors.T).argmax()) for part in parts[mask]]
-        assert row == (sorted(set(near)) if find == "images" else near)
+        assert row == sorted(set(near))
     asked = other.read(slice(0, 5))
-    wanted = torch.tensor(one_by_one(asked, vectors, codes, of_words=find == "images"))
-    assert coded.scores(asked, find, slice(0, len(codes))) == pytest.approx(wanted, abs=1e-5)
+    wanted = torch.tensor(one_by_one(asked, vectors, codes))
+    assert coded.scores(asked, slice(0, len(codes))) == pytest.approx(wanted, abs=1e-5)
     rows = torch.tensor([4, 0, 3])
-    assert coded.scores(asked, find, rows) == pytest.approx(wanted[:, rows], abs=1e-5)
+    assert coded.scores(asked, rows) == pytest.approx(wanted[:, rows], abs=1e-5)
 
 
 def test_the_engine_scores_exactly_what_the_centroids_propose(late, tmp_path):
@@ -82,7 +79,7 @@ def test_the_engine_scores_exactly_what_the_centroids_propose(late, tmp_path):
     few = Engine(late, index, "cpu", rerank=3).answer([Question("a red circle", k=3)])[0].hits
     with torch.no_grad():
         text = late.encode_captions(late.inputs.captions(["a red circle"]))
-    best = Centroids.read(index, "images").scores(text, "images", slice(0, 6))[0].topk(3).indices
+    best = Centroids.read(index, "images").scores(text, slice(0, 6))[0].topk(3).indices
     assert {hit.key: hit.score for hit in few} == pytest.approx({f"k{row}": exact[f"k{row}"] for row in best.tolist()}, abs=1e-5)
     filtered = Engine(late, index, "cpu", rerank=1).answer([Question("a red circle", k=1, where={"colour": ["blue"]})])[0].hits
     assert {hit.key for hit in filtered} <= {"k1", "k5"}

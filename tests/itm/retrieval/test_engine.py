@@ -7,9 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from itm.data.shards import Sample
+from itm.retrieval import stored
+from itm.retrieval.asking import over
 from itm.retrieval.engine import Engine, Question
 from itm.retrieval.index import Index
-from itm.types import Matcher
+from itm.retrieval.store import read_rows, write_rows
+from itm.retrieval.stored import Stored
+from itm.types import Encoded, Matcher
 from tests.support.disc_index import COLOURS, SCAN, texts_of, write_discs
 from tests.support.registry_world import picture, tiny_matcher
 
@@ -57,6 +61,22 @@ def test_questions_asked_together_are_answered_as_each_is_alone(kind, split, req
     for question, found in zip(questions, together, strict=True):
         alone = asks.answer([question])[0]
         assert [(h.key, h.captions) for h in alone.hits] == [(h.key, h.captions) for h in found.hits]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "fp32"])
+def test_vectors_that_come_in_pieces_are_those_of_one_read(dtype, tmp_path, monkeypatch):
+    places = [str(tmp_path / f"{n}.arrow") for n in range(3)]
+    vectors = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
+    for place, rows in zip(places, vectors.split([4, 1, 6]), strict=True):
+        write_rows(place, {}, {}, Encoded(vector=rows), dtype)
+    side = Stored([read_rows(place) for place in places])
+    monkeypatch.setattr(stored, "CACHED", 24)
+    pieces = [piece.vector.clone() for piece in side.pieces(slice(1, 10))]
+    assert [len(piece) for piece in pieces] == [3, 1, 3, 2]
+    assert torch.equal(torch.cat(pieces), side.read(slice(1, 10)).vector)
+    question = torch.ones(1, 8)
+    scores = over(lambda rows: question @ rows.vector.T, side, slice(0, 11))
+    assert scores == pytest.approx(question @ side.read(slice(0, 11)).vector.T, abs=1e-6)
 
 
 def test_pages_follow_each_other_and_equal_scores_keep_their_order(split, vectors):

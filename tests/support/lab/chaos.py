@@ -147,7 +147,7 @@ def chaos(folder: Path, kept: Path, seed: int, faults: int, seconds: float, kind
     """
     done: Row = json.loads(kept.read_text()) if kept.exists() else {"walks": []}
     rows, end = done["walks"], time.monotonic() + seconds
-    with lab(folder) as there:
+    with lab(folder, workers=3) as there:
         if "expected" not in done:
             done["usual"], done["expected"] = quiet(there)
         while fallen(rows) < faults and time.monotonic() < end:

@@ -110,7 +110,7 @@ FAULTS: dict[str, Callable[[Lab, int, Wait], None]] = {
 }
 
 
-def drawn(seed: int, stages: tuple[str, ...], workers: int, kinds: list[str], most: int = 3) -> list[Blow]:
+def drawn(seed: int, stages: tuple[str, ...], workers: int, kinds: list[str], most: int = 6) -> list[Blow]:
     """One to `most` blows on a walk, of different kinds."""
     chance = random.Random(seed)
     some = chance.sample(kinds, chance.randint(1, most))
