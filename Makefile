@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-system check docs bench bench-teach bench-growth bench-serve golden study lab chaos clean
+.PHONY: help setup demo test test-system check docs bench bench-pack bench-teach bench-growth bench-serve golden study lab chaos clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -59,6 +59,9 @@ bench: $(READY)  ## speed against named peers measured in the same run
 
 study: $(READY)  ## what CUSA gains on the real photos of DATA=<root of shards with train and val>; resumable, docs/results/real-photos.md
 	$(BIN)/python -m tests.support.study $(DATA)
+
+bench-pack: $(READY)  ## packing photos against tar, and img2dataset's writer.py where PEER names it; five minutes
+	$(BIN)/python -m tests.support.bench_pack $(if $(PEER),--peer $(PEER))
 
 bench-teach: $(READY)  ## what teaching, a store and soft labels cost, against named peers; twenty minutes
 	$(BIN)/python -m tests.support.bench_teach

@@ -1,4 +1,5 @@
-"""The published scoring loops of SCAN, SGRAF and NAAF written plainly: the peers of `itm.benchmarks.scoring` and oracles of its scores.
+"""The published scoring loops of SCAN, SGRAF and NAAF, and a half step of IAIS on UNITER, written plainly: the peers of
+`itm.benchmarks.scoring` and of the training benches, and oracles of their numbers.
 
 One caption at a time against all images, attended vectors materialised. Written from the equations; shares no code with `itm.matchers`
 except the weights. regions (I,R,D) unit vectors, captions: a list of (L,D) unit vectors; any float type, any device. Returns (I,T).
@@ -56,6 +57,52 @@ def naaf_loop(regions: Tensor, captions: list[Tensor], threshold: float, smooth:
         cosine = (repeated * attended).sum(2) / attended.norm(dim=2).clamp(min=EPS)
         columns.append(cosine.mean(1))
     return torch.stack(columns, 1)
+
+
+def iais_half(matcher: Any, pool: dict[str, Tensor], anchor: str, keep: int, margin: float = 0.2) -> tuple[Tensor, Tensor]:
+    """(ranking, alignment) of the half step of IAIS on a pool whose row 0 is the positive; anchor V: one image, L: one caption.
+
+    pool: tokens (P,L), word_mask (P,L), regions (P,R,D), boxes (P,R,7), region_mask (P,R), the one side repeated P times. All pairs of the
+    pool in one padded forward pass of evaluation, then the positive and its `keep` hardest negatives in training; singular alignment.
+    """
+    training = matcher.training
+    matcher.eval()
+    with torch.no_grad():
+        scores = _joint(matcher, pool)[0]
+    matcher.train(training)
+    hardest = torch.cat([torch.zeros(1, dtype=torch.long), scores[1:].topk(keep).indices + 1])
+    scores, last = _joint(matcher, {name: rows[hardest] for name, rows in pool.items()})
+    chances = scores.sigmoid()
+    ranking = (margin + chances[1:] - chances[0]).clamp(min=0).mean()
+    words, regions = int(pool["word_mask"][0].sum()) - 2, int(pool["region_mask"][0].sum())
+    text, seen = slice(1, 1 + words), slice(pool["tokens"].shape[1], pool["tokens"].shape[1] + regions)
+    attention = matcher.uniter.encoder.layer[-1].attention.self
+    query, key = _heads(attention.query(last[:1]), matcher), _heads(attention.key(last[:1]), matcher)
+    block = lambda asking, asked: ((query[:, :, asking] @ key[:, :, asked].mT) / query.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
+    own, other = (seen, text) if anchor == "V" else (text, seen)
+    nearest = block(own, other).argmax(1)
+    left, right = block(own, own), block(other, other)[nearest][:, nearest].softmax(-1)
+    return ranking, ((left - right) * (left.log() - right.log())).sum() / len(left)
+
+
+def _joint(matcher: Any, pool: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores (P,) and the input (P,L+R,H) of the last layer, words first, each side padded to its longest."""
+    body = matcher.uniter
+    x = torch.cat([body.embeddings(input_ids=pool["tokens"]), body.img_embeddings(pool["regions"], pool["boxes"], body.embeddings)], 1)
+    hidden = torch.where(torch.cat([pool["word_mask"], pool["region_mask"]], 1), 0.0, -10000.0)[:, None, None]
+    last = x
+    for layer in body.encoder.layer:
+        last, attention, output = x, layer.attention.self, layer.attention.output
+        query, key, value = (_heads(part(x), matcher) for part in (attention.query, attention.key, attention.value))
+        weights = attention.dropout((query @ key.mT / query.shape[-1] ** 0.5 + hidden).softmax(-1))
+        x = output.LayerNorm(output.dropout(output.dense((weights @ value).transpose(1, 2).flatten(2))) + x)
+        inner = F.gelu(layer.intermediate.dense(x))
+        x = layer.output.LayerNorm(layer.output.dropout(layer.output.dense(inner)) + x)
+    return matcher.rank_output(body.pooler.dense(x[:, 0]).tanh()).squeeze(-1), last
+
+
+def _heads(x: Tensor, matcher: Any) -> Tensor:
+    return x.unflatten(-1, (matcher.uniter.encoder.layer[0].heads, -1)).transpose(1, 2)
 
 
 def _repeat(words: Tensor, regions: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from itm.matchers.encoders.build import Encoder, build_image_encoder, options_of
 from itm.matchers.joint.pairs import compact, joint_sequence, parts_of, relation_blocks, scaled_products
 from itm.types import Captions, Encoded, Images, Matcher, Options, Pairs
 
+CPU_TOKENS = 4096  # of one joint forward pass on a CPU: 12 MB at width 768
+
 
 class UNITEROptions(TypedDict, total=False):
     """`image` = {"kind": ..., option: value} of `itm.matchers.encoders.build` replaces regions by patch tokens. `score_tokens` bounds the
@@ -149,9 +151,10 @@ class UNITER(Matcher):
         """(I,T) raw scores of the rank head, every pair through the joint encoder, in chunks of `score_tokens` tokens."""
         (_, region_mask), (_, word_mask) = parts_of(images), parts_of(captions)
         n_captions = len(captions)
-        # Pairs of like length share a chunk, so that compacting leaves little padding.
-        flat = (region_mask.sum(1).argsort()[:, None] * n_captions + word_mask.sum(1).argsort()[None, :]).flatten()
-        chunk = max(1, self.score_tokens // (region_mask.shape[1] + word_mask.shape[1]))
+        # Pairs of like length share a chunk, so that compacting leaves little padding; a CPU gains nothing from large ones.
+        flat = (region_mask.sum(1)[:, None] + word_mask.sum(1)[None, :]).flatten().argsort(stable=True)
+        tokens = min(self.score_tokens, CPU_TOKENS) if flat.device.type == "cpu" else self.score_tokens
+        chunk = max(1, tokens // (region_mask.shape[1] + word_mask.shape[1]))
         scores = torch.cat([self._score_rows(images[f // n_captions], captions[f % n_captions]) for f in flat.split(chunk)])
         return scores[flat.argsort()].view(len(images), n_captions)
 

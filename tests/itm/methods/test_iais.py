@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from itm.benchmarks.published_loops import iais_half
 from itm.losses.relation import relation_alignment_loss
 from itm.matchers.clip import CLIP
 from itm.matchers.dual import DualEncoder
@@ -256,3 +257,21 @@ def test_what_has_no_words_and_regions_to_relate_is_refused_with_the_reason():
 def test_unknown_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         IAIS(uniter(), **options)
+
+
+@pytest.mark.parametrize("anchor", ["V", "L"])
+def test_a_half_step_is_the_one_written_plainly(anchor):
+    torch.manual_seed(3)
+    matcher = UNITER(vocab_size=30, hidden=16, layers=2, heads=2, dropout=0.0, region_dim=6, init_std=0.3).double()
+    method = IAIS(matcher, weight=1.0, schedule="constant", ranking={"hard_negatives": 3}).train()
+    counts, lengths = (torch.tensor([4, 2, 3, 5, 4]), torch.tensor([5, 3, 7, 4, 6]))
+    counts, lengths = (counts[:1], lengths) if anchor == "V" else (counts, lengths[:1])
+    seen, words = (torch.arange(int(n.max())) < n[:, None] for n in (counts, lengths))
+    regions, boxes = torch.randn(*seen.shape, 6).double(), torch.rand(*seen.shape, 7).double()
+    tokens = torch.randint(1, 30, words.shape) * words
+    pool = {"regions": regions, "boxes": boxes, "region_mask": seen, "tokens": tokens, "word_mask": words}
+    found = pool_step(
+        method, Images(torch.arange(len(seen)), None, regions, boxes, seen), Captions(tokens, words, torch.arange(len(words)))
+    )
+    wanted = iais_half(matcher, {name: x.expand(5, *x.shape[1:]) for name, x in pool.items()}, anchor, keep=3)
+    torch.testing.assert_close(tuple(found.values()), wanted)

@@ -81,6 +81,15 @@ def test_the_chunk_size_changes_no_score(tokens):
     torch.testing.assert_close(scores(matcher(score_tokens=tokens), *rows()), scores(matcher(), *rows()), atol=1e-6, rtol=0)
 
 
+def test_pairs_of_a_chunk_are_of_like_length():
+    seen: list[tuple[int, int]] = []
+    model, (images, captions) = matcher(score_tokens=22), rows()
+    model.uniter.encoder.layer[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:2]))
+    scores(model, images, captions)
+    lengths = sorted(n + m for n in (4, 2, 3) for m in (5, 3, 7, 4))
+    assert seen == [(2, length) for length in lengths[1::2]]
+
+
 def test_permuted_rows_give_permuted_scores():
     model, (images, captions) = matcher(), rows()
     order, other = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
