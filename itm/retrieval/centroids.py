@@ -107,10 +107,10 @@ def write_centroids(index: Index) -> dict[str, int]:
 
     Returns how many centroids each side has. Raises ValueError for an index without parts, or with those of several matchers.
     """
-    if "parts" not in index.images.fields or getattr(index.images, "members", ()):
+    if "parts" not in index.images.fields or getattr(index.images, "members", None):
         what = "of each of its members" if "parts" in index.images.fields else "to compare"
         raise ValueError(f"{index.uri} has no parts {what}: --screen centroids is for one late interaction; say own, or a dual encoder")
-    found = {}
+    found: dict[str, int] = {}
     for find in SIDES:
         if not _is_current(index, find):
             write_rows(centroids_uri(index.uri, find), _origin(index), {}, Encoded(vector=_trained(_side(index, find))), "fp32")

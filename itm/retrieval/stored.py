@@ -76,7 +76,8 @@ class Stored:
             assert isinstance(own, slice)
             for first in range(own.start, own.stop, step):
                 last = min(first + step, own.stop)
-                yield Encoded(**{field: self._converted(field, *held[number], first, last) for field, held in self.vectors.items()})
+                read: dict[str, Any] = {field: self._converted(field, *held[number], first, last) for field, held in self.vectors.items()}
+                yield Encoded(**read)
 
     def _converted(self, field: str, codes: Tensor, scale: Tensor | None, first: int, last: int) -> Tensor:
         out = self._scratch(field, last - first, codes.shape[1]).copy_(codes[first:last])
