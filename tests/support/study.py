@@ -158,6 +158,7 @@ def page_of(result: Path) -> str:
 def about_dual(loop: list[dict[str, Any]]) -> Iterator[str]:
     """What plain torch says of the dual encoder, and why the table is as it is."""
     val, folds, lengths = ([r for r in loop if r["on"] == on] for on in ("val", "fold", "length"))
+    lengths.sort(key=lambda r: [int(number) for number in reversed(r["setting"].replace(",", "").split(" steps of "))])
     plain = [r | {"table": "val", "row": r["arm"], "metrics": {"rsum": r["rsum"]}} for r in val]
     yield from ("", PLAIN_ABOUT, "", *loop_table(val), "")
     yield from gains(plain, "val", [*VERSUS, ("CSA alone", "base"), ("USA alone", "base")])
