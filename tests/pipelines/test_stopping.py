@@ -88,7 +88,10 @@ def test_a_stopped_packing_on_ray_keeps_its_whole_shards_and_makes_the_others_wh
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     choices, recipe = tmp_path / "r.json", scenes_recipe(tmp_path)
-    data = recipe.data.model_copy(update={"shard_samples": 2})  # so many that a busy machine is not through before the signal arrives
+    assert recipe.data.source is not None
+    many = {**recipe.data.source.options, "n_train": 240}  # so many that they are not through before a busy machine brings the signal
+    source = recipe.data.source.model_copy(update={"options": many})
+    data = recipe.data.model_copy(update={"source": source, "shard_samples": 1})
     recipe = recipe.model_copy(update={"data": data})
     choices.write_text(recipe.model_dump_json())
     train_split = tmp_path / "shards" / "train"
@@ -97,8 +100,8 @@ def test_a_stopped_packing_on_ray_keeps_its_whole_shards_and_makes_the_others_wh
     kept = {path: (path.stat().st_ino, path.read_bytes()) for path in train_split.glob("*.tar") if path.with_suffix(".index.json").exists()}
     told = f"itm pack: stopped; {len(kept)} whole shards are kept in {tmp_path}/shards. To go on: itm pack -c {choices}"
     assert said.splitlines()[-1] == told
-    assert 0 < len(kept) < 60
-    assert pack(recipe)["train"].samples == 120
+    assert 0 < len(kept) < 240
+    assert pack(recipe)["train"].samples == 240
     assert {path: (path.stat().st_ino, path.read_bytes()) for path in kept} == kept
 
 
