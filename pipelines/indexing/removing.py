@@ -47,7 +47,9 @@ def still_removed(folder: str, now: Entry, before: Entry | None) -> Entry:
 
 
 def _rows(index: Index, keys: str) -> torch.Tensor:
-    """The rows of the keys in a file. Raises ValueError for a file without keys, and for keys that the index does not have."""
+    """The rows of the keys in a file. Raises ValueError for no file, one without keys, and for keys that the index does not have."""
+    if not files.exists(keys):
+        raise ValueError(f"--remove {keys}: there is no such file; it holds one key a line, as `itm search` shows them")
     named = list(dict.fromkeys(line.strip() for line in files.read_bytes(keys).decode().splitlines() if line.strip()))
     if not named:
         raise ValueError(f"{keys} names no image: it holds one key a line, as `itm search` shows them")

@@ -89,6 +89,8 @@ def test_unknown_keys_are_refused_before_anything_is_noted(tmp_path):
     before = (output / "index.json").read_bytes()
     with pytest.raises(ValueError, match=r"keys.txt: the index .* holds no image 'x' \(1 of 2 keys are unknown\); keys look like 'k0'"):
         remove(str(output), matcher, listed(tmp_path, "k1", "x"))
+    with pytest.raises(ValueError, match=r"--remove .*away.txt: there is no such file"):
+        remove(str(output), matcher, str(tmp_path / "away.txt"))
     with pytest.raises(ValueError, match=r"keys.txt names no image: it holds one key a line"):
         remove(str(output), matcher, listed(tmp_path, ""))
     assert (output / "index.json").read_bytes() == before
