@@ -47,9 +47,10 @@ class Memory:
                 alone = Captions(tokens[None, :length], torch.ones(1, length, dtype=torch.bool), captions.image_id[:1])
                 self.rows[key] = tower(alone.to(captions.tokens.device))[0].detach().float().cpu()
             found.append(self.rows[key])
-        parts = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
-        padding = captions.tokens.shape[1] - parts.shape[1]
-        return send(torch.nn.functional.pad(parts, (0, 0, 0, padding)), captions.tokens.device)
+        parts = found[0].new_zeros(*captions.tokens.shape, found[0].shape[1])
+        for row, words in zip(parts, found, strict=True):
+            row[: len(words)] = words
+        return send(parts, captions.tokens.device)
 
 
 def remember_captions(encoder: Encoder, captions: int) -> bool:
