@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 LABEL = "itm/feeds"
-HANDOVER = 16
-"""Batches that a trainer still makes itself while those start that will make them: actors that read, or that decode."""
-WARM, PROBE = HANDOVER + 8, 16
+WARM, PROBE = 8, 16
 """Batches before the measurement, in which the threads fill what is read ahead, and batches of the measurement."""
+HANDOVER = 16
+"""Batches that the trainer still decodes itself while the actors start."""
 BUSY = 0.9
 
 A = TypeVar("A")

@@ -5,8 +5,7 @@ names. Each Ray Train worker streams its own items from its checkpoint's positio
 fewer workers, neither loses nor repeats a pair; no shuffle service, no split coordinator, no join.
 
 Images are decoded where the recipe says (`data.decode`): in the actors, which may be on other machines, or in threads of the
-trainer, which then gets the encoded bytes: a tenth of the traffic, and actors that start without torch. Such a trainer reads its first
-batches itself, while Ray Data starts. `auto` begins with the threads
+trainer, which then gets the encoded bytes: a tenth of the traffic, and actors that start without torch. `auto` begins with the threads
 and goes over to actors where those are too slow and other nodes have cores for it (`pipelines/on_ray/feeding.py`).
 """
 
@@ -116,7 +115,7 @@ def stream(pairs: Pairs, work: Sequence[Work], decode: str, workers: int) -> Ite
     Raises ValueError as `Pairs` does.
     """
     if decode == "trainer":
-        yield from _by_threads(pairs, pairs.prepare, work, workers)
+        yield from in_threads(pairs.prepare, _fetched(pairs, work), workers)
     else:
         yield from map(to_columns, _tables(PrepareActor, pairs, work, 1, workers))
 
@@ -135,7 +134,7 @@ def stream_auto(
     each step waits for the slowest of them, whose threads alone may be busy.
     """
     prepare, threads = Watched(pairs.prepare), min(threads, os.cpu_count() or 1)
-    own = _by_threads(pairs, prepare, work, threads)
+    own = in_threads(prepare, _fetched(pairs, work), threads)
     for number, (columns, busy) in enumerate(measured(own, prepare, threads, _device_done)):
         yield columns
         if busy is None:
@@ -146,14 +145,6 @@ def stream_auto(
         if moves:
             yield from _handed_over(own, map(to_columns, _tables(PrepareActor, pairs, rest, 1, found.actors, **found.options)))
             return
-
-
-def _by_threads(
-    pairs: Pairs, prepare: Callable[[pa.Table | Columns], Columns], work: Sequence[Work], threads: int
-) -> Generator[Columns, None, None]:
-    """Decoded by threads of this process. It reads the first HANDOVER batches itself: Ray Data takes seconds to start."""
-    own, rest = in_threads(lambda item: prepare(pairs.fetch.read(item)), work[:HANDOVER], threads), work[HANDOVER:]
-    yield from _handed_over(own, in_threads(prepare, _fetched(pairs, rest), threads)) if rest else own
 
 
 def _handed_over(own: Generator[Columns, None, None], later: Iterator[Columns]) -> Iterator[Columns]:

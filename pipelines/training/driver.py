@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,7 +23,7 @@ from itm.environment import environment
 from itm.progress import Progress
 from itm.tracking.addresses import check_alive, tracking_uri
 from itm.tracking.lineage import DatasetRef, git_commit, packages_used
-from itm.tracking.runs import DESCRIPTION, RECIPE, Tracker, client
+from itm.tracking.runs import DESCRIPTION, RECIPE, Tracker
 from pipelines.on_ray.stream import decoders
 from pipelines.training import FORMAT
 from pipelines.training.earlier import begun, check_same
@@ -80,7 +79,6 @@ def _train(given: Recipe, overwrite: bool, startup: StartUp, tags: Mapping[str, 
         started = _lengthened(job, finished, started, about)
     share = job.course.same_image_share(manifest)
     print(f"batches: {share:.2%} of the pairs are expected with another pair of their image beside them")
-    _begin_services(recipe, startup)
     with tracked(job, about, started, tags) as tracker:
         job = replace(job, run_id=tracker.run_id, tracking_uri=tracker.uri)
         startup.reached("MLflow")
@@ -95,18 +93,6 @@ def _train(given: Recipe, overwrite: bool, startup: StartUp, tags: Mapping[str, 
             with files.local_copy(uri) as kept:
                 tracker.artifact(kept, "log")
     return done
-
-
-def _begin_services(recipe: Recipe, startup: StartUp) -> None:
-    """Ray and MLflow, each beside the other: a session is other processes that start, and a new tracking store has tables to be made."""
-    if not recipe.train.workers:
-        return
-    from pipelines.on_ray.session import connect
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(client)  # what is wrong with it, `tracked` tells
-        connect()
-    startup.reached("Ray")
 
 
 def finished(recipe: Recipe) -> Json | None:

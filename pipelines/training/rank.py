@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rank:
-    """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker, which
-    `tracking` begins.
+    """One rank's part of a run. state is that of the last checkpoint plus what was logged and validated since; rank 0 has a tracker.
 
     unsaved: (2,) float64, the pairs that this rank has used and rejected since that checkpoint. waited: seconds of `clock` in which there
     was no batch yet. same_image: of the pairs that it has seen in this process, how many had another pair of their image in their batch,
@@ -47,7 +45,7 @@ class Rank:
     clock: Stopwatch
     problems: Problems
     teachers: OnlineTeachers
-    tracking: Future[Tracker] | None
+    tracker: Tracker | None
     unsaved: Tensor
     waited: float = 0.0
     same_image: tuple[int, int] = (0, 0)
@@ -62,7 +60,6 @@ class Rank:
         job.course.plan.check_digest(state.position, state.digest, f"checkpoint {state.position.step} of {job.folder}")
         # The ranks that are there: a resized worker group has others than the recipe names. They see the same pairs in the same order.
         course = job.course.taken_up(state.position, world_size())
-        tracking = _begun(job, state) if rank() == 0 else None
         method = build_method(job.recipe, job.inputs)
         if job.recipe.data.cache_features and not job.recipe.train.compile:
             for encoder in method.matcher.layers():
@@ -78,29 +75,15 @@ class Rank:
             Stopwatch(state.seconds),
             Problems(job.folder, job.manifest.samples, job.recipe.data.max_reject_rate, rank(), world_size()),
             OnlineTeachers(job.online, job.recipe.teachers.batch_size, device),
-            tracking,
+            _tracker(job, state) if rank() == 0 else None,
             torch.zeros(2, dtype=torch.float64),
             told=state.position.step,
         )
 
     @property
-    def tracker(self) -> Tracker | None:
-        """Of rank 0; the first use waits for it, and raises what was wrong."""
-        return self.tracking.result() if self.tracking else None
-
-    @property
     def first(self) -> int:
         """The step at which this process took the run up."""
         return self.course.plan.start.step
-
-
-def _begun(job: Job, state: State) -> Future[Tracker]:
-    """The tracker, in a thread: MLflow takes seconds to be imported and opened, and is needed at the first logged step."""
-    starter = ThreadPoolExecutor(1)
-    try:
-        return starter.submit(_tracker, job, state)
-    finally:
-        starter.shutdown(wait=False)
 
 
 def _tracker(job: Job, state: State) -> Tracker:

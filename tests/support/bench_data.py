@@ -162,22 +162,18 @@ LOADERS: dict[str, Callable[[Path, int], Iterator[Any]]] = {
 
 
 class Tree:
-    """CPU seconds and memory of a process (unset: this one) and all below it, those that have ended included."""
+    """CPU seconds and memory of this process and all below it, those that have ended included."""
 
-    def __init__(self, top: psutil.Process | None = None) -> None:
-        self.top, self.peak = top or psutil.Process(), 0
+    def __init__(self) -> None:
+        self.top, self.peak = psutil.Process(), 0
         self.spent: dict[tuple[int, float], float] = {}
-        self.ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         """Nobody waits for Ray's workers, so what they used is gone with them: look often enough."""
-        while not self.ended.wait(2):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.cpu()
-
-    def stop(self) -> None:
-        self.ended.set()
+        while True:
+            self.cpu()
+            time.sleep(2)
 
     def processes(self) -> list[psutil.Process]:
         return [self.top, *self.top.children(recursive=True)]

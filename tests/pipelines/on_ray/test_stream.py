@@ -51,10 +51,7 @@ def test_a_gpu_gets_the_cores_of_its_share_of_the_machine_and_a_cpu_keeps_them(t
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("decode", ["actors", "trainer"])
-def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(
-    tmp_path: Path, ray_local: object, monkeypatch: pytest.MonkeyPatch, decode: str
-) -> None:
-    monkeypatch.setattr("pipelines.on_ray.stream.HANDOVER", 3)  # the trainer reads so many itself, the rest comes through Ray Data
+def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(tmp_path: Path, ray_local: object, decode: str) -> None:
     pairs = world(tmp_path, batch=3)
     pairs.fetch.plan = Plan.of(pairs.fetch.manifest, seed=0, batch=3, ranks=2, accumulate=2, window=2)
     for rank in range(2):
@@ -66,8 +63,7 @@ def test_ray_data_gives_the_planned_batches_in_order_for_every_rank(
 
 
 @pytest.mark.e2e
-def test_what_an_actor_raises_for_the_user_reaches_the_driver(tmp_path: Path, ray_local: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.on_ray.stream.HANDOVER", 0)  # the trainer reads so many itself
+def test_what_an_actor_raises_for_the_user_reaches_the_driver(tmp_path: Path, ray_local: object) -> None:
     pairs = world(tmp_path, broken=tuple(range(24)))
     with pytest.raises(ValueError, match="not one of the 6 pairs"):
         list(stream(pairs, work_of(0, 0, 2, 1), "actors", 1))
@@ -77,8 +73,7 @@ def test_what_an_actor_raises_for_the_user_reaches_the_driver(tmp_path: Path, ra
 
 
 @pytest.mark.e2e
-def test_a_stream_whose_reader_is_slow_leaves_the_core_to_it(tmp_path: Path, ray_local: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.on_ray.stream.HANDOVER", 0)  # the trainer reads so many itself
+def test_a_stream_whose_reader_is_slow_leaves_the_core_to_it(tmp_path: Path, ray_local: object) -> None:
     pairs = world(tmp_path)
     from ray.data import ExecutionResources
 

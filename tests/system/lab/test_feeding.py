@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(bool(why := missing() or asked_for()), reason=f"NOT TESTED: nodes that feed trainers; {why}"),
 ]
-STEPS, BATCH, FED = 80, 16, WARM + PROBE + HANDOVER
+STEPS, BATCH, FED = 64, 16, WARM + PROBE + HANDOVER
 """From step FED on others decode for the trainers."""
 SIZE = (2400, 1920)
 """16 photos of 4.6 megapixels keep a thread busy for ten times as long as a step of the small model takes, on any machine."""
