@@ -60,8 +60,8 @@ def _tag(name: str) -> str:
 
 def _meter(name: str) -> Any:
     """None where this process has no Ray session: a training inside the driver needs none."""
-    ray = sys.modules.get("ray")
-    return _made(name) if ray is not None and ray.is_initialized() else None
+    begun = getattr(sys.modules.get("ray"), "is_initialized", None)  # a Ray that another thread is importing has none yet
+    return _made(name) if begun is not None and begun() else None
 
 
 @cache
