@@ -203,13 +203,16 @@ class Wanted:
         """What goes along. An absolute path that is too large may be a folder that the nodes have too: it is looked for there."""
         from pipelines.parcel import MOST, size_of
 
-        read = [place for place in self.places if place.local and not place.written and place.path.exists()]
-        return [place for place in read if ship and (not place.absolute or size_of(place.path) <= MOST)]
+        return [place for place in self._found() if ship and (not place.absolute or size_of(place.path) <= MOST)]
 
     def read_here(self, ship: bool = False) -> list[str]:
         """Absolute paths that the stage reads, that this machine has and that do not go along: the cluster may have them as well."""
-        read = [place for place in self.places if place.local and place.absolute and not place.written and place.path.exists()]
-        return [str(place.path) for place in read if place not in self.sent(ship)]
+        sent = self.sent(ship)
+        return [str(place.path) for place in self._found() if place.absolute and place not in sent]
+
+    def _found(self) -> list[Place]:
+        """What the stage reads and this machine has."""
+        return [place for place in self.places if place.local and not place.written and place.path.exists()]
 
     def packed(self, folder: Path, ship: bool, code: bool) -> Any:
         """The parcel for the job: code, own packages, own recipe, and with `ship` the files that are read."""

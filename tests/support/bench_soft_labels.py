@@ -10,8 +10,6 @@ multiplied: its products grow with the pairs, and Adam's share, which does not, 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from itm.methods.cusa import CUSA
 from itm.types import Batch, Captions, Encoded, Images, Matcher, SoftLabels
+from tests.support.bench_index import median
 
 WIDTH, TEACHERS, TOKENS = 512, (512, 768), 77
 
@@ -68,16 +67,6 @@ def towers(rows: int) -> tuple[Callable[[], None], Callable[[], None]]:
     return lambda: model(input_ids=tokens, pixel_values=pixels, return_loss=True).loss.backward(), optimizer.step
 
 
-def timed(work: Callable[[], object], rounds: int) -> float:
-    work()
-    spans = []
-    for _ in range(rounds):
-        begin = time.process_time()
-        work()
-        spans.append(time.process_time() - begin)
-    return statistics.median(spans)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128)
@@ -86,8 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    soft = timed(terms(args.batch, True), 10 * args.rounds) - timed(terms(args.batch, False), 10 * args.rounds)
-    both, adam = (timed(work, args.rounds) for work in towers(args.rows))
+    soft = median(terms(args.batch, True), 10 * args.rounds) - median(terms(args.batch, False), 10 * args.rounds)
+    both, adam = (median(work, args.rounds) for work in towers(args.rows))
     step = both * args.batch / args.rows + adam
     print(
         f"soft labels {soft * 1e3:.1f} CPU-ms of {args.batch} pairs; a step {step:.1f} CPU-s (towers of {args.rows} pairs {both:.2f}, "
